@@ -1,0 +1,237 @@
+"""The front for arrays: pure functions that return new gradients.
+
+Gradients are an array, or a list, tuple or dict of gradients, to any depth.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gradclip.backends import Backend, find_backend
+from gradclip.memory import Memory
+from gradclip.pipeline import Info, Policy, check_policy, only_records, run
+from gradclip.rules import Array, Rule, stages
+
+Grads = TypeVar("Grads")
+
+
+def clip(
+    grads: Grads,
+    rule: Rule,
+    *,
+    params: Any = None,
+    on_nonfinite: Policy = "skip",
+    out: Any = None,
+) -> tuple[Grads, Info]:
+    r"""Clip gradients by a rule, and return new ones with what was done.
+
+    $g \leftarrow g \cdot \min(1, \text{limit} / \lVert g \rVert)$
+
+    Args:
+        grads: An array of any shape, or a list, tuple or dict of arrays (NumPy, PyTorch
+            or JAX). Integer arrays come back as floats.
+        rule: A rule without memory, such as `Norm(1.0)`.
+        params: The parameters, arranged like `grads`; only `Relative` asks for them.
+        on_nonfinite: What NaN or infinity leads to: `"skip"` returns zeros, `"zero"`
+            clears those elements and clips the rest, `"raise"` raises, `"ignore"`
+            returns them as they came. `Norm(float("inf"))` only records, whatever the
+            policy.
+        out: NumPy arrays arranged like `grads` that take the result; may be `grads`.
+
+    Returns:
+        The clipped gradients, arranged like `grads`, and an `Info`.
+
+    Raises:
+        TypeError: For a rule with memory, for what is not an array, and for a mixture
+            of libraries.
+        ValueError: For an empty list, and for parameters that do not fit.
+        NonFiniteError: For NaN or infinity, where the policy is `"raise"`.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> grads, info = gc.clip(np.array([1.0, 2, 3, 4, 5]), gc.Norm(3.0))
+        >>> grads.round(4).tolist()
+        [0.4045, 0.809, 1.2136, 1.6181, 2.0226]
+        >>> round(float(info.norm), 4), round(float(info.scale), 5), info.norm_after
+        (7.4162, 0.40452, np.float64(3.0))
+
+    Reference:
+        Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural
+        networks. arXiv 1211.5063, 2013.
+    """
+    check_rule(rule)
+    if rule.stateful:
+        raise TypeError(
+            f"clip(): {rule!r} remembers earlier steps, and a pure function cannot; "
+            "use clipper = Clipper(rule), then grads, info = clipper.clip(grads)."
+        )
+    return _clip(grads, Memory(rule), params, on_nonfinite, out)
+
+
+class Clipper:
+    r"""Hold the memory of a rule, and clip with it step after step.
+
+    $\text{limit}_t, \text{state}_{t+1} = \text{rule}(\lVert g_t \rVert, \text{state}_t)$
+
+    Args:
+        rule: Any rule.
+        on_nonfinite: As for `clip`; no norm that is not finite enters the memory.
+        max_consecutive_skips: How many steps in a row may be skipped before that is
+            an error, at least 1.
+
+    Raises:
+        TypeError: If `rule` is not a rule.
+        ValueError: For an unknown policy.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> clipper = gc.Clipper(gc.ZScore(warmup=3))
+        >>> norms = [1.0, 1.2, 0.9, 1.1, 40.0]
+        >>> infos = [clipper.clip(np.array([n]))[1] for n in norms]
+        >>> [bool(info.clipped) for info in infos]
+        [False, False, False, False, True]
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        on_nonfinite: Policy = "skip",
+        max_consecutive_skips: int = 100,
+    ) -> None:
+        """Check the rule and the policy; the memory is made at the first step."""
+        self.rule = check_rule(rule)
+        self.on_nonfinite = check_policy(on_nonfinite)
+        self.max_consecutive_skips = max_consecutive_skips
+        self.info: Info | None = None
+        self._memory = Memory(rule)
+
+    def clip(
+        self, grads: Grads, *, params: Any = None, out: Any = None
+    ) -> tuple[Grads, Info]:
+        """Clip the gradients of one step, and take their norm into the memory.
+
+        Args:
+            grads: As for the function `clip`, arranged alike at every step.
+            params: As for the function `clip`.
+            out: As for the function `clip`.
+
+        Returns:
+            The clipped gradients and an `Info`, which is also kept as `info`.
+
+        Raises:
+            ValueError: If the number of gradients is not that of the memory.
+            NonFiniteError: By policy, or after too many skipped steps in a row.
+        """
+        clipped, info = _clip(grads, self._memory, params, self.on_nonfinite, out)
+        skipping = self.on_nonfinite == "skip" and not only_records(self.rule)
+        missed = int(skipping and not bool(info.finite))
+        self._memory.count(missed, self.max_consecutive_skips)
+        self.info = info._replace(skipped=self._memory.skipped)
+        return clipped, self.info
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the memory as NumPy arrays, for any kind of checkpoint."""
+        return self._memory.state_dict(np.array)
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Go on from a saved memory, exactly.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was saved by another rule; nothing is changed then.
+        """
+        self._memory.load_state_dict(state, np.asarray)
+
+
+def check_rule(rule: Any) -> Rule:
+    """Return the rule, or say what one looks like."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{rule!r} is not a rule; use one such as gradclip.Norm(1.0).")
+    return rule
+
+
+def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested lists, tuples and dicts with the path to each."""
+    if isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from flatten(part, f"{where}[{key!r}]")
+    elif isinstance(tree, (list, tuple)):
+        for i, part in enumerate(tree):
+            yield from flatten(part, f"{where}[{i}]")
+    else:
+        yield where, tree
+
+
+def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
+    """Return the leaves arranged as in `tree`."""
+    if isinstance(tree, dict):
+        return type(tree)((key, rebuild(part, leaves)) for key, part in tree.items())
+    if isinstance(tree, (list, tuple)):
+        parts = [rebuild(part, leaves) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return next(leaves)
+
+
+def _clip(
+    grads: Grads, memory: Memory, params: Any, policy: Policy, out: Any
+) -> tuple[Grads, Info]:
+    named = _leaves(grads)
+    engine = find_backend(named)
+    given = [engine.prepare(x, where) for where, x in named]
+    weights = _weights(memory.rule, named, params, engine)
+    if out is not None:
+        engine = engine.writing_to(given, [x for _, x in flatten(out)])
+    with np.errstate(all="ignore"):
+        leaves, info, states = run(
+            engine,
+            given,
+            memory.rule,
+            memory.states,
+            step=memory.step,
+            policy=check_policy(policy),
+            weights=weights,
+            name_of=lambda i: f"gradients{named[i][0]}",
+        )
+    memory.states = states
+    results = engine.deliver(leaves, given)
+    return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
+
+
+def _leaves(grads: Any) -> list[tuple[str, Any]]:
+    if hasattr(grads, "parameters") and callable(grads.parameters):
+        raise TypeError(
+            f"clip() takes gradients, not the module {type(grads).__name__}; use "
+            "gradclip.torch.Clipper(module, rule).clip_() after backward()."
+        )
+    if isinstance(grads, Iterator):
+        raise TypeError(
+            f"clip() cannot return gradients arranged like a {type(grads).__name__}; "
+            "hand over list(gradients)."
+        )
+    named = list(flatten(grads))
+    if not named:
+        raise ValueError("clip(): there are no gradients in here; was backward() run?")
+    return named
+
+
+def _weights(
+    rule: Rule, named: Sequence[tuple[str, Any]], params: Any, engine: Backend
+) -> list[Array]:
+    if not any(stage.needs_weight for stage in stages(rule)):
+        return []
+    if params is None:
+        raise ValueError(
+            f"{rule!r} compares gradients with parameters; add params=… arranged like "
+            "the gradients."
+        )
+    weights = list(flatten(params))
+    shapes = [tuple(x.shape) for _, x in named]
+    if [tuple(x.shape) for _, x in weights] != shapes:
+        raise ValueError(
+            f"the parameters have shapes {[tuple(x.shape) for _, x in weights]}, but the "
+            f"gradients {shapes}; arrange them alike."
+        )
+    return [engine.prepare(x, where) for where, x in weights]

@@ -1,0 +1,94 @@
+"""What a clipper remembers between steps, as a flat dictionary of arrays.
+
+Flat, and arrays only, so that every checkpoint format can hold it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gradclip.pipeline import NonFiniteError
+from gradclip.rules import Array, Rule, State, stages
+
+COUNTERS = ("step", "skipped", "in_a_row")
+
+
+class Memory:
+    """The state of each stage of a rule, and the counts of steps."""
+
+    def __init__(self, rule: Rule) -> None:
+        """Start with nothing seen; a state of None is made from the first norms."""
+        self.rule = rule
+        self.states: Sequence[State | None] = [None] * len(stages(rule))
+        self.step = 0
+        self.skipped: Any = 0
+        self.in_a_row: Any = 0
+
+    def count(self, missed: Any, most: int) -> None:
+        """Count one step, skipped or not; refuse to skip for ever.
+
+        `missed` is 0 or 1, and may be an array that the host has not seen.
+        """
+        self.step += 1
+        self.skipped = self.skipped + missed
+        self.in_a_row = (self.in_a_row + 1) * missed
+        if isinstance(self.in_a_row, int):
+            self.check(self.in_a_row, most)
+
+    def check(self, in_a_row: int, most: int) -> None:
+        """Raise after too many skipped steps in a row."""
+        if in_a_row >= most:
+            raise NonFiniteError(
+                f"{in_a_row} steps in a row had NaN or infinity in their gradients and "
+                "were skipped; training stands still. Look at the loss, or raise "
+                "max_consecutive_skips."
+            )
+
+    def state_dict(self, asarray: Callable[[Any], Array]) -> dict[str, Array]:
+        """Return everything as arrays made by `asarray`; states are copied."""
+        kind = np.frombuffer(self.rule.kind.encode(), dtype=np.uint8).copy()
+        saved = {"rule": asarray(kind)}
+        saved |= {name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS}
+        for i, state in enumerate(self.states):
+            saved |= {f"{i}.{name}": asarray(x) for name, x in (state or {}).items()}
+        return saved
+
+    def load_state_dict(
+        self, saved: Mapping[str, Array], restore: Callable[[Array], Array]
+    ) -> None:
+        """Take over a saved memory, or leave this one as it was if it does not fit."""
+        missing = [name for name in ("rule", *COUNTERS) if name not in saved]
+        if missing:
+            raise ValueError(
+                f"this is not the state of a clipper: it has no {', '.join(missing)}."
+            )
+        kind = bytes(int(c) for c in saved["rule"]).decode()
+        if kind != self.rule.kind:
+            raise ValueError(
+                f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
+                "make the clipper with the rule that was saved."
+            )
+        states = [self._stage(i, saved, restore) for i in range(len(self.states))]
+        self.states = states
+        self.step, self.skipped, self.in_a_row = (int(saved[name]) for name in COUNTERS)
+
+    def _stage(
+        self, i: int, saved: Mapping[str, Array], restore: Callable[[Array], Array]
+    ) -> State | None:
+        """Return the saved state of one stage, checked against the present one."""
+        prefix = f"{i}."
+        found = {
+            name.removeprefix(prefix): restore(x)
+            for name, x in saved.items()
+            if name.startswith(prefix)
+        }
+        for name, x in (self.states[i] or {}).items():
+            if name not in found or found[name].shape[-1:] != x.shape[-1:]:
+                size = tuple(found[name].shape) if name in found else "nothing"
+                raise ValueError(
+                    f"the state has {size} for {name!r} of {stages(self.rule)[i]!r}, "
+                    f"but this clipper needs {tuple(x.shape)}; it was saved with other "
+                    "parameters."
+                )
+        return found or self.states[i]

@@ -1,0 +1,208 @@
+"""measure → decide → apply, written once for every front.
+
+A front hands over gradients and the verbs for them; the rule decides; the policy for
+NaN and infinity lives here and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from gradclip.backends import Backend
+from gradclip.rules import Array, Measured, Norm, Rule, State, Value, stages
+
+Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
+POLICIES = ("skip", "zero", "raise", "ignore")
+
+
+class NonFiniteError(FloatingPointError):
+    """Gradients hold NaN or infinity, and the caller asked to be told."""
+
+
+class Info(NamedTuple):
+    """What one clipping did; the type of the numbers is that of the gradients' library.
+
+    `norm`, `limit`, `scale` and `norm_after` are 0-d for `over="all"` and for
+    elements (there the largest modulus counts), else one per tensor or unit.
+    """
+
+    norm: Any
+    """The norm before clipping."""
+    limit: Any
+    """The largest norm let through at this step."""
+    scale: Any
+    """The factor applied, 1 where nothing was."""
+    finite: Any
+    """Whether the gradients came without NaN and infinity."""
+    clipped: Any
+    """Whether anything was clipped."""
+    norm_after: Any
+    """The norm after clipping; 0 where the step was skipped."""
+    skipped: Any = 0
+    """How many steps were skipped so far, this one included."""
+
+
+def clip_scale(norm: Array, limit: Array, xp: Any, stretches: bool = False) -> Array:
+    """Return `min(1, limit / norm)`; 1 for a norm that is 0 or not finite."""
+    usable = xp.isfinite(norm) & (norm > 0)
+    ratio = limit / xp.where(usable, norm, 1.0)
+    return xp.where(usable, ratio if stretches else xp.clip(ratio, None, 1.0), 1.0)
+
+
+def decide(
+    rule: Rule, seen: Measured, state: State, absent: Array | None = None
+) -> tuple[Info, State]:
+    """Ask a rule for the limit; return what follows from it, and the new state.
+
+    `absent` marks cells without a gradient at this step: their norm is NaN, which
+    teaches the rule nothing, and does not make the step non-finite.
+    """
+    xp = seen.xp
+    limit, state = rule.update(seen, state)
+    scale = clip_scale(seen.norm, limit, xp, rule.stretches)
+    finite = xp.isfinite(seen.norm)
+    after = xp.where(finite & (scale != 1), limit, seen.norm)
+    whole = xp.all(finite if absent is None else finite | absent)
+    return Info(seen.norm, limit, scale, whole, xp.any(scale != 1), after), state
+
+
+def only_records(rule: Rule) -> bool:
+    """Return whether a rule never clips, so that nothing may be touched."""
+    return (
+        isinstance(rule, Norm | Value)
+        and isinstance(rule.limit, float)
+        and math.isinf(rule.limit)
+    )
+
+
+def check_policy(policy: Policy) -> Policy:
+    """Return the policy for NaN and infinity, or say which there are."""
+    if policy not in POLICIES:
+        known = ", ".join(map(repr, POLICIES))
+        raise ValueError(f"on_nonfinite={policy!r}: use one of {known}.")
+    return policy
+
+
+def run(
+    engine: Backend,
+    leaves: list[Array],
+    rule: Rule,
+    states: Sequence[State | None],
+    *,
+    step: Any = 0,
+    policy: Policy = "skip",
+    weights: Sequence[Array] = (),
+    name_of: Callable[[int], str] = str,
+    absent: Array | None = None,
+) -> tuple[list[Array], Info, list[State | None]]:
+    """Take gradients through a rule; return them, what was done, and the new states.
+
+    Nothing is changed before the first norm is known to be usable, or the policy has
+    said what to do about it. Where reading that would make the host wait, both ways
+    are computed and the flag chooses.
+    """
+    infos: list[Info] = []
+    new_states: list[State | None] = list(states)
+    for i, stage in enumerate(stages(rule)):
+        norm = engine.measure(leaves, stage.over, stage.p)
+        if i == 0:
+            leaves, norm = admit(engine, leaves, rule, norm, policy, name_of)
+        weight = engine.measure(weights, stage.over, 2.0) if stage.needs_weight else None
+        seen = Measured(norm, weight, step, engine.xp)
+        state = fitting(stage, states[i], norm, engine)
+        info, new_states[i] = decide(stage, seen, state, absent)
+        infos.append(info)
+        if policy == "skip" and engine.known(info.finite) is False:
+            break
+        leaves = apply(engine, leaves, stage, info, seen)
+    if policy == "skip" and not only_records(rule):
+        leaves = engine.discard(leaves, infos[0].finite)
+    return leaves, summary(infos, engine.xp), new_states
+
+
+def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> State:
+    """Return the state for norms of this shape: a new one, or the one at hand."""
+    if state is None:
+        return rule.init(norm, engine.xp)
+    for x in state.values():
+        if tuple(x.shape)[x.ndim - norm.ndim :] != tuple(norm.shape):
+            raise ValueError(
+                f"{rule!r} remembers {x.shape[-1]} tensors, but this step has "
+                f"{norm.shape[0]}; hand over the same gradients at every step."
+            )
+    return state
+
+
+def admit(
+    engine: Backend,
+    leaves: list[Array],
+    rule: Rule,
+    norm: Array,
+    policy: Policy,
+    name_of: Callable[[int], str],
+) -> tuple[list[Array], Array]:
+    """Return gradients and their norm after the policies that act before a clip."""
+    if policy not in ("raise", "zero") or engine.known(all_finite(norm, engine)):
+        return leaves, norm
+    if policy == "raise":
+        if not bool(all_finite(norm, engine)):
+            raise NonFiniteError(describe_nonfinite(engine, leaves, name_of))
+    elif not only_records(rule):
+        first = stages(rule)[0]
+        leaves = engine.without_nonfinite(leaves)
+        norm = engine.measure(leaves, first.over, first.p)
+    return leaves, norm
+
+
+def all_finite(norm: Array, engine: Backend) -> Array:
+    """Return the flag that every norm is finite."""
+    return engine.xp.all(engine.xp.isfinite(norm))
+
+
+def describe_nonfinite(
+    engine: Backend, leaves: Sequence[Array], name_of: Callable[[int], str]
+) -> str:
+    """Return a message that names the gradients with NaN or infinity in them."""
+    counts = [(i, engine.count_nonfinite(x), x) for i, x in enumerate(leaves)]
+    bad = [
+        f"{name_of(i)} ({count} of {math.prod(x.shape)} elements)"
+        for i, count, x in counts
+        if count
+    ]
+    shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+    return (
+        f"NaN or infinity in the gradients of {shown or 'no single tensor: the norm'}"
+        f"{'' if bad else ' itself is too large'}; nothing was changed. Look at the "
+        "loss and the inputs of this step, or choose on_nonfinite='skip' or 'zero'."
+    )
+
+
+def apply(
+    engine: Backend, leaves: list[Array], stage: Rule, info: Info, seen: Measured
+) -> list[Array]:
+    """Multiply by the scale, unless it is known that nothing is to be done."""
+    if engine.known(info.clipped) is False:
+        return leaves
+    if stage.over != "element":
+        return engine.multiply(leaves, info.scale, stage.over)
+    if not stage.stretches:
+        return engine.clamp(leaves, info.limit)
+
+    def scale(norm: Array) -> Array:
+        limit, _ = stage.update(seen._replace(norm=norm), {})
+        return clip_scale(norm, limit, seen.xp, stage.stretches)
+
+    return engine.each(leaves, scale)
+
+
+def summary(infos: Sequence[Info], xp: Any) -> Info:
+    """Return one report for all stages: the first norm, the last limit."""
+    if len(infos) == 1:
+        return infos[0]
+    first, last = infos[0], infos[-1]
+    scale, clipped = xp.min(first.scale), first.clipped
+    for info in infos[1:]:
+        scale, clipped = scale * xp.min(info.scale), clipped | info.clipped
+    return first._replace(
+        limit=last.limit, scale=scale, clipped=clipped, norm_after=last.norm_after
+    )

@@ -1,0 +1,113 @@
+"""From what people hand over to gradients: names, checks, and odd layouts made plain."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = (
+    torch.nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+)
+
+
+def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
+    """Return each distinct parameter with a name, whatever form they come in.
+
+    Args:
+        params: A module, (name, parameter) pairs, parameters, or one parameter.
+
+    Returns:
+        Pairs of name and parameter. A parameter that is listed twice comes once.
+
+    Raises:
+        TypeError: For anything that is not a tensor.
+        ValueError: If there are no parameters, as in a generator that was used up.
+    """
+    if isinstance(params, torch.nn.Module):
+        named: Iterable[Any] = params.named_parameters()
+    elif isinstance(params, Tensor):
+        named = [("parameter", params)]
+    elif isinstance(params, Mapping):
+        named = params.items()
+    else:
+        named = _enumerated(params)
+    found = {id(p): (name, p) for name, p in named}
+    if not found:
+        used_up = isinstance(params, Iterator)
+        raise ValueError(
+            "there are no parameters to clip"
+            + (": the generator was used up; pass list(...)." if used_up else ".")
+        )
+    return list(found.values())
+
+
+def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
+    for i, item in enumerate(params):
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else (f"[{i}]", item)
+        if isinstance(p, torch.nn.Module):
+            raise TypeError(
+                f"parameter {name!r} is the module {type(p).__name__}; hand over the "
+                "module itself, or its parameters()."
+            )
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"parameter {name!r} is {type(p).__name__}, not a torch tensor; for "
+                "NumPy and JAX arrays use gradclip.clip."
+            )
+        yield str(name), p
+
+
+@dataclass
+class Gradients:
+    """The gradients that there are, in a form that the verbs can change in place."""
+
+    leaves: list[Tensor]
+    """Plain strided tensors, without two elements in one place."""
+    present: list[int]
+    """Which parameters they belong to."""
+    weights: list[Tensor]
+    """Those parameters, cut to the rows that a sparse gradient has."""
+
+
+@torch.no_grad()
+def collect(params: list[Tensor], weights: bool = False) -> Gradients:
+    """Return the gradients of parameters; sparse ones by their coalesced values."""
+    found = Gradients([], [], [])
+    for i, p in enumerate(params):
+        g = p.grad
+        if g is None:
+            continue
+        if g.layout != torch.strided or not g.is_contiguous():
+            g = plain(p, g)
+        found.leaves.append(g)
+        found.present.append(i)
+        if weights:
+            found.weights.append(_weight(p))
+    return found
+
+
+def plain(p: Tensor, g: Tensor) -> Tensor:
+    """Return a gradient as a tensor that can be changed in place, kept in `p.grad`."""
+    if g.layout == torch.sparse_coo:
+        if not g.is_coalesced():
+            # Duplicates have to be summed before anything but a product is taken.
+            p.grad = g = g.coalesce()
+        return g._values()
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients may "
+            "be dense or sparse COO."
+        )
+    if torch._debug_has_internal_overlap(g) == 1:
+        # An expanded gradient has many elements in one place.
+        p.grad = g = g.clone(memory_format=torch.contiguous_format)
+    return g
+
+
+def _weight(p: Tensor) -> Tensor:
+    g = p.grad
+    if g is not None and g.layout == torch.sparse_coo:
+        return p.detach()[tuple(g.indices())]
+    return p.detach()

@@ -1,0 +1,249 @@
+"""Norms of torch tensors: exact to float32 rounding, at the speed of the memory.
+
+On the host, squares are summed in float32 over short rows and the rows in float64;
+what float32 cannot hold, or gets wrong by bias, is summed again in float64. On other
+devices, and under `torch.compile`, sums are in float64 and nothing is read back.
+Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+ROW = 512
+"""Elements summed in float32 before float64 takes over."""
+SMALL = 4096
+"""Tensors up to this size are gathered: a call would cost more than the copy."""
+CHUNK = 1 << 18
+"""Elements converted or gathered at a time; they stay in the cache."""
+BLOCK = 1 << 26
+"""Elements in one pass over rows, whose norms then take half a megabyte."""
+PROBES = 16
+"""Rows summed again in float64, to see whether float32 is biased on these values."""
+BIAS = 6e-8
+"""Half a unit in the last place of float32: a larger mean error is no accident."""
+
+_gather = torch._C._nn.flatten_dense_tensors
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def on_host(tensors: Iterable[Tensor]) -> bool:
+    """Return whether numbers can be read without waiting for a device."""
+    return not torch.compiler.is_compiling() and all(t.is_cpu for t in tensors)
+
+
+def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of all tensors taken together, 0-d and in float64."""
+    if not on_host(tensors):
+        return safe_norm(_device_norms(tensors, p), p)
+    if p == 2:
+        norm = _fast_total(tensors)
+        if norm is not None:
+            return norm
+    return exact_norm(tensor_norms(tensors, p), p)
+
+
+def tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each tensor, in one float64 vector."""
+    if not on_host(tensors):
+        return _device_norms(tensors, p)
+    if p != 2:
+        return torch.stack([exact_norm(t, p) for t in tensors])
+    norms = torch.stack([_fast_norm(t) for t in tensors])
+    for i in _doubtful(norms).nonzero().flatten().tolist():
+        norms[i] = exact_norm(tensors[i], p)
+    return norms
+
+
+def unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each row of the first axis, for all tensors in turn."""
+    return torch.cat([_unit_norms(t, p) for t in tensors])
+
+
+def as_units(t: Tensor) -> Tensor:
+    """Return a tensor as a matrix with one row a unit; vectors are one unit."""
+    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
+
+
+def exact_norm(t: Tensor, p: float) -> Tensor:
+    """Return the `p`-norm of one tensor on the host, in float64 without overflow."""
+    parts = [_wide_norm(chunk, p) for chunk in _wide_chunks(t)]
+    return parts[0] if len(parts) == 1 else _wide_norm(torch.stack(parts), p)
+
+
+def safe_norm(t: Tensor, p: float, dim: int | None = None) -> Tensor:
+    """Return a norm in float64 divided by its largest element first; reads nothing."""
+    moduli = t.abs().double()
+    if moduli.numel() == 0:
+        return moduli.sum(dim)
+    largest = moduli.amax() if dim is None else moduli.amax(dim, keepdim=True)
+    usable = largest.isfinite() & (largest > 0)
+    unit = torch.where(usable, largest, 1.0)
+    norm = unit * torch.linalg.vector_norm(moduli / unit, p, dim, keepdim=dim is not None)
+    norm = torch.where(usable, norm, largest)
+    return norm if dim is None else norm.squeeze(dim)
+
+
+def _doubtful(norms: Tensor) -> Tensor:
+    """Return where float32 squares may have over- or underflowed on the way."""
+    return ~((norms > 1e-10) & (norms < math.inf))
+
+
+def _wide_norm(chunk: Tensor, p: float) -> Tensor:
+    """Return the norm of a float64 vector, scaled only where that is needed."""
+    if chunk.numel() == 0:
+        return chunk.sum()
+    low, high = chunk.aminmax()
+    largest = torch.maximum(low.abs(), high.abs())
+    size = largest.item()
+    if math.isinf(p) or size == 0 or not math.isfinite(size):
+        return largest
+    if p == 2 and 1e-140 < size < 1e140:
+        return torch.linalg.vector_norm(chunk)
+    return torch.linalg.vector_norm(chunk / largest, p) * largest
+
+
+def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
+    """Yield the moduli of a tensor as short float64 vectors."""
+    flat = _flat(t)
+    if flat is None and t.numel() > CHUNK:
+        for part in t.unbind(max(range(t.dim()), key=lambda d: t.shape[d])):
+            yield from _wide_chunks(part)
+        return
+    flat = t.reshape(-1) if flat is None else flat
+    for chunk in flat.split(CHUNK):
+        yield (chunk.abs() if chunk.is_complex() else chunk).double()
+
+
+def _flat(t: Tensor) -> Tensor | None:
+    """Return a flat view, in any order since norms do not care; None without one."""
+    if t.is_contiguous():
+        return t.view(-1)
+    dense = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    return dense.view(-1) if dense.is_contiguous() else None
+
+
+def _fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the 2-norm of all tensors, or None where float32 rows will not do."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    rows = Rows()
+    for t in tensors:
+        if t.numel() <= SMALL:
+            small.setdefault(t.dtype, []).append(t)
+        else:
+            rows.add(t)
+    for group in small.values():
+        # A gathered batch stays within a chunk, whatever the number of tensors.
+        for i in range(0, len(group), CHUNK // SMALL):
+            rows.add(_gather(group[i : i + CHUNK // SMALL]))
+    return rows.total()
+
+
+class Rows:
+    """Norms of short rows of many tensors, to be combined in float64."""
+
+    def __init__(self) -> None:
+        """Start with no rows; `matrices` are those whose float32 sums can be probed."""
+        self.matrices: list[tuple[Tensor, Tensor]] = []
+        self.norms: list[Tensor] = []
+
+    def add(self, t: Tensor) -> None:
+        """Take the norms of the rows of one tensor."""
+        flat = _flat(t)
+        if flat is None or t.is_complex():
+            self.norms.append(exact_norm(t, 2.0).reshape(1))
+        elif t.dtype in _HALF:
+            for chunk in flat.split(CHUNK):
+                self._add(chunk.float())
+        else:
+            for block in flat.split(BLOCK):
+                self._add(block)
+
+    def _add(self, flat: Tensor) -> None:
+        size = flat.numel() // ROW * ROW
+        if size:
+            matrix = flat[:size].view(-1, ROW)
+            norms = torch.linalg.vector_norm(matrix, dim=1)
+            self.norms.append(norms)
+            if flat.dtype == torch.float32:
+                self.matrices.append((matrix, norms))
+        if size < flat.numel():
+            self.norms.append(torch.linalg.vector_norm(flat[size:]).reshape(1))
+
+    def total(self) -> Tensor | None:
+        """Return the norm of all rows, or None if it is in doubt."""
+        if not self.norms:
+            return None
+        dtypes = {norms.dtype for norms in self.norms}
+        groups = [[n for n in self.norms if n.dtype == dtype] for dtype in dtypes]
+        total = torch.linalg.vector_norm(torch.cat([_gather(g).double() for g in groups]))
+        if _doubtful(total).item() or self.biased():
+            return None
+        return total
+
+    def biased(self) -> bool:
+        """Return whether float32 rounds these values one way, as it does constants."""
+        if not self.matrices:
+            return False
+        step = max(1, len(self.matrices) // PROBES)
+        probed = self.matrices[::step]
+        each = max(1, PROBES // len(probed))
+        rows = torch.cat([m[:: max(1, len(m) // each)][:each] for m, _ in probed])
+        fast = torch.cat([n[:: max(1, len(n) // each)][:each] for _, n in probed])
+        exact = torch.linalg.vector_norm(rows.double())
+        error = torch.linalg.vector_norm(fast.double()) - exact
+        return bool(error.abs() > BIAS * exact)
+
+
+def _fast_norm(t: Tensor) -> Tensor:
+    """Return the 2-norm of one tensor in float64, by float32 rows where they do."""
+    if t.numel() <= 2 * ROW and not t.is_complex():
+        return torch.linalg.vector_norm(t, dtype=torch.float64)
+    rows = Rows()
+    rows.add(t)
+    norm = rows.total()
+    return exact_norm(t, 2.0) if norm is None else norm
+
+
+def _unit_norms(t: Tensor, p: float) -> Tensor:
+    """Return the `p`-norm of each unit of one tensor, in float64."""
+    units = as_units(t)
+    width = units.shape[1]
+    simple = p == 2 and t.dtype in (torch.float32, torch.float64) and on_host([t])
+    if not simple or width == 0:
+        return _wide_unit_norms(units, p)
+    size = width // ROW * ROW
+    parts = [torch.linalg.vector_norm(units[:, size:], dim=1, keepdim=True)]
+    if size:
+        rows = units[:, :size].unflatten(1, (-1, ROW))
+        parts.append(torch.linalg.vector_norm(rows, dim=2))
+    norms = torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
+    doubt = _doubtful(norms)
+    if doubt.any():
+        # Rows of zeros are common (unused embeddings), and nothing is wrong with them.
+        low, high = units.aminmax(dim=1)
+        doubt &= ~((low == 0) & (high == 0))
+        norms[doubt] = _wide_unit_norms(units[doubt], p)
+    return norms
+
+
+def _wide_unit_norms(units: Tensor, p: float) -> Tensor:
+    """Return the norm of each row of a matrix in float64, some rows at a time."""
+    rows = max(1, CHUNK // max(1, units.shape[1]))
+    return torch.cat([safe_norm(part, p, dim=1) for part in units.split(rows)])
+
+
+def _device_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each tensor in float64 without reading anything back."""
+    device = tensors[0].device
+    return torch.stack([_device_norm(t, p).to(device) for t in tensors])
+
+
+def _device_norm(t: Tensor, p: float) -> Tensor:
+    # Squares of float64 can overflow; those of narrower types fit into float64.
+    if t.dtype in (torch.float64, torch.complex128) or t.numel() == 0:
+        return safe_norm(t, p)
+    wide = torch.complex128 if t.is_complex() else torch.float64
+    return torch.linalg.vector_norm(t, p, dtype=wide)
