@@ -72,7 +72,7 @@ def clip(
 class Clipper:
     r"""Hold the memory of a rule, and clip with it step after step.
 
-    $\text{limit}_t, \text{state}_{t+1} = \text{rule}(\lVert g_t \rVert, \text{state}_t)$
+    $c_t, s_{t+1} = \text{rule}(\lVert g_t \rVert, s_t)$
 
     Args:
         rule: Any rule.
@@ -228,10 +228,10 @@ def _weights(
             "the gradients."
         )
     weights = list(flatten(params))
-    shapes = [tuple(x.shape) for _, x in named]
-    if [tuple(x.shape) for _, x in weights] != shapes:
+    shapes, given = ([tuple(x.shape) for _, x in part] for part in (named, weights))
+    if given != shapes:
         raise ValueError(
-            f"the parameters have shapes {[tuple(x.shape) for _, x in weights]}, but the "
-            f"gradients {shapes}; arrange them alike."
+            f"the parameters have shapes {given}, but the gradients {shapes}; arrange "
+            "them alike."
         )
     return [engine.prepare(x, where) for where, x in weights]

@@ -81,6 +81,10 @@ class Backend:
         norms = self.xp.stack([self.norm(x, order) for x in leaves])
         return norms if over == "tensor" else self.norm(norms, order)
 
+    def weigh(self, weights: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of parameters, cell for cell with those of gradients."""
+        return self.measure(weights, over, p)
+
     def spread(self, scale: Array, leaves: Sequence[Array], over: Scope) -> list[Array]:
         """Return the scale of each gradient, shaped to be multiplied with it."""
         if over == "all":
@@ -125,7 +129,9 @@ class Backend:
     ) -> list[Array]:
         """Return every element times the scale for its modulus."""
         return [
-            self.xp.astype(x * scale(self.xp.astype(self.xp.abs(x), self.wide)), x.dtype)
+            self.xp.astype(
+                x * scale(self.xp.astype(self.xp.abs(x), self.wide)), x.dtype
+            )
             for x in leaves
         ]
 
@@ -237,8 +243,8 @@ class NumPy(Backend):
         """Return the same verbs with their results in the arrays of `out`."""
         if len(given) != len(out):
             raise ValueError(
-                f"out has {len(out)} arrays for {len(given)} gradients; arrange it like "
-                "the gradients."
+                f"out has {len(out)} arrays for {len(given)} gradients; arrange it "
+                "like the gradients."
             )
         for x, target in zip(given, out, strict=True):
             if not isinstance(target, np.ndarray) or (target.shape, target.dtype) != (
@@ -259,8 +265,9 @@ class TorchArrays(Backend):
     def __init__(self) -> None:
         """Borrow the namespace that array-api-compat keeps for torch."""
         import array_api_compat.torch as xp
+        import torch
 
-        super().__init__(xp, xp.float64)
+        super().__init__(xp, torch.float64)
 
     def known(self, flag: Array) -> bool | None:
         """Return the flag where no other device has to be waited for."""
@@ -292,7 +299,7 @@ def backend_of(kind: type) -> Backend | None:
 
 def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
     """Return the one backend of all gradients; refuse other things, and mixtures."""
-    found: dict[int, tuple[str, Any, Backend]] = {}
+    found: dict[type, tuple[str, Any, Backend]] = {}
     for where, x in leaves:
         # Parameters and tracers are subclasses, so the type is asked, not its name.
         backend = next(filter(None, map(backend_of, type(x).__mro__)), None)
@@ -301,7 +308,7 @@ def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
                 f"gradients{where} is {type(x).__name__}, not an array; hand over "
                 "NumPy, PyTorch or JAX arrays, or a list, tuple or dict of them."
             )
-        found.setdefault(id(backend), (where, x, backend))
+        found.setdefault(type(backend), (where, x, backend))
     if len(found) > 1:
         (a, x, _), (b, y, _), *_ = found.values()
         raise TypeError(

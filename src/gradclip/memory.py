@@ -49,7 +49,9 @@ class Memory:
         """Return everything as arrays made by `asarray`; states are copied."""
         kind = np.frombuffer(self.rule.kind.encode(), dtype=np.uint8).copy()
         saved = {"rule": asarray(kind)}
-        saved |= {name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS}
+        saved |= {
+            name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS
+        }
         for i, state in enumerate(self.states):
             saved |= {f"{i}.{name}": asarray(x) for name, x in (state or {}).items()}
         return saved

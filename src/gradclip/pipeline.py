@@ -15,7 +15,7 @@ Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(RuntimeError, FloatingPointError):
     """Gradients hold NaN or infinity, and the caller asked to be told."""
 
 
@@ -107,7 +107,7 @@ def run(
         norm = engine.measure(leaves, stage.over, stage.p)
         if i == 0:
             leaves, norm = admit(engine, leaves, rule, norm, policy, name_of)
-        weight = engine.measure(weights, stage.over, 2.0) if stage.needs_weight else None
+        weight = engine.weigh(weights, stage.over, 2.0) if stage.needs_weight else None
         seen = Measured(norm, weight, step, engine.xp)
         state = fitting(stage, states[i], norm, engine)
         info, new_states[i] = decide(stage, seen, state, absent)
@@ -169,7 +169,9 @@ def describe_nonfinite(
         for i, count, x in counts
         if count
     ]
-    shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+    shown = ", ".join(bad[:10]) + (
+        f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+    )
     return (
         f"NaN or infinity in the gradients of {shown or 'no single tensor: the norm'}"
         f"{'' if bad else ' itself is too large'}; nothing was changed. Look at the "
@@ -181,12 +183,13 @@ def apply(
     engine: Backend, leaves: list[Array], stage: Rule, info: Info, seen: Measured
 ) -> list[Array]:
     """Multiply by the scale, unless it is known that nothing is to be done."""
-    if engine.known(info.clipped) is False:
-        return leaves
     if stage.over != "element":
-        return engine.multiply(leaves, info.scale, stage.over)
+        idle = engine.known(info.clipped) is False
+        return leaves if idle else engine.multiply(leaves, info.scale, stage.over)
     if not stage.stretches:
-        return engine.clamp(leaves, info.limit)
+        # Elements are clipped one by one, also beside one that is not finite.
+        idle = engine.known(seen.norm <= info.limit) is True
+        return leaves if idle else engine.clamp(leaves, info.limit)
 
     def scale(norm: Array) -> Array:
         limit, _ = stage.update(seen._replace(norm=norm), {})

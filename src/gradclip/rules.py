@@ -303,7 +303,7 @@ class Relative(Rule):
 
 @dataclass(frozen=True)
 class Percentile(Rule):
-    r"""Limit each norm to a percentile of the norms so far, this one included (AutoClip).
+    r"""Limit each norm to a percentile of those so far, its own included (AutoClip).
 
     $c_t = \operatorname{percentile}_q(\lVert g_{t-w+1} \rVert, …, \lVert g_t \rVert)$
 
@@ -387,9 +387,9 @@ class Percentile(Rule):
 class ZScore(Rule):
     r"""Pull a norm that stands out from its moving average back towards it (ZClip).
 
-    With $z_t = (\lVert g_t \rVert - \mu) / \sigma$, a norm with $z_t > z$ gets the limit
-    $\mu + z^2 \sigma / z_t$; the others pass. $\mu$ and $\sigma^2$ start from the first
-    `warmup` finite norms and then follow the norms that were let through.
+    With $z_t = (\lVert g_t \rVert - \mu) / \sigma$, a norm with $z_t > z$ gets the
+    limit $\mu + z^2 \sigma / z_t$; the others pass. $\mu$ and $\sigma^2$ start from the
+    first `warmup` finite norms and then follow the norms that were let through.
 
     Args:
         z: How many standard deviations may pass, above 0.
@@ -423,7 +423,9 @@ class ZScore(Rule):
     def __post_init__(self) -> None:
         """Check every number."""
         super().__post_init__()
-        _check(self, "z", ABOVE_ZERO, LARGEST, "the deviations let through are above 0.")
+        _check(
+            self, "z", ABOVE_ZERO, LARGEST, "the deviations let through are above 0."
+        )
         _check(self, "decay", ABOVE_ZERO, 1.0, "the decay lies in (0, 1].")
         _check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
         if self.max_limit is not None:
@@ -511,7 +513,9 @@ def chain(*rules: Rule) -> Rule:
         raise TypeError("chain(): give at least one rule, as in chain(Norm(1.0)).")
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"chain(): {rule!r} is not a rule; use one such as Norm(1.0).")
+            raise TypeError(
+                f"chain(): {rule!r} is not a rule; use one such as Norm(1.0)."
+            )
     flat = [part for rule in rules for part in stages(rule)]
     return flat[0] if len(flat) == 1 else Chain(rules=tuple(flat))
 

@@ -1,18 +1,24 @@
 """The functions of `torch.nn.utils`, with their signatures, made exact and safe."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import Info, NonFiniteError, Policy, check_policy, run
+from gradclip.pipeline import (
+    NonFiniteError,
+    Policy,
+    check_policy,
+    clip_scale,
+    only_records,
+    run,
+)
 from gradclip.rules import Limit, Norm, Rule, Value
-from gradclip.torch.gradients import collect, named_parameters
+from gradclip.torch.gradients import collect, drop, named_parameters, tensors_only
 from gradclip.torch.verbs import InPlace
 
-_VERBS = InPlace()
 Tensors = Tensor | Iterable[Tensor]
+_VERBS = InPlace()
 
 
 def clip_grad_norm_(
@@ -35,17 +41,18 @@ def clip_grad_norm_(
         norm_type: $p$, the order of the norm, above 0.
         error_if_nonfinite: The same as `on_nonfinite="raise"`.
         foreach: Accepted for compatibility; the fastest way is always taken.
-        on_nonfinite: `"ignore"` leaves all gradients as they are when one is NaN or
-            infinite, `"skip"` sets them to None so that the optimizer takes no step,
-            `"zero"` clears the bad elements, `"raise"` raises.
+        on_nonfinite: With NaN or infinity in a gradient, `"ignore"` leaves all of them
+            as they are, `"skip"` sets them to None so that the optimizer takes no step,
+            `"zero"` clears the bad elements and clips the rest, `"raise"` raises.
 
     Returns:
-        The norm before clipping, a 0-d tensor in float32 (float64 for float64).
+        The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
 
     Raises:
+        TypeError: For what is not a tensor.
         ValueError: For a limit or order that is not above 0, for no parameters and for
             no gradients.
-        NonFiniteError: A `RuntimeError` too, where that was asked for.
+        NonFiniteError: A `RuntimeError`, where that was asked for.
 
     Example:
         >>> import torch
@@ -59,6 +66,149 @@ def clip_grad_norm_(
         Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural
         networks. arXiv 1211.5063, 2013.
     """
-    policy = "raise" if error_if_nonfinite else on_nonfinite
+    policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
     rule = Norm(max_norm, p=float(norm_type))
-    return _reported(*_clip_parameters(parameters, rule, policy))
+    return _clip_parameters(parameters, rule, policy)
+
+
+def clip_grad_value_(
+    parameters: Tensors,
+    clip_value: Limit,
+    foreach: bool | None = None,
+    *,
+    on_nonfinite: Policy = "ignore",
+) -> None:
+    r"""Clamp every element of the gradients, in place; complex ones by modulus.
+
+    $g_i \leftarrow \max(-c, \min(c, g_i))$
+
+    Args:
+        parameters: Parameters, or one parameter, whose `grad` is clipped.
+        clip_value: $c$, the largest modulus let through, above 0.
+        foreach: Accepted for compatibility.
+        on_nonfinite: As for `clip_grad_norm_`; `"ignore"` clamps infinity too, and
+            leaves NaN.
+
+    Raises:
+        TypeError: For what is not a tensor.
+        ValueError: For a limit that is not above 0, no parameters or no gradients.
+        NonFiniteError: Where that was asked for.
+
+    Example:
+        >>> import torch
+        >>> from gradclip.torch import clip_grad_value_
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> w.grad = torch.tensor([-3.0, 0.5])
+        >>> clip_grad_value_(w, 1.0)
+        >>> w.grad
+        tensor([-1.0000,  0.5000])
+    """
+    _clip_parameters(parameters, Value(clip_value), on_nonfinite)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Return the norm of all tensors together.
+
+    $\lVert (t_1, t_2, …) \rVert_p$
+
+    Args:
+        tensors: Tensors, or one tensor; the norm of none is 0.
+        norm_type: $p$, the order of the norm, above 0.
+        error_if_nonfinite: Whether NaN and infinity raise.
+        foreach: Accepted for compatibility.
+
+    Returns:
+        The norm, 0-d, in float32 (float64 if there is a float64 tensor).
+
+    Raises:
+        TypeError: For what is not a tensor.
+        ValueError: For an order that is not above 0.
+        NonFiniteError: A `RuntimeError`, where that was asked for.
+
+    Example:
+        >>> import torch
+        >>> from gradclip.torch import get_total_norm
+        >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    order = Norm(1.0, p=float(norm_type)).p
+    leaves = tensors_only(tensors)
+    if not leaves:
+        return torch.tensor(0.0)
+    norm = _VERBS.measure(leaves, "all", order)
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        raise NonFiniteError(
+            f"the norm of order {order} of {len(leaves)} tensors is {norm.item()}; "
+            "look for NaN and infinity in them."
+        )
+    return norm.to(_report_type(leaves))
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensors,
+    max_norm: Limit,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+) -> None:
+    r"""Scale gradients whose norm is known already, in place.
+
+    $g \leftarrow g \cdot \min(1, c / n)$
+
+    Args:
+        parameters: Parameters, or one parameter, whose `grad` is scaled.
+        max_norm: $c$, the largest norm let through, above 0.
+        total_norm: $n$, their norm; nothing is scaled if it is not finite.
+        foreach: Accepted for compatibility.
+
+    Raises:
+        TypeError: For what is not a tensor.
+        ValueError: For a limit that is not above 0, no parameters or no gradients.
+
+    Example:
+        >>> import torch
+        >>> from gradclip.torch import clip_grads_with_norm_
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> w.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grads_with_norm_(w, max_norm=1.0, total_norm=torch.tensor(5.0))
+        >>> w.grad
+        tensor([0.6000, 0.8000])
+    """
+    rule = Norm(max_norm)
+    leaves = collect([p for _, p in named_parameters(tensors_only(parameters))]).leaves
+    norm = torch.as_tensor(total_norm).double()
+    scale = clip_scale(norm, rule.limit, torch)
+    if _VERBS.known(scale == 1) is not True:
+        _VERBS.multiply(leaves, scale, "all")
+
+
+@torch.no_grad()
+def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
+    """Clip the gradients of parameters, and return the norm as torch's functions do."""
+    check_policy(policy)
+    named = named_parameters(tensors_only(parameters))
+    params = [p for _, p in named]
+    found = collect(params)
+    _, info, _ = run(
+        _VERBS,
+        found.leaves,
+        rule,
+        [{}],
+        policy=policy,
+        name_of=lambda i: named[found.present[i]][0],
+    )
+    if policy == "skip" and not only_records(rule):
+        drop(params, info.finite)
+    return info.norm.to(_report_type(found.leaves))
+
+
+def _report_type(leaves: list[Tensor]) -> torch.dtype:
+    """Return float32, in which half-precision norms keep their digits, or float64."""
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in leaves)
+    return torch.float64 if wide else torch.float32

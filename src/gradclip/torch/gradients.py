@@ -1,4 +1,4 @@
-"""From what people hand over to gradients: names, checks, and odd layouts made plain."""
+"""From what people hand over to gradients: names, checks, odd layouts made plain."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from gradclip.torch.norms import on_host
 
 Params: TypeAlias = (
     torch.nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -43,9 +45,29 @@ def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
     return list(found.values())
 
 
+def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors as a list, for the functions that do not take a module."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"tensors are expected, not the module {type(params).__name__}; hand over "
+            "module.parameters()."
+        )
+    if isinstance(params, Tensor):
+        return [params]
+    tensors = [p for _, p in _enumerated(params)]
+    if not tensors and isinstance(params, Iterator):
+        raise ValueError(
+            "the generator has no parameters left: it was used up; pass a list, or "
+            "call module.parameters() again."
+        )
+    return tensors
+
+
 def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
     for i, item in enumerate(params):
-        name, p = item if isinstance(item, tuple) and len(item) == 2 else (f"[{i}]", item)
+        name, p = (
+            item if isinstance(item, tuple) and len(item) == 2 else (f"[{i}]", item)
+        )
         if isinstance(p, torch.nn.Module):
             raise TypeError(
                 f"parameter {name!r} is the module {type(p).__name__}; hand over the "
@@ -85,6 +107,11 @@ def collect(params: list[Tensor], weights: bool = False) -> Gradients:
         found.present.append(i)
         if weights:
             found.weights.append(_weight(p))
+    if not found.leaves:
+        raise ValueError(
+            f"none of the {len(params)} parameters has a gradient; was backward() "
+            "called, and the optimizer not yet zeroed?"
+        )
     return found
 
 
@@ -97,8 +124,8 @@ def plain(p: Tensor, g: Tensor) -> Tensor:
         return g._values()
     if g.layout != torch.strided:
         raise TypeError(
-            f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients may "
-            "be dense or sparse COO."
+            f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients "
+            "may be dense or sparse COO."
         )
     if torch._debug_has_internal_overlap(g) == 1:
         # An expanded gradient has many elements in one place.
@@ -111,3 +138,17 @@ def _weight(p: Tensor) -> Tensor:
     if g is not None and g.layout == torch.sparse_coo:
         return p.detach()[tuple(g.indices())]
     return p.detach()
+
+
+def drop(params: Iterable[Tensor], finite: Tensor) -> None:
+    """Take the gradients of a step that is not finite away from the optimizer.
+
+    Without gradients no optimizer touches parameters or state. Where the flag would
+    have to be waited for, they become 0 instead, as far as that protects.
+    """
+    known = bool(finite) if on_host([finite]) else None
+    for p in params:
+        if known is False:
+            p.grad = None
+        elif known is None and p.grad is not None:
+            p.grad.masked_fill_(~finite, 0)

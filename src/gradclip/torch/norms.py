@@ -81,7 +81,9 @@ def safe_norm(t: Tensor, p: float, dim: int | None = None) -> Tensor:
     largest = moduli.amax() if dim is None else moduli.amax(dim, keepdim=True)
     usable = largest.isfinite() & (largest > 0)
     unit = torch.where(usable, largest, 1.0)
-    norm = unit * torch.linalg.vector_norm(moduli / unit, p, dim, keepdim=dim is not None)
+    norm = unit * torch.linalg.vector_norm(
+        moduli / unit, p, dim, keepdim=dim is not None
+    )
     norm = torch.where(usable, norm, largest)
     return norm if dim is None else norm.squeeze(dim)
 
@@ -178,7 +180,9 @@ class Rows:
             return None
         dtypes = {norms.dtype for norms in self.norms}
         groups = [[n for n in self.norms if n.dtype == dtype] for dtype in dtypes]
-        total = torch.linalg.vector_norm(torch.cat([_gather(g).double() for g in groups]))
+        total = torch.linalg.vector_norm(
+            torch.cat([_gather(g).double() for g in groups])
+        )
         if _doubtful(total).item() or self.biased():
             return None
         return total

@@ -1,5 +1,6 @@
 """The verbs of the pipeline for torch gradients, in place."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,31 +12,83 @@ from gradclip.torch import norms
 
 
 class InPlace(TorchArrays):
-    """Measure tensors and change them where they lie."""
+    """Measure tensors and change them where they lie.
+
+    Args:
+        amplified: How many times too large the tensors are, as those of a loss scaled
+            for half precision; norms and limits are those without it.
+        cells: For gradients of which some are missing: how many parameters there are,
+            and which of them have one.
+        fused: Whether a common factor may be left to the optimizer: it is kept in
+            `amplified` then, and the tensors stay as they are.
+    """
+
+    def __init__(
+        self,
+        amplified: Tensor | None = None,
+        cells: tuple[int, list[int]] | None = None,
+        fused: bool = False,
+    ) -> None:
+        """Keep what differs from plain gradients."""
+        super().__init__()
+        self.amplified, self.cells, self.fused = amplified, cells, fused
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Tensor:
-        """Return the norms of the scope in float64."""
+        """Return the norms of the scope in float64; NaN for missing tensors."""
+        norm = self.weigh(leaves, over, p)
+        return norm if self.amplified is None else norm / self.amplified.double()
+
+    def weigh(self, weights: Sequence[Tensor], over: Scope, p: float) -> Tensor:
+        """Return the norms of parameters, which no loss scale has enlarged."""
         if over == "unit":
-            return norms.unit_norms(leaves, p)
-        if over == "tensor":
-            return norms.tensor_norms(leaves, p)
-        return norms.total_norm(leaves, torch.inf if over == "element" else p)
+            return norms.unit_norms(weights, p)
+        if over != "tensor":
+            return norms.total_norm(weights, math.inf if over == "element" else p)
+        found = norms.tensor_norms(weights, p)
+        if self.cells is None:
+            return found
+        count, present = self.cells
+        return found.new_full((count,), math.nan).index_copy(
+            0, torch.tensor(present, device=found.device), found
+        )
+
+    @property
+    def absent(self) -> Tensor | None:
+        """Which parameters have no gradient, if any."""
+        if self.cells is None:
+            return None
+        absent = torch.ones(self.cells[0], dtype=torch.bool)
+        absent[self.cells[1]] = False
+        return absent
 
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
     ) -> list[Tensor]:
         """Multiply the tensors by their scale; those that keep it at 1 are not read."""
         if over == "all":
-            for dtype in {t.dtype for t in leaves}:
-                group = [t for t in leaves if t.dtype == dtype]
-                for factor in factors(scale, dtype):
-                    torch._foreach_mul_(group, factor)
+            if not (self.fused and self._leave_to_optimizer(leaves, scale)):
+                _multiply_all(leaves, scale)
             return list(leaves)
+        if over == "tensor" and self.cells is not None:
+            scale = scale[self.cells[1]]
         scales = self.spread(scale, leaves, over)
         for i in self._to_multiply(leaves, scale, over):
             for factor in factors(scales[i], leaves[i].dtype):
                 _times_rows(leaves[i], factor)
         return list(leaves)
+
+    def _leave_to_optimizer(self, leaves: Sequence[Tensor], scale: Tensor) -> bool:
+        """Divide the amplification by the scale, if float32 can hold the result."""
+        eps = max(torch.finfo(t.dtype).eps for t in leaves)
+        if eps < 1e-12:
+            # The optimizer would take the factor in float32.
+            return False
+        before = 1.0 if self.amplified is None else self.amplified
+        amplified = before / inward(scale, eps, torch)
+        if norms.on_host([scale]) and not 1e-30 < amplified.item() < 1e30:
+            return False
+        self.amplified = amplified
+        return True
 
     def _to_multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
@@ -51,6 +104,7 @@ class InPlace(TorchArrays):
 
     def clamp(self, leaves: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
         """Clamp every modulus to the limit."""
+        limit = limit if self.amplified is None else limit * self.amplified
         for t in leaves:
             if t.is_complex():
                 t.copy_(self.clamped(t, limit))
@@ -62,21 +116,29 @@ class InPlace(TorchArrays):
     def each(
         self, leaves: Sequence[Tensor], scale: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Multiply every element by the scale for its modulus, chunk by chunk."""
+        """Multiply every element by the scale for its modulus, some at a time."""
         for t in leaves:
-            for part in t.split(norms.CHUNK) if t.dim() == 1 else (t,):
-                part.copy_(part * scale(part.abs().double()))
+            for part in _pieces(t):
+                moduli = part.abs().double()
+                if self.amplified is not None:
+                    moduli /= self.amplified
+                part.copy_(part * scale(moduli))
         return list(leaves)
 
     def without_nonfinite(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Set NaN and infinity to 0; a complex number loses both its parts."""
         for t in leaves:
-            t.masked_fill_(~t.isfinite(), 0)
+            for part in _pieces(t):
+                part.masked_fill_(~part.isfinite(), 0)
         return list(leaves)
 
     def discard(self, leaves: Sequence[Tensor], finite: Tensor) -> list[Tensor]:
-        """Leave the gradients: the clipper keeps them away from the optimizer."""
+        """Leave the gradients: who steps the optimizer knows how to skip a step."""
         return list(leaves)
+
+    def known(self, flag: Tensor) -> bool | None:
+        """Return the flag where no other device has to be waited for."""
+        return bool(flag) if norms.on_host([flag]) else None
 
 
 def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -91,20 +153,39 @@ def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [scale.float()]
 
 
+def _multiply_all(leaves: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiply all tensors by one scale, one call for each type and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for t in leaves:
+        groups.setdefault((t.dtype, t.device), []).append(t)
+    for (dtype, device), group in groups.items():
+        for factor in factors(scale, dtype):
+            torch._foreach_mul_(group, factor.to(device))
+
+
+def _pieces(t: Tensor) -> Sequence[Tensor]:
+    """Return views that cover a tensor, so that temporary copies stay small."""
+    if t.dim() == 0:
+        return [t]
+    rows = max(1, norms.CHUNK // max(1, math.prod(t.shape[1:])))
+    return t.split(rows)
+
+
 def _times_rows(t: Tensor, factor: Tensor) -> None:
-    """Multiply by one factor a row, in pieces where the types differ."""
-    if factor.dtype == t.real.dtype or factor.numel() == 1 or t.dim() == 0:
-        t.mul_(factor if factor.numel() > 1 else factor.reshape(()))
-        return
-    # Mixed types go through a slow path of torch; through float32 it is 20 times faster.
-    rows = max(1, norms.CHUNK // max(1, t[0].numel()))
-    for part, scale in zip(t.split(rows), factor.split(rows), strict=True):
-        part.copy_(part.float().mul_(scale))
+    """Multiply by one factor for all, or one for each row."""
+    if factor.numel() == 1:
+        t.mul_(factor.reshape(()))
+    elif factor.dtype == t.real.dtype:
+        t.mul_(factor)
+    else:
+        # Torch is slow with mixed types: by way of float32 it takes a 20th.
+        pieces = _pieces(t)
+        for part, scale in zip(pieces, factor.split(len(pieces[0])), strict=True):
+            part.copy_(part.float().mul_(scale))
 
 
 def _at_most(limit: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the limit in a type, rounded so that it is not raised."""
     bound = limit.to(dtype)
-    return torch.where(
-        bound.double() <= limit, bound, torch.nextafter(bound, torch.zeros_like(bound))
-    )
+    below = torch.nextafter(bound, torch.zeros_like(bound))
+    return torch.where(bound.double() <= limit, bound, below)

@@ -1,0 +1,8 @@
+"""Gradient clipping for PyTorch: torch's own functions, a clipper, and attach."""
+
+from gradclip.torch.attach import attach as attach
+from gradclip.torch.clipper import Clipper as Clipper
+from gradclip.torch.functional import clip_grad_norm_ as clip_grad_norm_
+from gradclip.torch.functional import clip_grad_value_ as clip_grad_value_
+from gradclip.torch.functional import clip_grads_with_norm_ as clip_grads_with_norm_
+from gradclip.torch.functional import get_total_norm as get_total_norm

@@ -1,0 +1,234 @@
+"""Clipping inside `optimizer.step()`: one line, and the training loop stays as it is.
+
+Optimizers call hooks before and after a step. A fused optimizer also divides gradients
+by its attribute `grad_scale` while it reads them, which is made for loss scaling: there
+the clip costs no pass over memory of its own.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.pipeline import Policy
+from gradclip.rules import Rule, stages
+from gradclip.torch.clipper import Clipper
+from gradclip.torch.gradients import named_parameters
+
+_FLAGS = ("grad_scale", "found_inf")
+_NOTHING = object()
+
+
+def attach(
+    optimizer: torch.optim.Optimizer,
+    rule: Rule,
+    model: torch.nn.Module | None = None,
+    on_nonfinite: Policy = "skip",
+    max_consecutive_skips: int = 100,
+) -> "Attached":
+    r"""Clip the gradients of an optimizer inside its `step()`.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$, then the step.
+
+    It works with loss scaling by `torch.amp.GradScaler`, with accumulated gradients
+    and with closures, and takes up parameters that are added later.
+
+    Args:
+        optimizer: Any torch optimizer.
+        rule: Any rule.
+        model: Gives the parameters their names in messages; an optimizer made from
+            `named_parameters()` has them already.
+        on_nonfinite: As for `Clipper`; `"skip"` leaves parameters and optimizer state
+            as they were, to the bit, and the gradients as they came.
+        max_consecutive_skips: As for `Clipper`.
+
+    Returns:
+        The clipper, with the latest `info`; `detach()` ends the clipping.
+
+    Raises:
+        TypeError: For what is not an optimizer, a rule or a module.
+        ValueError: For an unknown policy.
+
+    Example:
+        >>> import torch, gradclip
+        >>> from gradclip.torch import attach
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> clipper = attach(optimizer, gradclip.Norm(1.0))
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> optimizer.step()
+        >>> float(clipper.info.norm), bool(clipper.info.clipped)
+        (5.0, True)
+    """
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise TypeError(
+            f"attach() takes an optimizer, not {type(optimizer).__name__}; for "
+            "parameters or a module use Clipper(params, rule)."
+        )
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"attach(model=…) takes a module for the names, not {type(model).__name__}."
+        )
+    return Attached(optimizer, rule, model, on_nonfinite, max_consecutive_skips)
+
+
+class Attached(Clipper):
+    """A clipper that an optimizer calls; made by `attach`."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        model: torch.nn.Module | None,
+        on_nonfinite: Policy,
+        max_consecutive_skips: int,
+    ) -> None:
+        """Find the names and register the hooks."""
+        self.optimizer = optimizer
+        named = {} if model is None else {p: n for n, p in model.named_parameters()}
+        self._model_names = {id(p): name for p, name in named.items()}
+        super().__init__(
+            self._named_by_optimizer(), rule, on_nonfinite, max_consecutive_skips
+        )
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._flags: dict[str, Any] | None = None
+        self._before_closure: tuple[list[Tensor], Any] | None = None
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def detach(self) -> None:
+        """Take the clipping out of the optimizer again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _named_by_optimizer(self) -> list[tuple[str, Tensor]]:
+        found: list[tuple[str, Tensor]] = []
+        for group in self.optimizer.param_groups:
+            names = group.get("param_names", [None] * len(group["params"]))
+            for name, p in zip(names, group["params"], strict=True):
+                known = name or self._model_names.get(id(p)) or f"[{len(found)}]"
+                found.append((known, p))
+        return named_parameters(found)
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        self._undo()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._clip_for_step()
+            return None
+        if isinstance(optimizer, torch.optim.LBFGS):
+            # It evaluates many times and moves in between: only a copy can undo that.
+            state = copy.deepcopy(dict(optimizer.state))
+            self._before_closure = [p.detach().clone() for p in self.params], state
+        wrapped = self._clipping(closure)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure with the clip behind its backward pass."""
+
+        def closure_then_clip() -> Any:
+            loss = closure()
+            self._clip_for_step()
+            return loss
+
+        return closure_then_clip
+
+    @torch.no_grad()
+    def _clip_for_step(self) -> None:
+        """Clip, or have the optimizer do it, or keep the gradients away from it."""
+        self._restore_flags()
+        self._take_up_new_parameters()
+        if all(p.grad is None for p in self.params):
+            return
+        found = self._collect()
+        scale, found_inf = (getattr(self.optimizer, flag, None) for flag in _FLAGS)
+        policy = self.on_nonfinite
+        if policy == "raise" and found_inf is not None and bool(found_inf):
+            # A loss scaler finds its scale by overflowing, and skips such a step.
+            policy = "skip"
+        fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        verbs = self._verbs(found, scale, fused)
+        info = self._run(found, verbs, policy)
+        finite = verbs.known(info.finite)
+        if not self._skipping:
+            finite = True
+        elif finite is None and not fused:
+            # Only the host can stop such an optimizer, so here it has to wait.
+            finite = bool(info.finite)
+        if finite is False:
+            self._keep_gradients()
+        elif finite is None or verbs.amplified is not scale:
+            self._set_flags(verbs.amplified, found_inf, None if finite else info.finite)
+
+    def _take_up_new_parameters(self) -> None:
+        """Follow `add_param_group`: new parameters get cells of their own."""
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if count == len(self.params):
+            return
+        named, old = self._named_by_optimizer(), self._memory.states
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
+        self._make_room()
+        for stage, state, before in zip(
+            stages(self.rule), self._memory.states, old, strict=True
+        ):
+            for name, x in (before or {}).items():
+                if stage.over == "tensor" and state is not None:
+                    state[name][..., : x.shape[-1]] = x
+                elif state is not None:
+                    state[name] = x
+
+    def _keep_gradients(self) -> None:
+        """Hide the gradients from this step; no optimizer moves without them."""
+        self._kept = [(p, p.grad) for p in self.params if p.grad is not None]
+        for p, _ in self._kept:
+            p.grad = None
+
+    def _set_flags(
+        self, amplified: Tensor | None, found_inf: Tensor | None, finite: Tensor | None
+    ) -> None:
+        """Have the fused step divide by the amplification, or do nothing."""
+        device = self.params[0].device
+        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+        bad = zero if finite is None else (~finite).float()
+        self._flags = {flag: getattr(self.optimizer, flag, _NOTHING) for flag in _FLAGS}
+        scale = one if amplified is None else amplified.float()
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (  # type: ignore[attr-defined]
+            bad if found_inf is None else torch.maximum(bad, found_inf)
+        )
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> None:
+        self._undo()
+
+    def _undo(self) -> None:
+        """Put back what was changed for the duration of one step."""
+        self._restore_flags()
+        if self._before_closure is not None and self._kept:
+            params, state = self._before_closure
+            with torch.no_grad():
+                for p, before in zip(self.params, params, strict=True):
+                    p.copy_(before)
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+        for p, grad in self._kept:
+            p.grad = grad
+        self._kept, self._before_closure = [], None
+
+    def _restore_flags(self) -> None:
+        for flag, before in (self._flags or {}).items():
+            if before is _NOTHING:
+                delattr(self.optimizer, flag)
+            else:
+                setattr(self.optimizer, flag, before)
+        self._flags = None

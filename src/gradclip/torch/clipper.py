@@ -1,0 +1,160 @@
+"""The clipper for torch parameters: it knows their names and holds a rule's memory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.arrays import check_rule
+from gradclip.memory import Memory
+from gradclip.pipeline import Info, Policy, check_policy, only_records, run
+from gradclip.rules import Rule, stages
+from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
+from gradclip.torch.verbs import InPlace
+
+
+class Clipper:
+    r"""Clip the gradients of a model in place, between `backward()` and `step()`.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
+
+    Args:
+        params: A module, (name, parameter) pairs, parameters, or one parameter.
+        rule: Any rule.
+        on_nonfinite: What NaN or infinity in a gradient leads to. `"skip"` sets all
+            gradients to None, so that parameters and optimizer stay as they are;
+            `"zero"` clears the bad elements and clips the rest; `"raise"` names the
+            parameters; `"ignore"` leaves the gradients as they are.
+            `Norm(float("inf"))` only records, and skips and clears nothing.
+        max_consecutive_skips: How many steps in a row may be skipped before that is
+            an error, at least 1.
+
+    Raises:
+        TypeError: If the parameters are not tensors, or `rule` is not a rule.
+        ValueError: If there are no parameters, or for an unknown policy.
+
+    Example:
+        >>> import torch
+        >>> from gradclip import Norm
+        >>> from gradclip.torch import Clipper
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> clipper = Clipper(model, Norm(1.0))
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> info = clipper.clip_()
+        >>> float(info.norm), float(info.norm_after), model.weight.grad
+        (5.0, 1.0, tensor([[0.6000, 0.8000]]))
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        rule: Rule,
+        on_nonfinite: Policy = "skip",
+        max_consecutive_skips: int = 100,
+    ) -> None:
+        """Check everything before the first step."""
+        self.rule = check_rule(rule)
+        self.on_nonfinite = check_policy(on_nonfinite)
+        self.max_consecutive_skips = max_consecutive_skips
+        self.info: Info | None = None
+        named = named_parameters(params)
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
+        self._memory = Memory(rule)
+        self._make_room()
+
+    @torch.no_grad()
+    def clip_(self) -> Info:
+        """Clip the gradients that the parameters have now.
+
+        Returns:
+            What was done, also kept as `info`. Nothing is read from an accelerator.
+
+        Raises:
+            ValueError: If no parameter has a gradient.
+            NonFiniteError: By policy, or after too many skipped steps in a row.
+        """
+        found = self._collect()
+        info = self._run(found, self._verbs(found), self.on_nonfinite)
+        if self._skipping:
+            drop(self.params, info.finite)
+        return info
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the memory as tensors, for any kind of checkpoint."""
+        return self._memory.state_dict(lambda x: torch.as_tensor(x).clone())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved memory, exactly.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was saved by another rule, or for another number of
+                parameters; nothing is changed then.
+        """
+        device = self.params[0].device
+        self._memory.load_state_dict(
+            state, lambda x: torch.as_tensor(x).to(device).clone()
+        )
+
+    def __repr__(self) -> str:
+        """Show the rule and how much it is applied to."""
+        name = type(self).__name__
+        return f"{name}({len(self.params)} parameters, {self.rule!r})"
+
+    def _make_room(self) -> None:
+        """Make the memory for all parameters, so that it can be saved and loaded."""
+        device = self.params[0].device
+        verbs = InPlace()
+        self._memory.states = [
+            stage.init(
+                torch.zeros(
+                    (len(self.params),) if stage.over == "tensor" else (),
+                    dtype=torch.float64,
+                    device=device,
+                ),
+                verbs.xp,
+            )
+            for stage in stages(self.rule)
+        ]
+
+    def _collect(self) -> Gradients:
+        weights = any(stage.needs_weight for stage in stages(self.rule))
+        return collect(self.params, weights=weights)
+
+    def _verbs(
+        self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
+    ) -> InPlace:
+        """Return the verbs for this step; missing gradients matter to a memory."""
+        missing = len(found.present) < len(self.params)
+        remembers = self.rule.stateful and missing
+        cells = (len(self.params), found.present) if remembers else None
+        return InPlace(amplified, cells, fused)
+
+    def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
+        """Take the gradients through the rule and count the step."""
+        memory = self._memory
+        _, info, memory.states = run(
+            verbs,
+            found.leaves,
+            self.rule,
+            memory.states,
+            step=memory.step,
+            policy=policy,
+            weights=found.weights,
+            name_of=lambda i: self.names[found.present[i]],
+            absent=verbs.absent,
+        )
+        finite = verbs.known(info.finite) if self._skipping else True
+        missed = (~info.finite).int() if finite is None else int(not finite)
+        memory.count(missed, self.max_consecutive_skips)
+        self.info = info._replace(skipped=memory.skipped)
+        return self.info
+
+    @property
+    def _skipping(self) -> bool:
+        """Whether a step that is not finite is to be skipped."""
+        return self.on_nonfinite == "skip" and not only_records(self.rule)

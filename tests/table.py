@@ -1,0 +1,75 @@
+"""The rules as a table: a new rule is one row, and inherits every law."""
+
+import math
+from dataclasses import dataclass
+
+import gradclip as gc
+import reference
+
+
+@dataclass(frozen=True)
+class Row:
+    make: object
+    twin: object
+    bounded: bool = True
+    """Whether the norm afterwards is at most the limit, cell by cell."""
+    keeps_direction: bool = True
+    """Whether a cell is only rescaled."""
+    scales: object = None
+    """The rule for gradients that are c times as large, if limits have that unit."""
+
+
+def _row(name, *args, **options):
+    kwargs = options.pop("rule", {})
+    return Row(
+        lambda: getattr(gc, name)(*args, **kwargs),
+        lambda: getattr(reference, name)(*args, **kwargs),
+        **options,
+    )
+
+
+def over(scope, **more):
+    return {"over": scope, **more}
+
+
+ROWS = {
+    "norm": _row("Norm", 1.0, scales=lambda c: gc.Norm(c)),
+    "norm-p1": _row("Norm", 3.0, rule={"p": 1.0}, scales=lambda c: gc.Norm(3 * c, p=1)),
+    "norm-inf": _row("Norm", 0.7, rule={"p": math.inf}),
+    "norm-tensor": _row("Norm", 1.0, rule=over("tensor")),
+    "norm-unit": _row("Norm", 0.5, rule=over("unit")),
+    "norm-element": _row("Norm", 0.5, rule=over("element"), keeps_direction=False),
+    "value": _row(
+        "Value", 0.5, keeps_direction=False, scales=lambda c: gc.Value(c / 2)
+    ),
+    "normalize": _row("Normalize", 2.0, scales=lambda c: gc.Normalize(2 * c)),
+    "normalize-eps": _row("Normalize", 2.0, rule={"eps": 0.1}),
+    "normalize-tensor": _row("Normalize", 0.5, rule=over("tensor")),
+    "normalize-unit": _row("Normalize", 0.5, rule=over("unit")),
+    "sign": _row("Normalize", 1.0, rule=over("element"), keeps_direction=False),
+    "agc": _row("Relative", 0.1),
+    "agc-tensor": _row("Relative", 0.1, rule=over("tensor")),
+    "percentile": _row("Percentile", 30.0, scales=lambda c: gc.Percentile(30.0)),
+    "percentile-window": _row("Percentile", 50.0, rule={"window": 7}),
+    "percentile-whole": _row("Percentile", 10.0, rule={"window": None}),
+    "percentile-tensor": _row("Percentile", 30.0, rule=over("tensor", window=20)),
+    "zscore": _row(
+        "ZScore", 1.5, rule={"warmup": 5}, scales=lambda c: gc.ZScore(1.5, warmup=5)
+    ),
+    "zscore-default": _row("ZScore"),
+    "zscore-max": _row("ZScore", 2.0, rule={"warmup": 3, "max_limit": 1.0}),
+    "zscore-tensor": _row("ZScore", 2.0, rule=over("tensor", warmup=4, decay=0.9)),
+}
+ROWS["chain"] = Row(
+    lambda: gc.chain(gc.Value(0.5), gc.Normalize(1.0)),
+    lambda: reference.Chain(reference.Value(0.5), reference.Normalize(1.0)),
+    keeps_direction=False,
+)
+ROWS["chain-stateful"] = Row(
+    lambda: gc.chain(gc.Norm(0.8, over="tensor"), gc.ZScore(1.0, warmup=4)),
+    lambda: reference.Chain(
+        reference.Norm(0.8, over="tensor"), reference.ZScore(1.0, warmup=4)
+    ),
+)
+STATELESS = [name for name, row in ROWS.items() if not row.make().stateful]
+STATEFUL = [name for name in ROWS if name not in STATELESS]
