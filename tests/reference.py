@@ -102,7 +102,7 @@ class Relative:
 
 
 class Remembering:
-    """A rule with a memory for each cell, which a norm that is not finite passes by."""
+    """A rule with a memory for each cell; 0 and what is not finite never enter it."""
 
     over = "all"
 
@@ -115,7 +115,7 @@ class Remembering:
         for i, part in enumerate(parts):
             n = norm(part)
             limit = math.inf
-            if math.isfinite(n):
+            if math.isfinite(n) and n > 0:
                 limit = self.limit(n, self.memories.setdefault(i, {}))
             clipped.append(rescale(part, limit) if math.isfinite(n) else part)
         return join(clipped)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from gradclip.backends import Backend
-from gradclip.rules import Array, Measured, Norm, Rule, State, Value, stages
+from gradclip.rules import Array, Measured, Norm, Rule, State, Value, stages, usable
 
 Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
@@ -44,9 +44,9 @@ class Info(NamedTuple):
 
 def clip_scale(norm: Array, limit: Array, xp: Any, stretches: bool = False) -> Array:
     """Return `min(1, limit / norm)`; 1 for a norm that is 0 or not finite."""
-    usable = xp.isfinite(norm) & (norm > 0)
-    ratio = limit / xp.where(usable, norm, 1.0)
-    return xp.where(usable, ratio if stretches else xp.clip(ratio, None, 1.0), 1.0)
+    known = usable(norm, xp)
+    ratio = limit / xp.where(known, norm, 1.0)
+    return xp.where(known, ratio if stretches else xp.clip(ratio, None, 1.0), 1.0)
 
 
 def decide(

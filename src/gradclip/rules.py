@@ -108,6 +108,14 @@ def _check_limit(rule: Rule, name: str) -> None:
         )
 
 
+def usable(norm: Array, xp: Any) -> Array:
+    """Return where a norm says something: one that is 0 or not finite does not.
+
+    A memory of zeros (an expert without tokens so far) would freeze what comes next.
+    """
+    return xp.isfinite(norm) & (norm > 0)
+
+
 def _beside(seen: Measured, limit: Limit) -> Array:
     """Return the limit at this step in the shape of the norms; ask a schedule here."""
     value = limit(seen.step) if callable(limit) else limit
@@ -309,7 +317,8 @@ class Percentile(Rule):
 
     Args:
         q: The percentile, from 0 to 100, interpolated as `numpy.percentile` does.
-        window: How many finite norms are remembered, at least 1. None remembers all
+        window: How many norms are remembered, at least 1; not those that are 0, NaN or
+            infinite. None remembers all
             of them, as the paper does, for a sort that grows with the run.
         over: `"all"` or each `"tensor"`.
 
@@ -358,14 +367,14 @@ class Percentile(Rule):
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the percentile of the norms in memory with the new ones among them."""
-        xp, finite = seen.xp, seen.xp.isfinite(seen.norm)
+        xp, known = seen.xp, usable(seen.norm, seen.xp)
         norms, count = state["norms"], state["count"]
         if self.window is None and seen.step >= norms.shape[0]:
             norms = xp.concat([norms, xp.full_like(norms, math.inf)])
         size = norms.shape[0]
         places = xp.cumulative_sum(xp.ones_like(norms), axis=0) - 1
-        norms = xp.where((places == count % size) & finite, seen.norm, norms)
-        count = xp.where(finite, count + 1, count)
+        norms = xp.where((places == count % size) & known, seen.norm, norms)
+        count = xp.where(known, count + 1, count)
 
         ordered = xp.sort(norms, axis=0)
         last = xp.clip(count, 1.0, float(size)) - 1
@@ -389,12 +398,12 @@ class ZScore(Rule):
 
     With $z_t = (\lVert g_t \rVert - \mu) / \sigma$, a norm with $z_t > z$ gets the
     limit $\mu + z^2 \sigma / z_t$; the others pass. $\mu$ and $\sigma^2$ start from the
-    first `warmup` finite norms and then follow the norms that were let through.
+    first `warmup` norms and then follow the norms that were let through.
 
     Args:
         z: How many standard deviations may pass, above 0.
         decay: How much of $\mu$ and $\sigma^2$ is kept at each step, in (0, 1].
-        warmup: How many steps with a finite norm are watched first, at least 1;
+        warmup: How many steps with a finite norm above 0 are watched first, at least 1;
             nothing but `max_limit` clips during them.
         max_limit: A fixed limit on top, above 0. (The paper's code uses 1.0.)
         over: `"all"` or each `"tensor"`.
@@ -438,34 +447,37 @@ class ZScore(Rule):
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""
-        return {name: xp.zeros_like(norm) for name in ("mean", "var", "count")}
+        return {name: xp.zeros_like(norm) for name in ("mean", "std", "count")}
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit, and the statistics with the clipped norm taken in."""
         xp, n = seen.xp, seen.norm
-        mean, var, count = state["mean"], state["var"], state["count"]
-        finite, warming = xp.isfinite(n), count < self.warmup
+        mean, std, count = state["mean"], state["std"], state["count"]
+        known, warming = usable(n, xp), count < self.warmup
 
-        excess = n - mean
-        spread = self.z * xp.sqrt(var)
+        excess, spread = n - mean, self.z * std
         # mean + z² σ / z_t without a division by σ, which is 0 for constant norms.
-        pulled = mean + self.z**2 * var / xp.where(excess > 0, excess, 1.0)
-        limit = xp.where(excess > spread, pulled, mean + spread)
-        # A mean of 0 (a tensor without gradient so far) says nothing about the next.
-        limit = xp.where(warming | (mean == 0), math.inf, limit)
+        share = spread / xp.where(excess > spread, excess, 1.0)
+        limit = mean + xp.where(excess > spread, spread * share, spread)
+        limit = xp.where(warming, math.inf, limit)
 
         taken = xp.where(n > limit, limit, n)
-        share = xp.where(warming, 1 / (count + 1), 1 - self.decay)
-        new_mean = mean + share * (taken - mean)
-        swing = (taken - new_mean) * xp.where(warming, taken - mean, taken - new_mean)
-        new = {
+        new = xp.where(warming, 1 / (count + 1), 1 - self.decay)
+        new_mean = mean + new * (taken - mean)
+        after, before = xp.abs(taken - new_mean), xp.abs(taken - mean)
+        # The sample variance while it is collected, the paper's moving one after that;
+        # kept as its root, since the square of a norm of 1e200 is infinite.
+        deviation = xp.sqrt(after) * xp.sqrt(xp.where(warming, before, after))
+        updated = {
             "mean": new_mean,
-            "var": var + share * (swing - var),
+            "std": xp.hypot(xp.sqrt(1 - new) * std, xp.sqrt(new) * deviation),
             "count": count + 1,
         }
         if self.max_limit is not None:
             limit = xp.clip(limit, None, self.max_limit)
-        return limit, {name: xp.where(finite, new[name], state[name]) for name in state}
+        return limit, {
+            name: xp.where(known, updated[name], state[name]) for name in state
+        }
 
 
 @dataclass(frozen=True)
