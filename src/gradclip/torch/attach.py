@@ -124,7 +124,7 @@ class Attached(Clipper):
             return None
         if isinstance(optimizer, torch.optim.LBFGS):
             # It evaluates many times and moves in between: only a copy can undo that.
-            state = copy.deepcopy(dict(optimizer.state))
+            state = {p: copy.deepcopy(s) for p, s in optimizer.state.items()}
             self._before_closure = [p.detach().clone() for p in self.params], state
         wrapped = self._clipping(closure)
         if len(args) > 1:

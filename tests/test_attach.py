@@ -1,0 +1,418 @@
+"""attach: every stock optimizer, loss scaling, accumulation, closures, and skipping."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+
+import gradclip as gc
+from gradclip.torch import Clipper, attach
+
+# Muon takes matrices only, and SparseAdam sparse gradients: each has a test of its own.
+ELSEWHERE = {"Optimizer", "SparseAdam", "LBFGS", "Muon"}
+STOCK = sorted(
+    name
+    for name, kind in inspect.getmembers(torch.optim, inspect.isclass)
+    if issubclass(kind, torch.optim.Optimizer) and name not in ELSEWHERE
+)
+WITH_MOMENTUM = {
+    "SGD": {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    "RMSprop": {"momentum": 0.9, "weight_decay": 0.1},
+    "Rprop": {},
+}
+FUSED = ["SGD", "Adam", "AdamW", "Adagrad"]
+CASES = [(name, {}) for name in STOCK] + [(name, {"fused": True}) for name in FUSED]
+CASES += [(n, {"foreach": False}) for n in STOCK if n != "Adafactor"]
+each_optimizer = pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+
+
+def network(bias=True):
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(5, 4, bias=bias), torch.nn.Linear(4, 3, bias=bias)
+    return torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
+
+
+def build(name, net, options):
+    kind = getattr(torch.optim, name)
+    extra = WITH_MOMENTUM.get(name, {"weight_decay": 0.1})
+    return kind(net.parameters(), lr=0.05, **extra, **options)
+
+
+def batches(count=10, spike=6):
+    generator = torch.Generator().manual_seed(1)
+    for step in range(count):
+        yield torch.randn(6, 5, generator=generator) * (100 if step == spike else 1)
+
+
+def loss_of(net, x):
+    return net(x).square().mean()
+
+
+def same(a, b, **tolerance):
+    for p, q in zip(a, b, strict=True):
+        if tolerance:
+            torch.testing.assert_close(p, q, **tolerance)
+        else:
+            assert torch.equal(p, q)
+
+
+def snapshot(net, optimizer):
+    return copy.deepcopy([*net.parameters()]), copy.deepcopy(optimizer.state_dict())
+
+
+def assert_unchanged(net, optimizer, before):
+    params, state = before
+    same(net.parameters(), params)
+    now = optimizer.state_dict()["state"]
+    assert now.keys() == state["state"].keys()
+    for key, entries in state["state"].items():
+        assert now[key].keys() == entries.keys()
+        for name, x in entries.items():
+            y = now[key][name]
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
+
+
+@each_optimizer
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+def test_equals_clip_then_step(name, options, limit):
+    nets = network(), network()
+    ours, theirs = (build(name, net, options) for net in nets)
+    attach(ours, gc.Norm(limit))
+    clipper = Clipper(nets[1], gc.Norm(limit))
+    for x in batches():
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            loss_of(net, x).backward()
+            if optimizer is theirs:
+                clipper.clip_()
+            optimizer.step()
+    exact = {} if limit > 1 else {"rtol": 1e-6, "atol": 1e-6}
+    same(nets[0].parameters(), nets[1].parameters(), **exact)
+
+
+@each_optimizer
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("first", [True, False])
+def test_skip_changes_nothing(name, options, bad, first):
+    net = network()
+    optimizer = build(name, net, options)
+    clipper = attach(optimizer, gc.Norm(1.0))
+    for x in [] if first else batches(3):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        optimizer.step()
+    before = snapshot(net, optimizer)
+    loss_of(net, torch.ones(2, 5)).backward()
+    net[0].weight.grad[1, 2] = bad
+    grads = [p.grad.clone() for p in net.parameters()]
+    optimizer.step()
+    assert_unchanged(net, optimizer, before)
+    assert not clipper.info.finite
+    assert clipper.info.skipped == 1
+    for p, g in zip(net.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=0, atol=0, equal_nan=True)
+    optimizer.zero_grad()
+    loss_of(net, torch.ones(2, 5)).backward()
+    optimizer.step()
+    assert clipper.info.finite
+    assert not torch.equal(net[0].weight, before[0][0])
+
+
+def test_muon():
+    nets = network(bias=False), network(bias=False)
+    ours, theirs = (torch.optim.Muon(net.parameters(), lr=0.05) for net in nets)
+    attach(ours, gc.Norm(0.1))
+    clipper = Clipper(nets[1], gc.Norm(0.1))
+    for x in batches():
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            loss_of(net, x).backward()
+            if optimizer is theirs:
+                clipper.clip_()
+            optimizer.step()
+    same(nets[0].parameters(), nets[1].parameters(), rtol=1e-6, atol=1e-6)
+    before = snapshot(nets[0], ours)
+    nets[0][0].weight.grad[0, 0] = math.nan
+    ours.step()
+    assert_unchanged(nets[0], ours, before)
+
+
+def test_sparse_adam():
+    def table():
+        torch.manual_seed(0)
+        return torch.nn.Embedding(10, 4, sparse=True)
+
+    tables = table(), table()
+    ours, theirs = (torch.optim.SparseAdam(t.parameters(), lr=0.1) for t in tables)
+    attached = attach(ours, gc.Norm(0.05))
+    clipper = Clipper(tables[1], gc.Norm(0.05))
+    for _ in range(4):
+        for t, optimizer in zip(tables, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            t(torch.tensor([1, 3, 3, 7])).square().sum().backward()
+            if optimizer is theirs:
+                clipper.clip_()
+            optimizer.step()
+            assert t.weight.grad.is_sparse
+    same(tables[0].parameters(), tables[1].parameters(), rtol=1e-6, atol=1e-6)
+    assert attached.info.clipped
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_clips_after_each_evaluation(search):
+    net = network()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, line_search_fn=search)
+    clipper = attach(optimizer, gc.Norm(0.5))
+    x, norms = next(iter(batches())), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, x)
+        loss.backward()
+        return loss
+
+    wrapped = clipper._clipping(closure)
+
+    def watched():
+        loss = wrapped()
+        norms.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+        )
+        return loss
+
+    first = float(closure().detach())
+    clipper._clipping = lambda closure: watched
+    last = [float(optimizer.step(closure).detach()) for _ in range(5)][-1]
+    assert last < first
+    assert max(norms) <= 0.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bad_call", [1, 3])
+def test_lbfgs_skips_whole_steps(bad_call):
+    net = network()
+    optimizer = torch.optim.LBFGS(
+        net.parameters(), lr=0.1, line_search_fn="strong_wolfe"
+    )
+    clipper = attach(optimizer, gc.Norm(10.0))
+    calls, bad = [0], [False]
+    x = next(iter(batches()))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, x)
+        loss.backward()
+        calls[0] += 1
+        if bad[0] and calls[0] == bad_call:
+            net[0].weight.grad[0, 0] = math.nan
+        return loss
+
+    optimizer.step(closure)
+    before = snapshot(net, optimizer)
+    calls[0], bad[0] = 0, True
+    optimizer.step(closure)
+    assert calls[0] >= bad_call
+    assert_unchanged_lbfgs(net, optimizer, before)
+    assert clipper.info.skipped >= 1
+
+
+def assert_unchanged_lbfgs(net, optimizer, before):
+    params, state = before
+    same(net.parameters(), params)
+    now = optimizer.state_dict()["state"][0]
+    for name, x in state["state"][0].items():
+        y = now[name]
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y)
+        elif isinstance(x, list):
+            assert len(x) == len(y)
+        else:
+            assert x == y, name
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_closures(name, fused, as_keyword):
+    nets = network(), network()
+    ours, theirs = (build(name, net, {"fused": fused}) for net in nets)
+    attach(ours, gc.Norm(0.1))
+    clipper = Clipper(nets[1], gc.Norm(0.1))
+    for x in batches(4):
+
+        def closure(x=x):
+            ours.zero_grad()
+            loss = loss_of(nets[0], x)
+            loss.backward()
+            return loss
+
+        loss = ours.step(closure=closure) if as_keyword else ours.step(closure)
+        theirs.zero_grad()
+        expected = loss_of(nets[1], x)
+        expected.backward()
+        clipper.clip_()
+        theirs.step()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    same(nets[0].parameters(), nets[1].parameters(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("over", ["all", "tensor", "unit"])
+def test_grad_scaler(fused, unscale, over):
+    """Scaled by 2**16 and clipped inside step: the same as without a scaler."""
+    nets = network(), network()
+    ours, theirs = (build("AdamW", net, {"fused": fused}) for net in nets)
+    clipper = attach(ours, gc.Norm(0.1, over=over))
+    attach(theirs, gc.Norm(0.1, over=over))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for step, x in enumerate(batches(8, spike=-1)):
+        before = snapshot(nets[0], ours)
+        ours.zero_grad()
+        scaler.scale(loss_of(nets[0], x)).backward()
+        if step == 3:
+            nets[0][0].weight.grad[0, 0] = math.inf
+        if unscale:
+            scaler.unscale_(ours)
+        scaler.step(ours)
+        scaler.update()
+        assert not hasattr(ours, "grad_scale")
+        if step == 3:
+            assert_unchanged(nets[0], ours, before)
+            continue
+        theirs.zero_grad()
+        loss_of(nets[1], x).backward()
+        theirs.step()
+        assert torch.all(clipper.info.norm < 100)
+    assert scaler.get_scale() == 2.0**15
+    same(nets[0].parameters(), nets[1].parameters(), rtol=1e-6, atol=1e-6)
+
+
+def test_raise_leaves_overflow_to_the_scaler():
+    net = network()
+    optimizer = build("SGD", net, {"fused": True})
+    attach(optimizer, gc.Norm(0.1), on_nonfinite="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(loss_of(net, torch.ones(2, 5))).backward()
+    net[0].weight.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accumulation_clips_the_sum_once(fused):
+    nets = network(), network()
+    ours, theirs = (build("SGD", net, {"fused": fused}) for net in nets)
+    clipper = attach(ours, gc.Norm(0.01))
+    xs = list(batches(4))
+    for x in xs:
+        (loss_of(nets[0], x) / 4).backward()
+    assert clipper.info is None
+    ours.step()
+    (sum(loss_of(nets[1], x) for x in xs) / 4).backward()
+    Clipper(nets[1], gc.Norm(0.01)).clip_()
+    theirs.step()
+    same(nets[0].parameters(), nets[1].parameters(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "rule", [gc.Norm(math.inf), gc.Norm(1e9), gc.ZScore(), gc.Relative(1e9)]
+)
+def test_nothing_clipped_is_the_same_to_the_bit(fused, rule):
+    nets = network(), network()
+    ours, theirs = (build("AdamW", net, {"fused": fused}) for net in nets)
+    attach(ours, rule)
+    for x in batches(spike=-1):
+        losses = []
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            losses.append(loss_of(net, x))
+            losses[-1].backward()
+            optimizer.step()
+        assert torch.equal(*losses)
+    same(nets[0].parameters(), nets[1].parameters())
+
+
+def test_detach():
+    net = network()
+    optimizer = build("SGD", net, {})
+    clipper = attach(optimizer, gc.Norm(1e-6))
+    clipper.detach()
+    loss_of(net, torch.ones(2, 5)).backward()
+    optimizer.step()
+    assert clipper.info is None
+
+
+def test_names_from_the_model_and_from_named_parameters():
+    net = network()
+    loss_of(net, torch.ones(2, 5)).backward()
+    net[2].bias.grad[0] = math.nan
+    for optimizer, model in (
+        (torch.optim.SGD(net.parameters(), lr=0.1), net),
+        (torch.optim.SGD(net.named_parameters(), lr=0.1), None),
+    ):
+        attach(optimizer, gc.Norm(1.0), model=model, on_nonfinite="raise")
+        before = snapshot(net, optimizer)
+        with pytest.raises(gc.NonFiniteError, match=r"2\.bias \(1 of 3 elements\)"):
+            optimizer.step()
+        assert_unchanged(net, optimizer, before)
+
+
+def test_parameters_added_later_are_clipped_too():
+    net, more = network(), torch.nn.Linear(3, 1)
+    optimizer = build("SGD", net, {})
+    clipper = attach(optimizer, gc.ZScore(over="tensor", warmup=2))
+    for x in batches(3):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        optimizer.step()
+    optimizer.add_param_group({"params": more.parameters()})
+    for x in batches(3):
+        optimizer.zero_grad()
+        more(net(x)).sum().backward()
+        optimizer.step()
+    assert clipper.info.norm.shape == (6,)
+    assert clipper.state_dict()["0.count"].tolist() == [6, 6, 6, 6, 3, 3]
+
+
+def test_missing_gradients_teach_nothing():
+    net = network()
+    clipper = Clipper(net, gc.ZScore(over="tensor", warmup=2))
+    for x in batches(3):
+        net.zero_grad()
+        loss_of(net, x).backward()
+        net[0].bias.grad = None
+        info = clipper.clip_()
+        assert info.finite
+    assert clipper.state_dict()["0.count"].tolist() == [3, 0, 3, 3]
+
+
+def test_too_many_skips_in_a_row():
+    net = network()
+    optimizer = build("SGD", net, {})
+    clipper = attach(optimizer, gc.Norm(1.0), max_consecutive_skips=3)
+    loss_of(net, torch.ones(2, 5)).backward()
+    good = net[0].weight.grad[0, 0].clone()
+    for value in (math.nan, math.nan, good, math.nan, math.nan):
+        net[0].weight.grad[0, 0] = value
+        optimizer.step()
+    assert clipper.info.skipped == 4
+    with pytest.raises(gc.NonFiniteError, match="3 steps in a row"):
+        optimizer.step()
+
+
+def test_learning_rate_schedulers_and_isinstance_still_work():
+    net = network()
+    optimizer = build("SGD", net, {})
+    attach(optimizer, gc.Norm(1.0))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for x in batches(3):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        optimizer.step()
+        scheduler.step()
+    assert type(optimizer) is torch.optim.SGD
+    assert scheduler.get_last_lr() == [pytest.approx(0.05 / 8)]
