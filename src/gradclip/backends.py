@@ -269,6 +269,12 @@ class TorchArrays(Backend):
 
         super().__init__(xp, torch.float64)
 
+    def times(self, x: Array, scale: Array) -> Array:
+        """Return one gradient times its scale: in float64, which holds any scale."""
+        exact = self.xp.astype(x, self.xp.result_type(x.dtype, self.wide))
+        eps = float(self.xp.finfo(x.dtype).eps)
+        return self.xp.astype(exact * inward(scale, eps, self.xp), x.dtype)
+
     def known(self, flag: Array) -> bool | None:
         """Return the flag where no other device has to be waited for."""
         return bool(flag) if flag.device.type == "cpu" else None

@@ -160,13 +160,21 @@ class Attached(Clipper):
         finite = verbs.known(info.finite)
         if not self._skipping:
             finite = True
-        elif finite is None and not fused:
+        elif finite is None and not (fused and self._heeds_found_inf):
             # Only the host can stop such an optimizer, so here it has to wait.
             finite = bool(info.finite)
         if finite is False:
             self._keep_gradients()
         elif finite is None or verbs.amplified is not scale:
             self._set_flags(verbs.amplified, found_inf, None if finite else info.finite)
+
+    @property
+    def _heeds_found_inf(self) -> bool:
+        """Whether the fused step leaves everything alone when told to.
+
+        Fused SGD keeps its parameters then, but moves the momentum.
+        """
+        return not isinstance(self.optimizer, torch.optim.SGD)
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`: new parameters get cells of their own."""

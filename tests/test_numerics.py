@@ -1,0 +1,329 @@
+"""Right on every finite input, and harmless on the others: clip, clip_, attach, torch's.
+
+Each case runs through all the ways in, so that none of them has a weakness of its own.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import gradclip as gc
+from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
+
+F32_ULP = 2.0**-23
+
+
+def by_numpy(grads, rule, policy):
+    arrays = [g.numpy() for g in grads]
+    clipped, info = gc.clip(arrays, rule, on_nonfinite=policy)
+    return [torch.as_tensor(x) for x in clipped], float(np.max(info.norm))
+
+
+def by_pure_torch(grads, rule, policy):
+    clipped, info = gc.clip(grads, rule, on_nonfinite=policy)
+    return clipped, float(info.norm.max())
+
+
+def with_gradients(grads):
+    params = [torch.nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    return params
+
+
+def by_clipper(grads, rule, policy):
+    params = with_gradients(grads)
+    info = Clipper(params, rule, on_nonfinite=policy).clip_()
+    return [p.grad for p in params], float(info.norm.max())
+
+
+def by_function(grads, rule, policy):
+    params = with_gradients(grads)
+    norm = clip_grad_norm_(params, rule.limit, rule.p, on_nonfinite=policy)
+    return [p.grad for p in params], float(norm)
+
+
+def by_attach(fused):
+    def through(grads, rule, policy):
+        """Read the clipped gradients off the step that was taken with lr 1."""
+        params = with_gradients(grads)
+        optimizer = torch.optim.SGD(params, lr=1.0, fused=fused)
+        clipper = attach(optimizer, rule, on_nonfinite=policy)
+        optimizer.step()
+        norm = float(clipper.info.norm.max())
+        if fused and grads[0].dtype in (torch.bfloat16, torch.float16):
+            # Fused SGD does not move these on the CPU (pytorch#191763).
+            return [p.grad for p in params], norm
+        return [-p.detach() for p in params], norm
+
+    return through
+
+
+WAYS = {
+    "clip-numpy": by_numpy,
+    "clip-torch": by_pure_torch,
+    "clip_": by_clipper,
+    "clip_grad_norm_": by_function,
+    "attach": by_attach(False),
+    "attach-fused": by_attach(True),
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def true_norm(grads, p=2.0):
+    """The norm in float64, without a square that could overflow."""
+    flat = torch.cat([g.detach().abs().double().flatten() for g in grads])
+    largest = flat.max()
+    if largest == 0:
+        return 0.0
+    return float(torch.linalg.vector_norm(flat / largest, p) * largest)
+
+
+def lower_bound(dtype):
+    return {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-6)
+
+
+FINITE = {
+    "huge": ([torch.full((1,), 1e20)] * 100, 1.0, 1e21),
+    "tiny": ([torch.tensor([3e-30, 4e-30])], 1e-31, 5e-30),
+    "huge-float64": (
+        [torch.full((10,), 2e200, dtype=torch.float64)],
+        1.0,
+        2e200 * 10**0.5,
+    ),
+    "tiny-float64": ([torch.full((4,), 1e-200, dtype=torch.float64)], 1e-201, 2e-200),
+    "float16": ([torch.tensor([6e4, 6e4]).half()], 1.0, 59_999.9 * 2**0.5),
+    "small-norm": ([torch.tensor([3e-7, 4e-7])], 1e-7, 5e-7),
+    "scalar": ([torch.tensor(3.0)], 1.0, 3.0),
+    "largest": ([torch.tensor([3e38, 0.0])], 1e-5, 3e38),
+    "subnormal": ([torch.tensor([1e-42, 0.0])], 1e-43, 1e-42),
+}
+
+
+@every_way
+@pytest.mark.parametrize("case", FINITE)
+def test_finite_gradients_give_the_right_norm(way, case):
+    grads, limit, expected = FINITE[case]
+    clipped, norm = WAYS[way](grads, gc.Norm(limit), "skip")
+    assert norm == pytest.approx(true_norm(grads), rel=F32_ULP, abs=1e-45)
+    assert norm == pytest.approx(expected, rel=1e-3)
+    if case == "subnormal":
+        # Half of the smallest float32 number is what its rounding may add.
+        assert true_norm(clipped) == pytest.approx(limit, abs=1e-45)
+        return
+    after, dtype = true_norm(clipped), grads[0].dtype
+    # A fused step computes in float32, also for the product with the learning rate.
+    slack = F32_ULP if way.startswith("attach") else 0.0
+    assert limit * (1 - lower_bound(dtype)) <= after <= limit * (1 + slack)
+    for c, g in zip(clipped, grads, strict=True):
+        ratio = c.double()[g != 0] / g.double()[g != 0]
+        torch.testing.assert_close(
+            ratio,
+            ratio[:1].expand_as(ratio) if ratio.dim() else ratio,
+            rtol=1e-3,
+            atol=0,
+        )
+
+
+HALF_AND_WAY = [
+    (dtype, way)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for way in WAYS
+    if not (way == "clip-numpy" and dtype == torch.bfloat16)  # NumPy has no bfloat16
+]
+
+
+@pytest.mark.parametrize(("dtype", "way"), HALF_AND_WAY, ids=str)
+@pytest.mark.parametrize("size", [10, 1000, 100_000])
+def test_half_precision_bounds(way, dtype, size):
+    torch.manual_seed(size)
+    grads = [torch.randn(size).to(dtype), torch.randn(7, 3).to(dtype)]
+    clipped, norm = WAYS[way](grads, gc.Norm(1.0), "skip")
+    assert norm == pytest.approx(true_norm(grads), rel=F32_ULP)
+    slack = F32_ULP if way.startswith("attach") else 0.0
+    after = true_norm(clipped)
+    assert 1 - lower_bound(dtype) <= after <= 1 + slack
+
+
+@pytest.mark.parametrize("values", ["normal", "uniform", "constant"])
+@pytest.mark.parametrize("layout", ["flat", "matrix", "transposed", "sliced", "many"])
+def test_large_tensors_within_one_ulp(values, layout):
+    torch.manual_seed(0)
+    count = 4_000_000
+    make = {"normal": torch.randn, "uniform": torch.rand}.get(values)
+    x = make(count) if make else torch.full((count,), 1 / 3)
+    grads = {
+        "flat": [x],
+        "matrix": [x.view(2000, 2000)],
+        "transposed": [x.view(1000, 4000).t()],
+        "sliced": [x.view(2000, 2000)[:, ::3]],
+        "many": list(x.view(1000, 4000).unbind()),
+    }[layout]
+    exact = true_norm(grads)
+    params = [torch.nn.Parameter(torch.empty(g.shape)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone(memory_format=torch.preserve_format)
+    for over in ("all", "tensor"):
+        norm = Clipper(params, gc.Norm(1e9, over=over)).clip_().norm
+        got = float(torch.linalg.vector_norm(norm))
+        assert got == pytest.approx(exact, rel=F32_ULP / 2), over
+    arrays, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9))
+    assert float(info.norm) == pytest.approx(exact, rel=1e-12)
+
+
+@every_way
+def test_at_the_limit_nothing_changes(way):
+    grads = [torch.tensor([3.0, 4.0])]
+    clipped, _ = WAYS[way](grads, gc.Norm(5.0), "skip")
+    assert torch.equal(clipped[0], grads[0])
+
+
+BAD = [torch.tensor([1.0, math.nan, 2.0]), torch.tensor([math.inf, 3.0]), torch.ones(2)]
+
+
+@every_way
+def test_ignore_leaves_the_gradients(way):
+    clipped, norm = WAYS[way](BAD[2:] + BAD[:2], gc.Norm(1.0), "ignore")
+    assert not math.isfinite(norm)
+    for c, g in zip(clipped, BAD[2:] + BAD[:2], strict=True):
+        torch.testing.assert_close(c, g, rtol=0, atol=0, equal_nan=True)
+
+
+@every_way
+def test_zero_clears_the_bad_elements_and_clips_the_rest(way):
+    clipped, norm = WAYS[way](BAD, gc.Norm(1.0), "zero")
+    assert norm == pytest.approx(4.0)
+    expected = [[0.25, 0, 0.5], [0, 0.75], [0.25, 0.25]]
+    for c, want in zip(clipped, expected, strict=True):
+        torch.testing.assert_close(c, torch.tensor(want), rtol=1e-5, atol=0)
+
+
+@every_way
+def test_raise_names_the_gradients_and_changes_nothing(way):
+    grads = [g.clone() for g in BAD]
+    with pytest.raises(
+        gc.NonFiniteError, match=r"\[0\] \(1 of 3 elements\).*\[1\] \(1 of 2"
+    ):
+        WAYS[way](grads, gc.Norm(1.0), "raise")
+    for c, g in zip(grads, BAD, strict=True):
+        torch.testing.assert_close(c, g, rtol=0, atol=0, equal_nan=True)
+
+
+@every_way
+def test_skip(way):
+    clipped, norm = WAYS[way](BAD, gc.Norm(1.0), "skip")
+    assert not math.isfinite(norm)
+    assert all(c is None or not c.any() for c in clipped)
+
+
+@every_way
+@pytest.mark.parametrize("policy", ["skip", "zero", "ignore"])
+def test_an_infinite_limit_only_records(way, policy):
+    grads = [torch.tensor([1.0, math.inf]), torch.tensor([2.0])]
+    clipped, norm = WAYS[way](grads, gc.Norm(math.inf), policy)
+    assert norm == math.inf
+    for c, g in zip(clipped, grads, strict=True):
+        assert torch.equal(c, g)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_sparse_gradients_stay_sparse():
+    def grads():
+        indices = torch.tensor([[1, 3, 1]])
+        values = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        p = torch.nn.Parameter(torch.zeros(5, 2))
+        p.grad = torch.sparse_coo_tensor(indices, values, (5, 2))
+        return p
+
+    p = grads()
+    assert float(clip_grad_norm_([p], 1.0)) == 5.0
+    assert p.grad.is_sparse
+    dense = p.grad.to_dense()
+    torch.testing.assert_close(dense[1], torch.tensor([0.6, 0.0]))
+    torch.testing.assert_close(dense[3], torch.tensor([0.0, 0.8]))
+    p = grads()
+    p.grad = torch.sparse_coo_tensor(
+        [[1, 1]], torch.tensor([[3.0, 0], [-2.0, 0]]), (5, 2)
+    )
+    clip_grad_value_([p], 1.5)
+    torch.testing.assert_close(p.grad.to_dense()[1], torch.tensor([1.0, 0.0]))
+    p = grads()
+    info = Clipper([p], gc.Relative(0.5, eps=2.0)).clip_()
+    assert info.norm.tolist() == [3.0, 4.0]
+    torch.testing.assert_close(p.grad.to_dense()[3], torch.tensor([0.0, 1.0]))
+
+
+def test_complex_gradients_by_modulus():
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    p.grad = torch.tensor([3 + 4j, 0.1j])
+    clip_grad_value_([p], 1.0)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6 + 0.8j, 0.1j]))
+    p.grad = torch.tensor([3 + 4j, 12j])
+    assert float(clip_grad_norm_([p], 1.3)) == 13.0
+    torch.testing.assert_close(p.grad, torch.tensor([0.3 + 0.4j, 1.2j]))
+    clipped, _ = gc.clip(np.array([3 + 4j, 0.1j]), gc.Value(1.0))
+    np.testing.assert_allclose(clipped, [0.6 + 0.8j, 0.1j], rtol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, math.inf])
+@pytest.mark.parametrize("over", ["all", "tensor", "unit", "element"])
+def test_odd_shapes(p, over):
+    grads = [
+        torch.tensor(2.0),
+        torch.empty(0),
+        torch.empty(0, 3),
+        torch.empty(3, 0),
+        torch.tensor(3.0).expand(2, 2),
+        torch.ones(1, 1, 1),
+        torch.ones(2, 3, dtype=torch.float64),
+        torch.ones(2, dtype=torch.bfloat16),
+    ]
+    params = [torch.nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for g in grads]
+    for q, g in zip(params, grads, strict=True):
+        q.grad = g
+    info = Clipper(params, gc.Norm(0.5, over=over, p=p)).clip_()
+    assert info.finite
+    for q, g in zip(params, grads, strict=True):
+        assert q.grad.shape == g.shape
+        assert q.grad.dtype == g.dtype
+    if over == "all":
+        after = [q.grad for q in params if q.grad.numel()]
+        assert true_norm(after, p) == pytest.approx(0.5, rel=1e-2)
+    arrays = [g.float().numpy() for g in grads]
+    clipped, _ = gc.clip(arrays, gc.Norm(0.5, over=over, p=p))
+    for a, b in zip(clipped, arrays, strict=True):
+        assert a.shape == b.shape
+
+
+def test_gradients_of_a_graph_can_be_clipped():
+    p = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
+    p.grad = torch.autograd.grad(p.pow(3).sum(), p, create_graph=True)[0]
+    assert p.grad.requires_grad
+    clip_grad_norm_([p], 1.0)
+    assert float(p.grad.detach().norm()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused", "clip_grad_norm_"])
+def test_limits_may_be_tensors_and_schedules(way):
+    grads = [torch.tensor([3.0, 4.0])]
+    clipped, _ = WAYS[way](grads, gc.Norm(torch.tensor(0.5)), "skip")
+    assert true_norm(clipped) == pytest.approx(0.5)
+    clipped, _ = WAYS[way](grads, gc.Norm(lambda step: 0.25 * (step + 1)), "skip")
+    assert true_norm(clipped) == pytest.approx(0.25)
+
+
+def test_a_schedule_follows_the_steps():
+    clipper = gc.Clipper(gc.Value(lambda step: 1.0 / (1 + step)))
+    limits = [float(clipper.clip(np.ones(2) * 9)[1].limit) for _ in range(3)]
+    assert limits == [1.0, 0.5, 1 / 3]
+
+
+def test_moving_and_half_precision_limits_round_down():
+    limit = 1.001
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        p.grad = torch.tensor([-9.0, 0.5, 9.0], dtype=dtype)
+        clip_grad_value_([p], limit)
+        assert float(p.grad.abs().max()) <= limit
