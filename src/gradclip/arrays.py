@@ -10,7 +10,7 @@ import numpy as np
 
 from gradclip.backends import Backend, find_backend
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, only_records, run
+from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Array, Rule, stages
 
 Grads = TypeVar("Grads")
@@ -124,9 +124,9 @@ class Clipper:
             NonFiniteError: By policy, or after too many skipped steps in a row.
         """
         clipped, info = _clip(grads, self._memory, params, self.on_nonfinite, out)
-        skipping = self.on_nonfinite == "skip" and not only_records(self.rule)
-        missed = int(skipping and not bool(info.finite))
-        self._memory.count(missed, self.max_consecutive_skips)
+        missed = int(not bool(info.kept))
+        self._memory.count(missed)
+        self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
         self.info = info._replace(skipped=self._memory.skipped)
         return clipped, self.info
 

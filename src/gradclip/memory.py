@@ -17,24 +17,21 @@ COUNTERS = ("step", "skipped", "in_a_row")
 class Memory:
     """The state of each stage of a rule, and the counts of steps."""
 
-    def __init__(self, rule: Rule) -> None:
-        """Start with nothing seen; a state of None is made from the first norms."""
+    def __init__(self, rule: Rule, zero: Any = 0) -> None:
+        """Start with nothing seen; a state of None is made from the first norms.
+
+        `zero` is where the counts start: an integer, or an array of one.
+        """
         self.rule = rule
         self.states: Sequence[State | None] = [None] * len(stages(rule))
-        self.step = 0
-        self.skipped: Any = 0
-        self.in_a_row: Any = 0
+        # Three arrays, not one under three names: compiled code minds the difference.
+        self.step, self.skipped, self.in_a_row = zero + 0, zero + 0, zero + 0
 
-    def count(self, missed: Any, most: int) -> None:
-        """Count one step, skipped or not; refuse to skip for ever.
-
-        `missed` is 0 or 1, and may be an array that the host has not seen.
-        """
-        self.step += 1
+    def count(self, missed: Any) -> None:
+        """Count one step; `missed` is 1 where it was skipped, else 0."""
+        self.step = self.step + 1
         self.skipped = self.skipped + missed
         self.in_a_row = (self.in_a_row + 1) * missed
-        if isinstance(self.in_a_row, int):
-            self.check(self.in_a_row, most)
 
     def check(self, in_a_row: int, most: int) -> None:
         """Raise after too many skipped steps in a row."""
@@ -73,7 +70,10 @@ class Memory:
             )
         states = [self._stage(i, saved, restore) for i in range(len(self.states))]
         self.states = states
-        self.step, self.skipped, self.in_a_row = (int(saved[name]) for name in COUNTERS)
+        for name in COUNTERS:
+            # Added to what is there, the count stays an array where it was one.
+            now = getattr(self, name)
+            setattr(self, name, now * 0 + int(saved[name]))
 
     def _stage(
         self, i: int, saved: Mapping[str, Array], restore: Callable[[Array], Array]

@@ -157,16 +157,16 @@ class Attached(Clipper):
         fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
         verbs = self._verbs(found, scale, fused)
         info = self._run(found, verbs, policy)
-        finite = verbs.known(info.finite)
+        kept = verbs.known(info.kept)
         if not self._skipping:
-            finite = True
-        elif finite is None and not (fused and self._heeds_found_inf):
+            kept = True
+        elif kept is None and not (fused and self._heeds_found_inf):
             # Only the host can stop such an optimizer, so here it has to wait.
-            finite = bool(info.finite)
-        if finite is False:
+            kept = bool(info.kept)
+        if kept is False:
             self._keep_gradients()
-        elif finite is None or verbs.amplified is not scale:
-            self._set_flags(verbs.amplified, found_inf, None if finite else info.finite)
+        elif kept is None or verbs.amplified is not scale:
+            self._set_flags(verbs.amplified, found_inf, None if kept else info.kept)
 
     @property
     def _heeds_found_inf(self) -> bool:
@@ -201,12 +201,12 @@ class Attached(Clipper):
             p.grad = None
 
     def _set_flags(
-        self, amplified: Tensor | None, found_inf: Tensor | None, finite: Tensor | None
+        self, amplified: Tensor | None, found_inf: Tensor | None, kept: Tensor | None
     ) -> None:
         """Have the fused step divide by the amplification, or do nothing."""
         device = self.params[0].device
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        bad = zero if finite is None else (~finite).float()
+        bad = zero if kept is None else (~kept).float()
         self._flags = {flag: getattr(self.optimizer, flag, _NOTHING) for flag in _FLAGS}
         scale = one if amplified is None else amplified.float()
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradclip.arrays import check_rule
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, only_records, run
+from gradclip.pipeline import Info, Policy, check_policy, may_drop, run
 from gradclip.rules import Rule, stages
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.verbs import InPlace
@@ -61,8 +61,14 @@ class Clipper:
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        self._memory = Memory(rule)
+        device = self.params[0].device
+        # Counts are arrays as well: a compiled step would be compiled again for numbers.
+        self._memory = Memory(rule, torch.zeros((), dtype=torch.int64, device=device))
         self._make_room()
+        # Copied without waiting, and so read a few steps late on an accelerator.
+        self._in_a_row = torch.zeros(
+            (), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
 
     @torch.no_grad()
     def clip_(self) -> Info:
@@ -78,7 +84,7 @@ class Clipper:
         found = self._collect()
         info = self._run(found, self._verbs(found), self.on_nonfinite)
         if self._skipping:
-            drop(self.params, info.finite)
+            drop(self.params, info.kept)
         return info
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -148,13 +154,14 @@ class Clipper:
             name_of=lambda i: self.names[found.present[i]],
             absent=verbs.absent,
         )
-        finite = verbs.known(info.finite) if self._skipping else True
-        missed = (~info.finite).int() if finite is None else int(not finite)
-        memory.count(missed, self.max_consecutive_skips)
+        memory.count((~info.kept).to(torch.int64) if self._skipping else 0)
+        if not torch.compiler.is_compiling():
+            self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
+            memory.check(int(self._in_a_row), self.max_consecutive_skips)
         self.info = info._replace(skipped=memory.skipped)
         return self.info
 
     @property
     def _skipping(self) -> bool:
-        """Whether a step that is not finite is to be skipped."""
-        return self.on_nonfinite == "skip" and not only_records(self.rule)
+        """Whether a step may have to be dropped."""
+        return may_drop(self.rule, self.on_nonfinite)

@@ -204,7 +204,7 @@ def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
         name_of=lambda i: named[found.present[i]][0],
     )
     if policy == "skip" and not only_records(rule):
-        drop(params, info.finite)
+        drop(params, info.kept)
     return info.norm.to(_report_type(found.leaves))
 
 

@@ -1,0 +1,106 @@
+"""Kill and resume at any step equals the uninterrupted run, in every format."""
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+
+import gradclip as gc
+from gradclip.torch import attach
+from table import ROWS, STATEFUL
+
+
+def run(net, optimizer, clipper, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 5, generator=generator) * (40 if step % 7 == 5 else 1)
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        if step == 11:
+            net.weight.grad[0, 0] = float("nan")
+        optimizer.step()
+
+
+def fresh(name):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    return net, optimizer, attach(optimizer, ROWS[name].make())
+
+
+def by_torch_save(state, blank, folder):
+    torch.save(state, folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def by_safetensors(state, blank, folder):
+    safetensors.torch.save_file(state, folder / "state.safetensors")
+    return safetensors.torch.load_file(folder / "state.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def by_distributed_checkpoint(state, blank, folder):
+    dcp.save({"clipper": state}, checkpoint_id=folder / "dcp", no_dist=True)
+    dcp.load({"clipper": blank}, checkpoint_id=folder / "dcp", no_dist=True)
+    return blank
+
+
+FORMATS = [by_torch_save, by_safetensors, by_distributed_checkpoint]
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "norm"])
+@pytest.mark.parametrize("through", FORMATS)
+@pytest.mark.parametrize("cut", [0, 1, 12, 25])
+@pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_resume(name, through, cut, tmp_path):
+    net, optimizer, clipper = fresh(name)
+    run(net, optimizer, clipper, range(30))
+    expected = [*net.parameters()], clipper.state_dict()
+
+    net, optimizer, clipper = fresh(name)
+    run(net, optimizer, clipper, range(cut))
+    saved = net.state_dict(), optimizer.state_dict(), clipper.state_dict()
+    net, optimizer, clipper = fresh(name)
+    net.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    clipper.load_state_dict(through(saved[2], clipper.state_dict(), tmp_path))
+    run(net, optimizer, clipper, range(cut, 30))
+
+    for p, q in zip(expected[0], net.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for key, value in expected[1].items():
+        assert torch.equal(value, clipper.state_dict()[key]), key
+
+
+def test_a_clipper_is_stateful_for_distributed_checkpoints(tmp_path):
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    _, _, clipper = fresh("zscore")
+    assert isinstance(clipper, Stateful)
+
+
+def test_a_saved_state_does_not_follow_the_run():
+    net, optimizer, clipper = fresh("zscore")
+    run(net, optimizer, clipper, range(3))
+    saved = clipper.state_dict()
+    copies = {key: value.clone() for key, value in saved.items()}
+    run(net, optimizer, clipper, range(3, 10))
+    for key, value in copies.items():
+        assert torch.equal(saved[key], value)
+    assert not torch.equal(clipper.state_dict()["0.mean"], saved["0.mean"])
+
+
+def test_a_refused_state_changes_nothing():
+    net, optimizer, clipper = fresh("zscore")
+    run(net, optimizer, clipper, range(3))
+    before = clipper.state_dict()
+    wrong = dict(before)
+    other = attach(optimizer, gc.ZScore(over="tensor"))
+    with pytest.raises(ValueError, match="belongs to"):
+        clipper.load_state_dict(other.state_dict())
+    del wrong["0.count"]
+    with pytest.raises(ValueError, match="nothing for 'count'"):
+        clipper.load_state_dict(wrong)
+    for key, value in before.items():
+        assert torch.equal(clipper.state_dict()[key], value)

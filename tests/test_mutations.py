@@ -1,0 +1,124 @@
+"""Break one verb or one line of the pipeline, and a law must fail: the tests can see.
+
+Each mutation runs in a process of its own, so that nothing of it stays behind.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NUMPY = "test_twins.py::test_numpy_equals_twin"
+TORCH = "test_twins.py::test_torch_equals_twin"
+ATTACH, LAWS = "test_attach.py", "test_laws.py"
+MUTATIONS = {
+    "the formula": (
+        NUMPY + "[norm]",
+        "pipeline.clip_scale = lambda norm, limit, xp, stretches=False: "
+        "xp.where(norm > limit, limit / norm * 1.01, 1.0)",
+    ),
+    "NumPy.norm": (
+        NUMPY + "[norm]",
+        "backends.NumPy.norm = lambda self, x, p: np.sqrt(np.sum(np.abs(x)))",
+    ),
+    "NumPy.times": (
+        NUMPY + "[norm]",
+        "backends.NumPy.times = lambda self, x, scale: x",
+    ),
+    "NumPy.clamped": (
+        NUMPY + "[value]",
+        "backends.NumPy.clamped = lambda self, x, limit: x",
+    ),
+    "Backend.unit_norms": (
+        NUMPY + "[norm-unit]",
+        "backends.Backend.unit_norms = lambda self, x, p: "
+        "self.row_norms(self.xp.reshape(x, (1, -1)), p).repeat(self.units(x))",
+    ),
+    "Backend.spread": (
+        NUMPY + "[norm-tensor]",
+        "spread = backends.Backend.spread; backends.Backend.spread = "
+        "lambda self, s, leaves, over: spread(self, s, leaves, over)[::-1]",
+    ),
+    "Backend.each": (NUMPY + "[sign]", "backends.Backend.each = lambda self, x, s: x"),
+    "Backend.discard": (
+        NUMPY + "[norm]",
+        "backends.Backend.discard = lambda self, leaves, finite: leaves",
+    ),
+    "TorchArrays.times": (
+        LAWS + "::test_backends_agree",
+        "backends.TorchArrays.times = lambda self, x, scale: x",
+    ),
+    "total_norm": (
+        TORCH,
+        "norms.total_norm = lambda tensors, p: norms.tensor_norms(tensors, p).max()",
+    ),
+    "tensor_norms": (
+        TORCH,
+        "norms.tensor_norms = lambda tensors, p: torch.ones(len(tensors)).double()",
+    ),
+    "unit_norms": (
+        TORCH,
+        "norms._unit_norms = lambda t, p: norms.exact_norm(t, p)"
+        ".repeat(len(norms.as_units(t)))",
+    ),
+    "InPlace.multiply": (
+        TORCH,
+        "verbs.InPlace.multiply = lambda self, leaves, scale, over: leaves",
+    ),
+    "InPlace.clamp": (
+        TORCH,
+        "verbs.InPlace.clamp = lambda self, leaves, limit: leaves",
+    ),
+    "InPlace.each": (TORCH, "verbs.InPlace.each = lambda self, leaves, scale: leaves"),
+    "ZScore": (
+        NUMPY + "[zscore]",
+        "rules.ZScore.update = lambda self, seen, state: (seen.norm * 0 + 1.0, state)",
+    ),
+    "Percentile": (
+        NUMPY + "[percentile]",
+        "rules.Percentile.update = lambda self, seen, state: "
+        "(seen.norm * 0 + 1.0, state)",
+    ),
+    "skipping": (
+        ATTACH + "::test_skip_changes_nothing",
+        "attach.Attached._keep_gradients = lambda self: None",
+    ),
+    "the fused route": (
+        ATTACH + "::test_equals_clip_then_step",
+        "attach.Attached._set_flags = lambda self, *args: None",
+    ),
+    "the loss scale": (
+        ATTACH + "::test_grad_scaler",
+        "measure = verbs.InPlace.measure; verbs.InPlace.measure = verbs.InPlace.weigh",
+    ),
+}
+PROGRAM = """
+import sys
+import numpy as np, pytest, torch
+import gradclip.torch.attach
+from gradclip import backends, pipeline, rules
+from gradclip.torch import norms, verbs
+attach = sys.modules["gradclip.torch.attach"]
+{mutation}
+sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", {tests!r}]))
+"""
+
+
+def outcome(tests, mutation):
+    where = str(Path(__file__).parent / tests)
+    program = PROGRAM.format(mutation=mutation, tests=where)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_verb_fails_a_law(name):
+    result = outcome(*MUTATIONS[name])
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-2000:]
+
+
+def test_without_a_mutation_the_same_tests_pass():
+    result = outcome(NUMPY + "[norm]", "pass")
+    assert result.returncode == pytest.ExitCode.OK, result.stdout[-2000:]
