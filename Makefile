@@ -23,7 +23,7 @@ bench: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]" --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,jax]" --group dev
 	touch $@
 
 clean:

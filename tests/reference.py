@@ -5,6 +5,7 @@ where the method asks for them) and returns the clipped ones. NaN and infinity f
 the default policy: the step is skipped, and what was not finite is not remembered.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -24,8 +25,14 @@ def norm(x, p=2.0):
     return largest * math.fsum((moduli / largest) ** p) ** (1 / p)
 
 
-def cells(grads, over):
+def cells(grads, over, axis=0):
     """Split gradients into the arrays that share a norm, and say how to join them."""
+    if over == "unit" and axis != 0:
+        turned = [np.moveaxis(g, axis, 0) if g.ndim > 1 else g for g in grads]
+        parts, join = cells(turned, over)
+        return parts, lambda done: [
+            np.moveaxis(g, 0, axis) if g.ndim > 1 else g for g in join(done)
+        ]
     if over == "all":
         return [list(grads)], lambda parts: parts[0]
     if over == "tensor":
@@ -52,11 +59,11 @@ def rescale(part, limit, p=2.0):
 
 
 class Norm:
-    def __init__(self, limit, over="all", p=2.0):
-        self.limit, self.over, self.p = limit, over, p
+    def __init__(self, limit, over="all", p=2.0, axis=0):
+        self.limit, self.over, self.p, self.axis = limit, over, p, axis
 
     def step(self, grads, params=None):
-        parts, join = cells(grads, self.over)
+        parts, join = cells(grads, self.over, self.axis)
         return join([rescale(part, self.limit, self.p) for part in parts])
 
 
@@ -87,12 +94,12 @@ class Normalize:
 
 
 class Relative:
-    def __init__(self, ratio=0.01, over="unit", eps=1e-3):
-        self.ratio, self.over, self.eps = ratio, over, eps
+    def __init__(self, ratio=0.01, over="unit", eps=1e-3, axis=0):
+        self.ratio, self.over, self.eps, self.axis = ratio, over, eps, axis
 
     def step(self, grads, params):
-        parts, join = cells(grads, self.over)
-        weights, _ = cells(params, self.over)
+        parts, join = cells(grads, self.over, self.axis)
+        weights, _ = cells(params, self.over, self.axis)
         return join(
             [
                 rescale(part, self.ratio * max(norm(weight), self.eps))
@@ -135,10 +142,18 @@ class Percentile(Remembering):
 
 
 class ZScore(Remembering):
-    def __init__(self, z=2.5, decay=0.97, warmup=25, max_limit=None, over="all"):
+    def __init__(
+        self,
+        z=2.5,
+        decay=0.97,
+        warmup=25,
+        max_limit=None,
+        over="all",
+        mode="adaptive",
+    ):
         super().__init__()
         self.z, self.decay, self.warmup = z, decay, warmup
-        self.max_limit, self.over = max_limit, over
+        self.max_limit, self.over, self.mode = max_limit, over, mode
 
     def limit(self, n, memory):
         first = memory.setdefault("first", [])
@@ -150,8 +165,10 @@ class ZScore(Remembering):
         mean, std = memory["mean"], math.sqrt(memory["var"])
         z = (n - mean) / std if std > 0 else math.inf * (n > mean)
         limit = mean + self.z * std
-        if z > self.z:
+        if z > self.z and self.mode == "adaptive":
             limit = mean + self.z**2 * std / z
+        if z > self.z and self.mode == "mean":
+            limit = mean
         taken = min(n, limit)
         memory["mean"] = self.decay * mean + (1 - self.decay) * taken
         memory["var"] = (
@@ -160,11 +177,110 @@ class ZScore(Remembering):
         return min(limit, most)
 
 
+class EMA(Remembering):
+    def __init__(
+        self, ratio=1.05, decay=0.98, warmup=100, over="tensor", warmup_limit=None
+    ):
+        super().__init__()
+        self.ratio, self.decay, self.warmup = ratio, decay, warmup
+        self.over, self.warmup_limit = over, warmup_limit
+
+    def step(self, grads, params=None):
+        norms = [norm(part) for part in cells(grads, self.over)[0]]
+        total = norm([np.array([n for n in norms if math.isfinite(n)])])
+        most = math.inf if self.warmup_limit is None else self.warmup_limit
+        self.factor = min(1.0, most / total) if total > 0 else 1.0
+        return super().step(grads)
+
+    def limit(self, n, memory):
+        count = memory.get("count", 0)
+        memory["count"] = count + 1
+        if count < self.warmup:
+            limit = n * self.factor
+            memory["gamma"] = min(memory.get("gamma", math.inf), limit)
+            return limit
+        limit = self.ratio * memory["gamma"]
+        memory["gamma"] *= self.decay
+        memory["gamma"] += (1 - self.decay) * min(n, limit)
+        return limit
+
+
+class Deviation(Remembering):
+    def __init__(self, z=6.0, window=128, warmup=64, over="all"):
+        super().__init__()
+        self.z, self.window, self.warmup, self.over = z, window, warmup, over
+
+    def limit(self, n, memory):
+        past = memory.setdefault("norms", [])
+        limit = math.inf
+        if len(past) >= self.warmup:
+            limit = float(np.mean(past) + self.z * np.std(past, ddof=1))
+        past.append(min(n, limit))
+        del past[: -self.window]
+        return limit
+
+
+class Smooth:
+    def __init__(self, limit, over="all", curve="ratio"):
+        self.limit, self.over, self.curve = limit, over, curve
+
+    def step(self, grads, params=None):
+        parts, join = cells(grads, self.over)
+        return join([self._one(part) for part in parts])
+
+    def _one(self, part):
+        n, c = norm(part), self.limit
+        if n == 0:
+            return part
+        if self.curve == "tanh":
+            return [g * math.tanh(n / c) * c / n for g in part]
+        return [g * c / (c + n) for g in part]
+
+
+class Skip:
+    def __init__(self, rule):
+        self.rule = rule
+
+    def step(self, grads, params=None):
+        before = copy.deepcopy(self.rule)
+        clipped = self.rule.step(grads, params)
+        finite = [np.isfinite(g) for g in grads]
+        moved = [
+            np.any((a != b) & ok)
+            for a, b, ok in zip(clipped, grads, finite, strict=True)
+        ]
+        if not any(moved):
+            return grads
+        self.rule = before
+        return [np.zeros_like(g) for g in grads]
+
+
+class ByName:
+    """Groups of tensors by their place: `groups` are lists of places with a rule."""
+
+    def __init__(self, *groups):
+        self.groups = groups
+
+    def step(self, grads, params=None):
+        if not all(np.all(np.isfinite(g)) for g in grads):
+            return grads
+        clipped = list(grads)
+        for places, rule in self.groups:
+            some = None if params is None else [params[i] for i in places]
+            done = rule.step([grads[i] for i in places], some)
+            for i, g in zip(places, done, strict=True):
+                clipped[i] = g
+        return clipped
+
+
 class Chain:
     def __init__(self, *rules):
         self.rules = rules
 
     def step(self, grads, params=None):
+        before = copy.deepcopy(self.rules)
         for rule in self.rules:
             grads = rule.step(grads, params)
+            if isinstance(rule, Skip) and not any(np.any(g) for g in grads):
+                self.rules = before
         return grads

@@ -15,6 +15,10 @@ class Row:
     """Whether the norm afterwards is at most the limit, cell by cell."""
     keeps_direction: bool = True
     """Whether a cell is only rescaled."""
+    projects: bool = True
+    """Whether clipping twice is clipping once."""
+    drops: bool = False
+    """Whether a whole step may be dropped."""
     scales: object = None
     """The rule for gradients that are c times as large, if limits have that unit."""
 
@@ -43,11 +47,13 @@ ROWS = {
         "Value", 0.5, keeps_direction=False, scales=lambda c: gc.Value(c / 2)
     ),
     "normalize": _row("Normalize", 2.0, scales=lambda c: gc.Normalize(2 * c)),
-    "normalize-eps": _row("Normalize", 2.0, rule={"eps": 0.1}),
+    "normalize-eps": _row("Normalize", 2.0, rule={"eps": 0.1}, projects=False),
     "normalize-tensor": _row("Normalize", 0.5, rule=over("tensor")),
     "normalize-unit": _row("Normalize", 0.5, rule=over("unit")),
     "sign": _row("Normalize", 1.0, rule=over("element"), keeps_direction=False),
     "agc": _row("Relative", 0.1),
+    "agc-last-axis": _row("Relative", 0.1, rule={"axis": -1}),
+    "norm-unit-last-axis": _row("Norm", 0.5, rule=over("unit", axis=-1)),
     "agc-tensor": _row("Relative", 0.1, rule=over("tensor")),
     "percentile": _row("Percentile", 30.0, scales=lambda c: gc.Percentile(30.0)),
     "percentile-window": _row("Percentile", 50.0, rule={"window": 7}),
@@ -59,7 +65,53 @@ ROWS = {
     "zscore-default": _row("ZScore"),
     "zscore-max": _row("ZScore", 2.0, rule={"warmup": 3, "max_limit": 1.0}),
     "zscore-tensor": _row("ZScore", 2.0, rule=over("tensor", warmup=4, decay=0.9)),
+    "zscore-mean": _row("ZScore", 2.0, rule={"warmup": 4, "mode": "mean"}),
+    "zscore-threshold": _row("ZScore", 2.0, rule={"warmup": 4, "mode": "threshold"}),
+    "ema-tensor": _row(
+        "EMA", rule={"warmup": 5}, scales=lambda c: gc.EMA(1.05, warmup=5)
+    ),
+    "ema-limited-tensor": _row(
+        "EMA", 1.2, rule={"warmup": 8, "decay": 0.9, "warmup_limit": 1.0}
+    ),
+    "ema": _row("EMA", 1.5, rule=over("all", warmup=3)),
+    "deviation": _row(
+        "Deviation",
+        1.5,
+        rule={"window": 20, "warmup": 4},
+        scales=lambda c: gc.Deviation(1.5, window=20, warmup=4),
+    ),
+    "deviation-tensor": _row("Deviation", 2.0, rule=over("tensor", window=9, warmup=3)),
+    "smooth": _row("Smooth", 1.0, projects=False, scales=lambda c: gc.Smooth(c)),
+    "smooth-tanh": _row("Smooth", 1.0, rule={"curve": "tanh"}, projects=False),
+    "smooth-tensor": _row("Smooth", 0.5, rule=over("tensor"), projects=False),
+    "smooth-unit": _row("Smooth", 0.5, rule=over("unit"), projects=False),
+    "smooth-element": _row(
+        "Smooth", 0.5, rule=over("element"), projects=False, keeps_direction=False
+    ),
 }
+
+
+def _skip(name, *args, **kwargs):
+    return Row(
+        lambda: gc.Skip(getattr(gc, name)(*args, **kwargs)),
+        lambda: reference.Skip(getattr(reference, name)(*args, **kwargs)),
+        drops=True,
+    )
+
+
+ROWS |= {
+    "skip-norm": _skip("Norm", 5.0),
+    "skip-value": _skip("Value", 2.0),
+    "skip-deviation": _skip("Deviation", 6.0, window=30, warmup=9),
+    "skip-zscore-tensor": _skip("ZScore", 3.0, warmup=6, over="tensor"),
+}
+ROWS["chain-skip"] = Row(
+    lambda: gc.chain(gc.ZScore(2.0, warmup=4), gc.Skip(gc.Norm(4.0))),
+    lambda: reference.Chain(
+        reference.ZScore(2.0, warmup=4), reference.Skip(reference.Norm(4.0))
+    ),
+    drops=True,
+)
 ROWS["chain"] = Row(
     lambda: gc.chain(gc.Value(0.5), gc.Normalize(1.0)),
     lambda: reference.Chain(reference.Value(0.5), reference.Normalize(1.0)),

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import gradclip as gc
 from gradclip.torch import Clipper, clip_grad_norm_, clip_grad_value_
 from table import ROWS, STATELESS
 
@@ -51,7 +50,7 @@ def test_clip_grad_value_compiles_whole():
     assert max(float(p.grad.abs().max()) for p in params) == 0.5
 
 
-@pytest.mark.parametrize("name", STATELESS)
+@pytest.mark.parametrize("name", [n for n in STATELESS if not ROWS[n].make().drops])
 def test_every_stateless_rule_compiles_whole(name):
     ours, theirs = parameters(), parameters()
     clippers = [Clipper(params, ROWS[name].make()) for params in (ours, theirs)]

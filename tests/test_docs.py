@@ -87,7 +87,7 @@ def public():
     passive = (Exception, gc.Info)
     found = {}
     for module in (gc, gradclip.torch):
-        for name, thing in vars(module).items():
+        for thing in vars(module).values():
             is_passive = inspect.isclass(thing) and issubclass(thing, passive)
             own = getattr(thing, "__module__", "").startswith("gradclip")
             if own and callable(thing) and not is_passive and thing is not gc.Rule:

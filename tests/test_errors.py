@@ -76,7 +76,9 @@ ARRAYS = {
     "not the module Linear.*Clipper": lambda: gc.clip(
         torch.nn.Linear(1, 1), gc.Norm(1.0)
     ),
-    r"arranged like a list_iterator.*list\(gradients": lambda: gc.clip(iter([np.ones(2)]), gc.Norm(1.0)),
+    r"arranged like a list_iterator.*list\(gradients": lambda: gc.clip(
+        iter([np.ones(2)]), gc.Norm(1.0)
+    ),
     "dtype <U1": lambda: gc.clip(np.array(["a"]), gc.Norm(1.0)),
     "dtype object": lambda: gc.clip(np.array([None]), gc.Norm(1.0)),
     "not a rule; use one such as": lambda: gc.chain(gc.Norm(1.0), 3),

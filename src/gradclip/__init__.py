@@ -1,19 +1,28 @@
 """Gradient clipping, complete: measure a norm, choose a limit, rescale."""
 
+from gradclip.advice import advise as advise
 from gradclip.arrays import Clipper as Clipper
 from gradclip.arrays import clip as clip
+from gradclip.history import History as History
 from gradclip.pipeline import Info as Info
 from gradclip.pipeline import NonFiniteError as NonFiniteError
+from gradclip.replaying import replay as replay
 from gradclip.rules import AGC as AGC
+from gradclip.rules import EMA as EMA
+from gradclip.rules import AdaGC as AdaGC
 from gradclip.rules import AutoClip as AutoClip
+from gradclip.rules import Deviation as Deviation
 from gradclip.rules import Norm as Norm
 from gradclip.rules import Normalize as Normalize
 from gradclip.rules import Percentile as Percentile
 from gradclip.rules import Relative as Relative
 from gradclip.rules import Rule as Rule
+from gradclip.rules import Skip as Skip
+from gradclip.rules import Smooth as Smooth
 from gradclip.rules import Value as Value
 from gradclip.rules import ZClip as ZClip
 from gradclip.rules import ZScore as ZScore
+from gradclip.rules import by_name as by_name
 from gradclip.rules import chain as chain
 
 __version__ = "0.1.0"

@@ -3,8 +3,9 @@
 Gradients are an array, or a list, tuple or dict of gradients, to any depth.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from gradclip.backends import Backend, find_backend
 from gradclip.memory import Memory
 from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Array, Rule, stages
+
+if TYPE_CHECKING:
+    from gradclip.history import History
 
 Grads = TypeVar("Grads")
 
@@ -79,6 +83,7 @@ class Clipper:
         on_nonfinite: As for `clip`; no norm that is not finite enters the memory.
         max_consecutive_skips: How many steps in a row may be skipped before that is
             an error, at least 1.
+        history: Takes in every step, as `History("run.jsonl")` does.
 
     Raises:
         TypeError: If `rule` is not a rule.
@@ -98,6 +103,7 @@ class Clipper:
         rule: Rule,
         on_nonfinite: Policy = "skip",
         max_consecutive_skips: int = 100,
+        history: "History | None" = None,
     ) -> None:
         """Check the rule and the policy; the memory is made at the first step."""
         self.rule = check_rule(rule)
@@ -105,6 +111,9 @@ class Clipper:
         self.max_consecutive_skips = max_consecutive_skips
         self.info: Info | None = None
         self._memory = Memory(rule)
+        self.history = history
+        if history is not None:
+            history.begin(rule)
 
     def clip(
         self, grads: Grads, *, params: Any = None, out: Any = None
@@ -124,6 +133,8 @@ class Clipper:
             NonFiniteError: By policy, or after too many skipped steps in a row.
         """
         clipped, info = _clip(grads, self._memory, params, self.on_nonfinite, out)
+        if self.history is not None:
+            self.history.record(self._memory.step, info)
         missed = int(not bool(info.kept))
         self._memory.count(missed)
         self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
@@ -165,6 +176,11 @@ def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, tree
 
 
+def dotted(where: str) -> str:
+    """Return the path to a leaf as a name: `['a'][0]` is `a.0`."""
+    return ".".join(re.findall(r"\['?(.*?)'?\]", where))
+
+
 def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     """Return the leaves arranged as in `tree`."""
     if isinstance(tree, dict):
@@ -181,21 +197,22 @@ def _clip(
     named = _leaves(grads)
     engine = find_backend(named)
     given = [engine.prepare(x, where) for where, x in named]
-    weights = _weights(memory.rule, named, params, engine)
+    rule = memory.rule.bind([dotted(where) for where, _ in named])
+    weights = _weights(rule, named, params, engine)
     if out is not None:
         engine = engine.writing_to(given, [x for _, x in flatten(out)])
     with np.errstate(all="ignore"):
         leaves, info, states = run(
             engine,
             given,
-            memory.rule,
+            rule,
             memory.states,
             step=memory.step,
             policy=check_policy(policy),
             weights=weights,
             name_of=lambda i: f"gradients{named[i][0]}",
         )
-    memory.states = states
+    memory.states = engine.lasting(states)
     results = engine.deliver(leaves, given)
     return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
 

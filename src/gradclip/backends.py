@@ -152,6 +152,18 @@ class Backend:
         """Return the flag as a Python bool, or None where reading it has a price."""
         return None
 
+    def read(self, flag: Array) -> bool:
+        """Return the flag as a Python bool, whatever it costs."""
+        return bool(flag)
+
+    def lasting(self, states: list[Any]) -> list[Any]:
+        """Return a memory that may be kept when the step is over."""
+        return states
+
+    def adopt(self, x: Array, norm: Array) -> Array:
+        """Return an array of a memory, which another library may have saved."""
+        return self.xp.asarray(x) if isinstance(x, np.ndarray) else x
+
     def plain(self, x: Array) -> Any:
         """Return a number of a report as the library's users know it."""
         return x
@@ -226,6 +238,10 @@ class NumPy(Backend):
         """Return the flag: it is on the host already."""
         return bool(flag)
 
+    def adopt(self, x: Array, norm: Array) -> Array:
+        """Return an array of a memory: its own, or one of a library on the host."""
+        return np.asarray(x)
+
     def plain(self, x: Array) -> Any:
         """Return a 0-d array as a scalar, which prints better."""
         return x[()] if isinstance(x, np.ndarray) else x
@@ -279,13 +295,151 @@ class TorchArrays(Backend):
         """Return the flag where no other device has to be waited for."""
         return bool(flag) if flag.device.type == "cpu" else None
 
+    def adopt(self, x: Array, norm: Array) -> Array:
+        """Return an array of a memory, beside the norms."""
+        x = self.xp.asarray(x) if isinstance(x, np.ndarray) else x
+        return x.to(norm.device)
+
 
 class Jax(Backend):
-    """JAX arrays, traced or not: nothing is read, sums are as wide as JAX allows."""
+    """JAX arrays, traced or not: nothing is read, sums are as wide as JAX allows.
 
-    def __init__(self, xp: Any) -> None:
-        """Take the widest float that is switched on."""
-        super().__init__(xp, xp.asarray(0.0).dtype)
+    Norms hold from 1e-38 to 3e38 in float32; smaller numbers are 0 to XLA.
+    """
+
+    def __init__(self) -> None:
+        """Borrow the namespace of a library that is loaded already."""
+        import jax
+
+        super().__init__(jax.numpy, None)
+        self.jax = jax
+
+    @property
+    def wide(self) -> Any:
+        """The widest float that is switched on, now."""
+        return self.xp.asarray(0.0).dtype
+
+    @wide.setter
+    def wide(self, value: Any) -> None:
+        """Leave it to JAX."""
+
+    def row_norms(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of each row, in one pass where squares stay in range."""
+        if p != 2 or 0 in x.shape:
+            return self.scaled_norms(x, p)
+        xp = self.xp
+        squares = xp.sum(xp.square(xp.abs(x).astype(self.wide)), axis=1)
+        least = float(xp.finfo(self.wide).tiny) ** 0.5
+        usable = xp.all(xp.isfinite(squares) & (squares > least))
+        return self.jax.lax.cond(
+            usable, lambda: xp.sqrt(squares), lambda: self.scaled_norms(x, p)
+        )
+
+    def scaled_norms(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of each row, whatever its size."""
+        xp, wide = self.xp, self.xp.finfo(self.wide)
+        x = xp.abs(x).astype(self.wide)
+        if x.shape[1] == 0:
+            return xp.sum(x, axis=1)
+        largest = xp.max(x, axis=1)
+        if math.isinf(p):
+            return largest
+        usable = xp.isfinite(largest) & (largest > 0)
+        # Divided by the largest, 3e38 would be multiplied by 1 / 3e38, which is 0 here.
+        _, exponent = xp.frexp(xp.where(usable, largest, 1.0))
+        exponent = xp.clip(exponent, int(wide.minexp), -int(wide.minexp))
+        unit = xp.ldexp(xp.ones_like(largest), -exponent)
+        top = xp.where(usable, largest * unit, 1.0)
+        sums = xp.sum((x * unit[:, None] / top[:, None]) ** p, axis=1)
+        return xp.where(usable, largest * sums ** (1 / p), largest)
+
+    def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of the scope; a masked optimizer may have no gradients."""
+        if not leaves:
+            return self.xp.zeros(() if over in ("all", "element") else 0, self.wide)
+        return super().measure(leaves, over, p)
+
+    def clamped(self, x: Array, limit: Array) -> Array:
+        """Return one gradient with every modulus at most `limit`."""
+        if self.is_complex(x):
+            return super().clamped(x, limit)
+        bound = limit.astype(x.dtype)
+        below = self.xp.nextafter(bound, self.xp.zeros_like(bound))
+        # Rounding the limit to the type of the gradient must not raise it.
+        bound = self.xp.where(bound.astype(limit.dtype) > limit, below, bound)
+        return self.xp.clip(x, -bound, bound)
+
+    def lasting(self, states: list[Any]) -> list[Any]:
+        """Return the memory, unless it has no value outside of the traced function."""
+        if any(map(self.traced, self.jax.tree.leaves(states))):
+            raise TypeError(
+                "a Clipper cannot keep its memory under jit, vmap or scan; use "
+                "gradclip.jax.as_optax(rule), whose state is handed in and out."
+            )
+        return states
+
+    def traced(self, x: Array) -> bool:
+        """Return whether an array stands for values that come later."""
+        return isinstance(x, self.jax.core.Tracer)
+
+    def read(self, flag: Array) -> bool:
+        """Return the flag, unless it has no value yet."""
+        if self.traced(flag):
+            raise TypeError(
+                "on_nonfinite='raise' has to look at the gradients, which jit, vmap "
+                "and scan cannot; use 'skip', 'zero' or 'ignore', and read info.finite."
+            )
+        return bool(flag)
+
+    def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
+        """Return the results: nobody can write to them."""
+        return list(leaves)
+
+
+class Shards(Jax):
+    """JAX arrays that are pieces of larger ones, inside `shard_map` or `pmap`."""
+
+    def __init__(self, axis: str) -> None:
+        """Keep the name of the axis that the pieces lie along."""
+        super().__init__()
+        self.axis = axis
+
+    def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of whole gradients, the same on all devices."""
+        if not leaves:
+            return super().measure(leaves, over, p)
+        order = math.inf if over == "element" else p
+        norms = [self.norm(x, order) for x in leaves]
+        if cut := self.cut(leaves):
+            pieces = self.xp.stack([norms[i] for i in cut])
+            for i, whole in zip(cut, self.joined(pieces, order), strict=True):
+                norms[i] = whole
+        total = self.xp.stack(norms)
+        return total if over == "tensor" else self.norm(total, order)
+
+    def cut(self, leaves: Sequence[Array]) -> list[int]:
+        """Return which gradients differ along the axis: all, where JAX cannot tell."""
+        everywhere = range(len(leaves))
+        if not self.varies(self.jax.lax.axis_index(self.axis)):
+            return list(everywhere)
+        return [i for i in everywhere if self.varies(leaves[i])]
+
+    def varies(self, x: Array) -> bool:
+        """Return whether the type of an array says that it differs along the axis."""
+        kind = self.jax.typeof(x)
+        kind = getattr(kind, "manual_axis_type", kind)
+        return self.axis in getattr(kind, "varying", getattr(kind, "vma", ()))
+
+    def joined(self, norms: Array, p: float) -> Array:
+        """Return the norms of vectors whose pieces have these norms."""
+        xp, lax = self.xp, self.jax.lax
+        finite = xp.isfinite(norms)
+        largest = lax.pmax(xp.where(finite, norms, 0.0), self.axis)
+        # A maximum over devices may lose a NaN, a sum does not.
+        if math.isinf(p):
+            return largest + lax.psum(xp.where(finite, 0.0, norms), self.axis)
+        unit = xp.where(largest > 0, largest, 1.0)
+        return unit * lax.psum((norms / unit) ** p, self.axis) ** (1 / p)
 
 
 @functools.cache
@@ -297,9 +451,7 @@ def backend_of(kind: type) -> Backend | None:
     if library == "torch":
         return TorchArrays()
     if library in ("jax", "jaxlib"):
-        import jax.numpy
-
-        return Jax(jax.numpy)
+        return Jax()
     return None
 
 

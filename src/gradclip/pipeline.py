@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from gradclip.backends import Backend
-from gradclip.rules import Array, Measured, Norm, Rule, State, Value, stages, usable
+from gradclip.rules import (
+    Array,
+    Measured,
+    Norm,
+    Rule,
+    State,
+    Value,
+    held,
+    stages,
+    usable,
+)
 
 Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
@@ -40,6 +50,8 @@ class Info(NamedTuple):
     """The norm after clipping; 0 where the step was skipped."""
     skipped: Any = 0
     """How many steps were skipped so far, this one included."""
+    kept: Any = True
+    """Whether the step goes ahead: not where a policy or `Skip` drops it."""
 
 
 def clip_scale(norm: Array, limit: Array, xp: Any, stretches: bool = False) -> Array:
@@ -63,7 +75,11 @@ def decide(
     finite = xp.isfinite(seen.norm)
     after = xp.where(finite & (scale != 1), limit, seen.norm)
     whole = xp.all(finite if absent is None else finite | absent)
-    return Info(seen.norm, limit, scale, whole, xp.any(scale != 1), after), state
+    clipped = xp.any(scale != 1)
+    kept = ~clipped if rule.drops else xp.ones_like(clipped)
+    if rule.drops:
+        scale = xp.where(kept, scale, 0.0)
+    return Info(seen.norm, limit, scale, whole, clipped, after, kept=kept), state
 
 
 def only_records(rule: Rule) -> bool:
@@ -73,6 +89,13 @@ def only_records(rule: Rule) -> bool:
         and isinstance(rule.limit, float)
         and math.isinf(rule.limit)
     )
+
+
+def may_drop(rule: Rule, policy: Policy) -> bool:
+    """Return whether a step can be dropped: by the policy, or by `Skip`."""
+    if policy == "skip" and not only_records(rule):
+        return True
+    return any(stage.drops for stage in stages(rule))
 
 
 def check_policy(policy: Policy) -> Policy:
@@ -102,28 +125,68 @@ def run(
     are computed and the flag chooses.
     """
     infos: list[Info] = []
-    new_states: list[State | None] = list(states)
+    old: list[State] = []
+    new: list[State] = []
+    skips = policy == "skip" and not only_records(rule)
     for i, stage in enumerate(stages(rule)):
-        norm = engine.measure(leaves, stage.over, stage.p)
+        given = parts = turned(leaves, stage, engine.xp)
+        norm = engine.measure(parts, stage.over, stage.p)
         if i == 0:
-            leaves, norm = admit(engine, leaves, rule, norm, policy, name_of)
-        weight = engine.weigh(weights, stage.over, 2.0) if stage.needs_weight else None
-        seen = Measured(norm, weight, step, engine.xp)
-        state = fitting(stage, states[i], norm, engine)
-        info, new_states[i] = decide(stage, seen, state, absent)
+            parts, norm = admit(engine, parts, rule, norm, policy, name_of)
+        seen = Measured(norm, weigh(engine, weights, stage), step, engine.xp)
+        old.append(fitting(stage, states[i], norm, engine))
+        info, state = decide(stage, seen, old[i], absent)
+        if skips:
+            info = info._replace(kept=info.kept & info.finite)
         infos.append(info)
-        if policy == "skip" and engine.known(info.finite) is False:
+        new.append(state)
+        if engine.known(info.kept) is False:
             break
-        leaves = apply(engine, leaves, stage, info, seen)
-    if policy == "skip" and not only_records(rule):
-        leaves = engine.discard(leaves, infos[0].finite)
-    return leaves, summary(infos, engine.xp), new_states
+        if not stage.drops:
+            parts = apply(engine, parts, stage, info, seen)
+        if parts is not given:
+            leaves = turned(parts, stage, engine.xp, back=True)
+    total = summary(infos, engine.xp)
+    if may_drop(rule, policy) and not engine.known(total.kept):
+        leaves, total = dropped(engine, leaves, total)
+        if len(new) > 1 or stages(rule)[0].joint:
+            # A rule guards its own memory, but here another one may have dropped it.
+            new = [
+                held(a, b, total.kept, engine.xp) for a, b in zip(new, old, strict=True)
+            ]
+    return leaves, total, [*new, *states[len(new) :]]
+
+
+def turned(
+    leaves: list[Array], stage: Rule, xp: Any, back: bool = False
+) -> list[Array]:
+    """Return the gradients with the axis of their units first, or put it back."""
+    if stage.over != "unit" or stage.axis == 0:
+        return leaves
+    axes = (0, stage.axis) if back else (stage.axis, 0)
+    return [xp.moveaxis(x, *axes) if x.ndim > 1 else x for x in leaves]
+
+
+def weigh(engine: Backend, weights: Sequence[Array], stage: Rule) -> Array | None:
+    """Return the norms of the parameters, for a rule that asks for them."""
+    if not stage.needs_weight:
+        return None
+    return engine.weigh(turned(list(weights), stage, engine.xp), stage.over, 2.0)
+
+
+def dropped(
+    engine: Backend, leaves: list[Array], info: Info
+) -> tuple[list[Array], Info]:
+    """Return what is left of a step that was dropped, unless it was kept after all."""
+    after = engine.xp.where(info.kept, info.norm_after, 0.0)
+    return engine.discard(leaves, info.kept), info._replace(norm_after=after)
 
 
 def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> State:
     """Return the state for norms of this shape: a new one, or the one at hand."""
     if state is None:
         return rule.init(norm, engine.xp)
+    state = {name: engine.adopt(x, norm) for name, x in state.items()}
     for x in state.values():
         if tuple(x.shape)[x.ndim - norm.ndim :] != tuple(norm.shape):
             raise ValueError(
@@ -145,7 +208,7 @@ def admit(
     if policy not in ("raise", "zero") or engine.known(all_finite(norm, engine)):
         return leaves, norm
     if policy == "raise":
-        if not bool(all_finite(norm, engine)):
+        if not engine.read(all_finite(norm, engine)):
             raise NonFiniteError(describe_nonfinite(engine, leaves, name_of))
     elif not only_records(rule):
         first = stages(rule)[0]
@@ -186,7 +249,7 @@ def apply(
     if stage.over != "element":
         idle = engine.known(info.clipped) is False
         return leaves if idle else engine.multiply(leaves, info.scale, stage.over)
-    if not stage.stretches:
+    if not (stage.stretches or stage.bends):
         # Elements are clipped one by one, also beside one that is not finite.
         idle = engine.known(seen.norm <= info.limit) is True
         return leaves if idle else engine.clamp(leaves, info.limit)
@@ -203,9 +266,14 @@ def summary(infos: Sequence[Info], xp: Any) -> Info:
     if len(infos) == 1:
         return infos[0]
     first, last = infos[0], infos[-1]
-    scale, clipped = xp.min(first.scale), first.clipped
+    scale, clipped, kept = xp.min(first.scale), first.clipped, first.kept
     for info in infos[1:]:
         scale, clipped = scale * xp.min(info.scale), clipped | info.clipped
+        kept = kept & info.kept
     return first._replace(
-        limit=last.limit, scale=scale, clipped=clipped, norm_after=last.norm_after
+        limit=last.limit,
+        scale=scale,
+        clipped=clipped,
+        norm_after=last.norm_after,
+        kept=kept,
     )

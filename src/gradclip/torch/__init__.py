@@ -2,6 +2,7 @@
 
 from gradclip.torch.attach import attach as attach
 from gradclip.torch.clipper import Clipper as Clipper
+from gradclip.torch.doctor import ClipWarning as ClipWarning
 from gradclip.torch.functional import clip_grad_norm_ as clip_grad_norm_
 from gradclip.torch.functional import clip_grad_value_ as clip_grad_value_
 from gradclip.torch.functional import clip_grads_with_norm_ as clip_grads_with_norm_

@@ -6,8 +6,8 @@ the clip costs no pass over memory of its own.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from torch import Tensor
 from gradclip.pipeline import Policy
 from gradclip.rules import Rule, stages
 from gradclip.torch.clipper import Clipper
+from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import named_parameters
+
+if TYPE_CHECKING:
+    from gradclip.history import History
 
 _FLAGS = ("grad_scale", "found_inf")
 _NOTHING = object()
@@ -27,6 +31,8 @@ def attach(
     model: torch.nn.Module | None = None,
     on_nonfinite: Policy = "skip",
     max_consecutive_skips: int = 100,
+    history: "History | None" = None,
+    doctor: Collection[str] = CHECKS,
 ) -> "Attached":
     r"""Clip the gradients of an optimizer inside its `step()`.
 
@@ -43,6 +49,8 @@ def attach(
         on_nonfinite: As for `Clipper`; `"skip"` leaves parameters and optimizer state
             as they were, to the bit, and the gradients as they came.
         max_consecutive_skips: As for `Clipper`.
+        history: As for `Clipper`.
+        doctor: As for `Clipper`.
 
     Returns:
         The clipper, with the latest `info`; `detach()` ends the clipping.
@@ -71,7 +79,9 @@ def attach(
         raise TypeError(
             f"attach(model=…) takes a module for the names, not {type(model).__name__}."
         )
-    return Attached(optimizer, rule, model, on_nonfinite, max_consecutive_skips)
+    return Attached(
+        optimizer, rule, model, on_nonfinite, max_consecutive_skips, history, doctor
+    )
 
 
 class Attached(Clipper):
@@ -84,14 +94,29 @@ class Attached(Clipper):
         model: torch.nn.Module | None,
         on_nonfinite: Policy,
         max_consecutive_skips: int,
+        history: "History | None",
+        doctor: Collection[str],
     ) -> None:
         """Find the names and register the hooks."""
         self.optimizer = optimizer
         named = {} if model is None else {p: n for n, p in model.named_parameters()}
         self._model_names = {id(p): name for p, name in named.items()}
         super().__init__(
-            self._named_by_optimizer(), rule, on_nonfinite, max_consecutive_skips
+            self._named_by_optimizer(),
+            rule,
+            on_nonfinite,
+            max_consecutive_skips,
+            history,
+            doctor,
         )
+        # Here the scale is known, and part of the step.
+        self._doctor.checks.discard("scaled")
+        if model is not None and (names := unheld(model, self.params)):
+            self._doctor.tell(
+                "unheld",
+                f"the optimizer does not hold {len(names)} trainable parameters of the "
+                f"model, so they are not clipped: {', '.join(names[:5])}.",
+            )
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._flags: dict[str, Any] | None = None
         self._before_closure: tuple[list[Tensor], Any] | None = None
@@ -147,6 +172,11 @@ class Attached(Clipper):
         self._restore_flags()
         self._take_up_new_parameters()
         if all(p.grad is None for p in self.params):
+            self._doctor.tell(
+                "missing",
+                f"step() was called while none of {len(self.params)} parameters has a "
+                "gradient: was backward() called?",
+            )
             return
         found = self._collect()
         scale, found_inf = (getattr(self.optimizer, flag, None) for flag in _FLAGS)

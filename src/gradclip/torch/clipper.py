@@ -1,7 +1,7 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from gradclip.arrays import check_rule
 from gradclip.memory import Memory
 from gradclip.pipeline import Info, Policy, check_policy, may_drop, run
 from gradclip.rules import Rule, stages
+from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.verbs import InPlace
+
+if TYPE_CHECKING:
+    from gradclip.history import History
 
 
 class Clipper:
@@ -29,6 +33,9 @@ class Clipper:
             `Norm(float("inf"))` only records, and skips and clears nothing.
         max_consecutive_skips: How many steps in a row may be skipped before that is
             an error, at least 1.
+        history: Takes in every step, as `History("run.jsonl")` does.
+        doctor: Which checks for misuse are made, of `"unchanged"`, `"consumed"`,
+            `"scaled"`, `"missing"`, `"unheld"` and `"rate"`. Each warns once.
 
     Raises:
         TypeError: If the parameters are not tensors, or `rule` is not a rule.
@@ -52,6 +59,8 @@ class Clipper:
         rule: Rule,
         on_nonfinite: Policy = "skip",
         max_consecutive_skips: int = 100,
+        history: "History | None" = None,
+        doctor: Collection[str] = CHECKS,
     ) -> None:
         """Check everything before the first step."""
         self.rule = check_rule(rule)
@@ -61,14 +70,18 @@ class Clipper:
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
+        self._doctor = Doctor(doctor, self.params, rule)
         device = self.params[0].device
-        # Counts are arrays as well: a compiled step would be compiled again for numbers.
+        # Counts are arrays too: for numbers, a compiled step would be compiled again.
         self._memory = Memory(rule, torch.zeros((), dtype=torch.int64, device=device))
         self._make_room()
         # Copied without waiting, and so read a few steps late on an accelerator.
         self._in_a_row = torch.zeros(
             (), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
+        self.history = history
+        if history is not None:
+            history.begin(rule)
 
     @torch.no_grad()
     def clip_(self) -> Info:
@@ -142,7 +155,11 @@ class Clipper:
 
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
         """Take the gradients through the rule and count the step."""
-        memory = self._memory
+        memory, watched = self._memory, not torch.compiler.is_compiling()
+        if watched:
+            self._doctor.before(found.leaves)
+        if self.history is not None and self.history.wants_tensors():
+            self._record_tensors(self.history, found, verbs)
         _, info, memory.states = run(
             verbs,
             found.leaves,
@@ -154,12 +171,23 @@ class Clipper:
             name_of=lambda i: self.names[found.present[i]],
             absent=verbs.absent,
         )
+        if self.history is not None:
+            self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)
-        if not torch.compiler.is_compiling():
+        if watched:
+            self._doctor.after(found.leaves, info)
             self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
             memory.check(int(self._in_a_row), self.max_consecutive_skips)
         self.info = info._replace(skipped=memory.skipped)
         return self.info
+
+    def _record_tensors(
+        self, history: "History", found: Gradients, verbs: InPlace
+    ) -> None:
+        """Hand over the norm of each parameter as it was before the clip."""
+        every = InPlace(verbs.amplified, (len(self.params), found.present))
+        norms = every.measure(found.leaves, "tensor", 2.0)
+        history.record_tensors(self._memory.step, self.names, norms)
 
     @property
     def _skipping(self) -> bool:

@@ -1,0 +1,113 @@
+"""The command line: it reads the options, and hands over to the module that acts.
+
+`gradclip --help` has to be quick and to work without torch, so that whatever a command
+needs is imported when the command runs.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit(
+        'The command line needs typer: pip install "gradclip[demo]"'
+    ) from None
+
+import gradclip
+from gradclip import commands
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def main() -> None:
+    """Run the program; what `gradclip` and `python -m gradclip` start."""
+    app(prog_name="gradclip")
+
+
+def _version(asked: bool) -> None:
+    """Print the version and end, if it was asked for."""
+    if asked:
+        typer.echo(f"gradclip {gradclip.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    """Gradient clipping: measure a norm, choose a limit, rescale."""
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 600,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")
+    ] = Path("demo-out"),
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Weights and order of the text.")
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")
+    ] = False,
+) -> None:
+    """Train one network without clipping and under four rules, and compare.
+
+    Ctrl-C ends it early and keeps what is done.
+    """
+    _require("demo", "torch", "matplotlib", "rich")
+    from rich.console import Console
+
+    from gradclip.demo import Setup, compare, show
+
+    console = Console(stderr=as_json)
+    comparison = compare(Setup(steps=steps, seed=seed), _folder(out), console)
+    if as_json:
+        typer.echo(json.dumps(comparison.summary(), indent=2))
+    else:
+        show(comparison, console)
+    if comparison.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+app.command()(commands.advise)
+app.command()(commands.replay)
+app.command()(commands.report)
+app.command()(commands.watch)
+
+
+def _require(command: str, *modules: str) -> None:
+    """Import what a command needs, or say how to install it."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        typer.echo(
+            f"gradclip {command} needs {missing.name}, which is not installed: "
+            f'pip install "gradclip[{command}]"',
+            err=True,
+        )
+        raise typer.Exit(1) from None
+
+
+def _folder(path: Path) -> Path:
+    """Make a folder, or say what is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot make the folder {path}: {error.strerror}.", param_hint="'--out'"
+        ) from None
+    return path

@@ -1,0 +1,240 @@
+"""The commands that read histories: advise, replay, report and watch.
+
+Exit codes: 0 done · 1 a log cannot be read or a package is missing · 2 wrong options ·
+3 the log does not support a recommendation.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from gradclip.history import History
+from gradclip.rules import Rule
+
+UNREADABLE, NO_ADVICE = 1, 3
+
+Logs = Annotated[list[Path], typer.Argument(help="Histories or training logs.")]
+Log = Annotated[Path, typer.Argument(help="A history or a training log.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="What the log is, if the guess is wrong.")
+]
+ColumnName = Annotated[
+    str | None, typer.Option("--column", help="The column with the norm.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
+
+
+def advise(
+    logs: Logs, format: Format = None, column: ColumnName = None, as_json: Json = False
+) -> None:
+    """Tell where the threshold belongs.
+
+    Example: gradclip advise trainer_state.json
+
+    Ends with 0 if there is a recommendation, 1 if a log cannot be read, 3 if a log
+    does not support one.
+    """
+    from gradclip.advice import advise as advise_on
+
+    with plain_errors():
+        told = [
+            (name, history, advise_on(history))
+            for path in logs
+            for name, history in networks(path, format, column)
+        ]
+    if as_json:
+        entries = [
+            {"log": name, **how_read(history), **advice.to_dict()}
+            for name, history, advice in told
+        ]
+        typer.echo(json.dumps(entries, indent=2))
+    else:
+        for name, history, advice in told:
+            typer.echo(f"{name}: {read_as(history)}\n{advice}\n")
+    if any(advice.limit is None for _, _, advice in told):
+        raise typer.Exit(NO_ADVICE)
+
+
+def replay(
+    log: Log,
+    rule: Annotated[
+        list[str], typer.Option("--rule", help="As in 'ZScore(z=2.5)'; repeat it.")
+    ],
+    format: Format = None,
+    column: ColumnName = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what other rules would have done on the norms of a run.
+
+    Example: gradclip replay run.jsonl --rule "ZScore(z=2.5)" --rule "Norm(1.0)"
+    """
+    from gradclip.replaying import PLAINLY
+
+    with plain_errors():
+        history = History.load(log, format=format, column=column)
+        rows = replay_rows(history, [_rule(text) for text in rule])
+    if as_json:
+        typer.echo(json.dumps({"log": str(log), "rules": rows}, indent=2))
+        return
+    typer.echo(f"{log}: {read_as(history)}")
+    _table(rows)
+    typer.echo(PLAINLY)
+
+
+def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
+    """Return a row for each rule: clip rate, limits, and the largest norm let through."""
+    from gradclip.advice import call, find_spikes
+    from gradclip.replaying import replay as replay_on
+
+    at = np.isin(history.step, [spike.step for spike in find_spikes(history.recorded)])
+    rows = []
+    with progress(len(rules) * len(history), "replaying") as advance:
+        for rule in rules:
+            again = replay_on(history, rule, advance)
+            limits = again.limit[np.isfinite(again.limit)]
+            passed = again.norm_after[at & np.isfinite(again.norm)]
+            rows.append(
+                {
+                    "rule": call(rule),
+                    "clip_rate": again.clip_rate,
+                    "median_limit": _median(limits),
+                    "smallest_scale": float(np.nanmin(again.scale, initial=np.inf)),
+                    "largest_passed_at_spikes": float(passed.max())
+                    if passed.size
+                    else None,
+                }
+            )
+    return rows
+
+
+def _median(numbers: Any) -> float | None:
+    return float(np.median(numbers)) if numbers.size else None
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0]:
+        table.add_column(
+            name.replace("_", " "), justify="left" if name == "rule" else "right"
+        )
+    for row in rows:
+        cells = (
+            f"{x:.1%}"
+            if name == "clip_rate"
+            else x
+            if isinstance(x, str)
+            else "–"
+            if x is None
+            else f"{x:.4g}"
+            for name, x in row.items()
+        )
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 110).print(table, markup=False)
+
+
+def report(
+    logs: Logs,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    format: Format = None,
+    column: ColumnName = None,
+) -> None:
+    """Write one HTML page about one run or several; it opens offline.
+
+    Example: gradclip report run.jsonl -o report.html
+    """
+    with plain_errors():
+        from gradclip.report import write_report
+
+        named = [
+            (name, history)
+            for path in logs
+            for name, history in networks(path, format, column)
+        ]
+        write_report(named, out)
+    typer.echo(f"Written to {out}, {out.stat().st_size / 1e6:.1f} MB.")
+
+
+def watch(
+    log: Log,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, help="Seconds between looks.")
+    ] = 1.0,
+) -> None:
+    """Follow a run in the terminal while it trains; Ctrl-C ends it.
+
+    Example: gradclip watch run.jsonl
+    """
+    from gradclip.watching import follow
+
+    with plain_errors():
+        follow(log, once, every)
+
+
+def networks(
+    path: Path, format: str | None, column: str | None
+) -> Iterator[tuple[str, History]]:
+    """Yield the history of each network in a log, with a name for it."""
+    history = History.load(path, format=format, column=column)
+    others = history.recorded.networks
+    yield f"{path} · {history.recorded.column}" if others else str(path), history
+    for name in others:
+        yield f"{path} · {name}", History.load(path, format=format, column=name)
+
+
+def how_read(history: History) -> dict[str, Any]:
+    """Return what a log was taken for."""
+    record = history.recorded
+    return {"format": record.format, "column": record.column}
+
+
+def read_as(history: History) -> str:
+    """Return what a log was taken for, as a sentence."""
+    record = history.recorded
+    runs = np.unique(record.run).size
+    several = f", {runs} runs" if runs > 1 else ""
+    what = f"{record.format}, column {record.column}"
+    return f"read as {what}, {len(history)} norms{several}"
+
+
+def _rule(text: str) -> Rule:
+    from gradclip.ruletext import rule_from
+
+    try:
+        return rule_from(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--rule") from None
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn what can go wrong with a file into one line and exit code 1."""
+    try:
+        yield
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        typer.echo(" ".join(str(error).split()), err=True)
+        raise typer.Exit(UNREADABLE) from None
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Any]:
+    """Show a bar on a terminal for what takes more than a moment."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    quick = total < 20_000 or not console.is_terminal
+    with Progress(console=console, transient=True, disable=quick) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

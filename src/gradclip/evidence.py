@@ -1,0 +1,229 @@
+"""What norms say by themselves: how they are spread, where they jump, how they drift.
+
+Plain statistics on arrays, without an opinion about limits. Everything is repeatable:
+random numbers start from a fixed seed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradclip.record import Floats
+
+NORMAL_MAD = 1.4826
+"""The standard deviation of normal numbers is this many median deviations."""
+SPIKE = 6.0
+WIDTH = 50
+RESAMPLES = 300
+BINS = 2000
+
+
+def transient_length(norm: Floats) -> int:
+    r"""Return how many norms at the start belong to a phase of their own.
+
+    The cut that explains most of the variance of $\log \lVert g \rVert$ counts if it
+    lies in the first fifth and the levels on its sides differ by a factor above 1.5.
+
+    Args:
+        norm: Finite norms above 0, in order.
+
+    Returns:
+        The number of norms before the cut; 0 where there is no such phase.
+
+    Example:
+        >>> import numpy as np
+        >>> transient_length(np.array([9.0] * 12 + [1.0, 1.1, 0.9, 1.0] * 30))
+        12
+    """
+    size = norm.size
+    if size < 50:
+        return 0
+    logs = np.log(norm)
+    logs = np.clip(logs, *np.quantile(logs, [0.005, 0.995]))
+    cut = np.arange(1, size // 5)
+    total = np.cumsum(logs)
+    before = total[cut - 1] / cut
+    after = (total[-1] - total[cut - 1]) / (size - cut)
+    gain = cut * (size - cut) / size * (before - after) ** 2
+    best = int(np.argmax(gain))
+    different = abs(before[best] - after[best]) > math.log(1.5)
+    return int(cut[best]) if different else 0
+
+
+def spike_scores(norm: Floats) -> Floats:
+    r"""Return how far each norm stands out from those around it.
+
+    $z_t = (\log \lVert g_t \rVert - m_t) / \sigma$ with the median $m_t$ of the
+    neighbourhood and $\sigma$ from the median deviation of all steps.
+
+    Args:
+        norm: Finite norms above 0, in order.
+
+    Returns:
+        The robust z-scores.
+
+    Example:
+        >>> import numpy as np
+        >>> scores = spike_scores(np.array([1.0, 1.1, 0.9, 1.0, 50.0, 1.1, 1.0]))
+        >>> int(scores.argmax()), bool(scores.max() > 6)
+        (4, True)
+    """
+    if not norm.size:
+        return norm.copy()
+    logs = np.log(norm)
+    rest = logs - running_median(logs)
+    deviation = NORMAL_MAD * float(np.median(np.abs(rest)))
+    return rest / max(deviation, 0.02)
+
+
+def running_median(values: Floats) -> Floats:
+    """Return the median around each value: of blocks, with straight lines between."""
+    blocks = values.size // WIDTH
+    if blocks < 3:
+        return np.full(values.shape, np.median(values))
+    whole = values[: blocks * WIDTH].reshape(blocks, WIDTH)
+    centres = np.arange(blocks) * WIDTH + (WIDTH - 1) / 2
+    return np.interp(np.arange(values.size), centres, np.median(whole, axis=1))
+
+
+def quantile_intervals(
+    norm: Floats, shares: Sequence[float]
+) -> list[tuple[float, float, float]]:
+    """Return quantiles, each with the interval that it lies in with 95 % confidence.
+
+    Neighbouring steps resemble each other, so that whole blocks of them are drawn.
+
+    Args:
+        norm: Finite norms, in order.
+        shares: Between 0 and 1.
+
+    Returns:
+        For each share the quantile and the ends of its interval.
+
+    Example:
+        >>> import numpy as np
+        >>> norms = np.random.default_rng(0).lognormal(size=500)
+        >>> [round(x, 2) for x in quantile_intervals(norms, [0.5])[0]]
+        [0.95, 0.82, 1.08]
+    """
+    wanted = np.quantile(norm, shares)
+    edges = np.unique(np.quantile(norm, np.linspace(0, 1, BINS)))
+    counts = _block_counts(norm, edges)
+    rng = np.random.default_rng(0)
+    blocks = len(counts)
+    drawn = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
+    levels = np.cumsum(drawn @ counts, axis=1, dtype=np.float64)
+    levels /= levels[:, -1:]
+    ends = []
+    for share, value in zip(shares, wanted, strict=True):
+        found = edges[np.minimum((levels < share - 1e-12).sum(axis=1), edges.size - 1)]
+        low, high = np.quantile(found, [0.025, 0.975])
+        ends.append((float(value), min(float(low), value), max(float(high), value)))
+    return ends
+
+
+def _block_counts(norm: Floats, edges: Floats) -> Floats:
+    """Count the norms of each block between the edges."""
+    length = max(math.ceil(norm.size ** (1 / 3)), math.ceil(norm.size / 1000))
+    blocks = math.ceil(norm.size / length)
+    which = np.arange(norm.size) // length
+    bins = np.searchsorted(edges, norm)
+    flat = np.bincount(which * edges.size + bins, minlength=blocks * edges.size)
+    return flat.reshape(blocks, edges.size).astype(np.float64)
+
+
+def drift_factor(norm: Floats) -> float:
+    """Return how many times larger the last fifth of the norms is than the first.
+
+    Args:
+        norm: Finite norms above 0, in order.
+
+    Returns:
+        The ratio of the medians; 1 where there are fewer than 50.
+
+    Example:
+        >>> import numpy as np
+        >>> round(drift_factor(np.linspace(1.0, 9.0, 500)), 2)
+        4.58
+    """
+    fifth = norm.size // 5
+    if fifth < 10:
+        return 1.0
+    return float(np.median(norm[-fifth:]) / np.median(norm[:fifth]))
+
+
+def tail_index(norm: Floats) -> float:
+    r"""Return Hill's estimate of the tail: how fast large norms become rare.
+
+    $P(\lVert g \rVert > x) \sim x^{-\alpha}$ with $1/\alpha$ the mean of
+    $\log(x_i / x_k)$ over the largest twentieth. At 2 or below there is no variance.
+
+    Args:
+        norm: Finite norms above 0.
+
+    Returns:
+        The index, infinity for a tail without spread, NaN for fewer than 100 norms.
+
+    Example:
+        >>> import numpy as np
+        >>> norms = np.random.default_rng(0).pareto(1.5, size=20_000) + 1
+        >>> round(tail_index(norms), 1)
+        1.5
+
+    Reference:
+        Hill: A simple general approach to inference about the tail of a distribution.
+        Annals of Statistics 3(5), 1975.
+    """
+    top = norm.size // 20
+    if top < 5:
+        return math.nan
+    largest = np.sort(norm)[-top - 1 :]
+    mean = float(np.mean(np.log(largest[1:] / largest[0])))
+    return 1 / mean if mean > 0 else math.inf
+
+
+def lost_from(loss: Floats) -> int:
+    """Return from which step on a run was lost: its loss rose, and never came back.
+
+    A run counts as lost if the median loss of its last tenth is more than half above
+    its first loss, or not finite. It is lost from the first loss above the first one.
+
+    Args:
+        loss: The loss at each step; nothing is said if most are NaN.
+
+    Returns:
+        The index, or the number of steps for a run that was not lost.
+
+    Example:
+        >>> import numpy as np
+        >>> lost_from(np.array([4.8, 3.9, 3.8, 15.0, 20.0, 12.0, 11.0, 12.0, 10.0, 10.0]))
+        3
+    """
+    size = loss.size
+    if size < 10 or not loss[0] > 0 or np.isnan(loss).mean() > 0.5:
+        return size
+    end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
+    if end <= 1.5 * loss[0]:
+        return size
+    return int(np.argmax(~(loss[1:] <= loss[0]))) + 1
+
+
+def pile_up(norm: Floats) -> float:
+    """Return the share of norms that sit at the largest one, within a thousandth.
+
+    Norms after clipping do: none exceeds the limit, and every clipped one is at it.
+
+    Example:
+        >>> import numpy as np
+        >>> pile_up(np.array([1.0, 0.3, 0.9999996, 1.0]))
+        0.75
+    """
+    return float(np.mean(norm >= norm.max() * (1 - 1e-3))) if norm.size else 0.0
+
+
+def share_above(ordered: Floats, limit: float | Floats) -> float | NDArray[np.float64]:
+    """Return the share of sorted norms above a limit, or above each of several."""
+    above = ordered.size - np.searchsorted(ordered, limit, side="right")
+    return above / max(ordered.size, 1)

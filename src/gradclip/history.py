@@ -1,0 +1,268 @@
+"""A run's history: written while it trains, read for advice, replay and the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradclip.pipeline import Info
+from gradclip.record import Floats, Record, Steps, Tensors, record_of
+from gradclip.recorder import Recorder
+from gradclip.rules import Rule
+
+
+class History:
+    """The norm, limit and scale of every step: append to a file, or read one.
+
+    Each line is JSON and complete by itself: a header with the rule and the facts about
+    the run, then the steps. A crash loses the steps since the last flush, and never an
+    earlier one; opening the file again goes on behind them.
+
+    Args:
+        path: The file; it and its folder are made when the first steps are written.
+        run: Facts worth keeping, such as the learning rate; anything JSON can hold.
+        flush_every: After how many steps they are written, at least 1.
+        flush_seconds: After how many seconds they are written, if sooner.
+        tensors_every: Record the norm of each parameter at every so many steps; 0
+            never does. (For `gradclip.torch`.)
+
+    Raises:
+        ValueError: For a number of steps below its least.
+
+    Example:
+        >>> import gradclip as gc, numpy as np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
+        >>> with gc.History(path) as history:
+        ...     clipper = gc.Clipper(gc.Norm(3.0), history=history)
+        ...     _ = [clipper.clip(np.array([n])) for n in (1.0, 2.0, 6.0)]
+        >>> again = gc.History.load(path)
+        >>> again.norm.tolist(), again.scale.tolist()
+        ([1.0, 2.0, 6.0], [1.0, 1.0, 0.5])
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        run: Mapping[str, Any] | None = None,
+        flush_every: int = 100,
+        flush_seconds: float = 10.0,
+        tensors_every: int = 0,
+    ) -> None:
+        """Check the numbers; no file is touched yet."""
+        if flush_every < 1 or tensors_every < 0:
+            raise ValueError(
+                f"History(flush_every={flush_every!r}, tensors_every="
+                f"{tensors_every!r}): write after 1 step or more; 0 records no tensors."
+            )
+        self.path: Path | None = Path(path)
+        self.tensors_every = tensors_every
+        self._recorder: Recorder | None = Recorder(
+            self.path, run or {}, flush_every, flush_seconds
+        )
+        self._record: Record | None = None
+        self._count = 0
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, format: str | None = None, column: str | None = None
+    ) -> "History":
+        """Read a history, or the log of another tool.
+
+        Args:
+            path: A file or folder: gradclip's own, Hugging Face's `trainer_state.json`,
+                TensorBoard events, Lightning's `metrics.csv`, an MLflow store, CSV,
+                JSON lines, Parquet, or what a trainer printed.
+            format: What it is, where the guess is wrong; see `gradclip.readers`.
+            column: Which column holds the norm before clipping, where the guess is
+                wrong.
+
+        Returns:
+            A history to read from; `format`, `column` and `notes` say how it was read.
+
+        Raises:
+            LogError: If the file is damaged or holds no gradient norm.
+            FileNotFoundError: If there is no such file.
+            ModuleNotFoundError: If a format needs a package that is not installed.
+        """
+        from gradclip.readers import read
+
+        return cls.from_record(read(Path(path), format, column), Path(path))
+
+    @classmethod
+    def of(
+        cls,
+        norm: Sequence[float] | Floats,
+        *,
+        step: Sequence[int] | Steps | None = None,
+        limit: Sequence[float] | Floats | float = np.nan,
+        scale: Sequence[float] | Floats | None = None,
+        loss: Sequence[float] | Floats | float = np.nan,
+    ) -> "History":
+        """Make a history from numbers at hand.
+
+        Args:
+            norm: The norms before clipping.
+            step: Their steps; counted from 0 if not given.
+            limit: The limits; NaN where not known.
+            scale: The factors; from norm and limit if not given.
+            loss: The losses; NaN where not known.
+
+        Returns:
+            A history to read from.
+
+        Example:
+            >>> import gradclip as gc
+            >>> gc.History.of([1.0, 4.0], limit=2.0).scale.tolist()
+            [1.0, 0.5]
+        """
+        return cls.from_record(record_of(norm, step, limit, scale, loss), None)
+
+    @classmethod
+    def from_record(cls, record: Record, path: Path | None) -> "History":
+        """Make a history from a record that was read."""
+        history = cls.__new__(cls)
+        history.path, history.tensors_every = path, 0
+        history._recorder, history._record = None, record
+        return history
+
+    def begin(self, rule: Rule | str) -> None:
+        """Note what clips in the steps to come; a clipper does this.
+
+        Args:
+            rule: The rule, or what to call it.
+        """
+        self._writing().rule = rule if isinstance(rule, str) else repr(rule)
+
+    def record(self, step: Any, info: Info, **facts: Any) -> None:
+        """Take in one step; nothing is read from an accelerator before a flush.
+
+        Args:
+            step: The number of the step, counted from 0; an integer or a 0-d array.
+                One that was recorded before starts a new branch, as after going back
+                to a checkpoint.
+            info: What the clipping did.
+            facts: More numbers for the same line, such as `loss`.
+        """
+        self._writing().add(step, info, facts)
+        self._count += 1
+
+    def wants_tensors(self) -> bool:
+        """Return whether the norm of each parameter is due at this step."""
+        return self.tensors_every > 0 and self._count % self.tensors_every == 0
+
+    def record_tensors(self, step: Any, names: Sequence[str], norms: Any) -> None:
+        """Take in the norm of each parameter.
+
+        Args:
+            step: As for `record`.
+            names: The names of the parameters.
+            norms: An array with their norms, NaN for one without a gradient.
+        """
+        self._writing().add_tensors(step, tuple(names), norms)
+
+    def flush(self) -> None:
+        """Write what was taken in so far; warns once where that is impossible."""
+        if self._recorder:
+            self._recorder.flush()
+
+    def close(self) -> None:
+        """Write the last steps. Further ones may follow."""
+        self.flush()
+
+    def __enter__(self) -> "History":
+        """Return the history itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write the last steps."""
+        self.close()
+
+    def _writing(self) -> Recorder:
+        if self._recorder is None:
+            raise TypeError(
+                "this history was loaded, and takes no new steps; use "
+                "gradclip.History(path) to write one."
+            )
+        return self._recorder
+
+    @property
+    def recorded(self) -> Record:
+        """All that was recorded; a history that is written is read back."""
+        if self._record is not None:
+            return self._record
+        self.flush()
+        if self.path is None or not self.path.exists():
+            return record_of([])
+        from gradclip.readers import read
+
+        return read(self.path, "gradclip", None)
+
+    @property
+    def step(self) -> Steps:
+        """The number of each step."""
+        return self.recorded.step
+
+    @property
+    def norm(self) -> Floats:
+        """The norm before clipping at each step."""
+        return self.recorded.norm
+
+    @property
+    def limit(self) -> Floats:
+        """The limit at each step; NaN where the log does not tell."""
+        return self.recorded.limit
+
+    @property
+    def scale(self) -> Floats:
+        """The factor applied at each step; NaN where the log does not tell."""
+        return self.recorded.scale
+
+    @property
+    def loss(self) -> Floats:
+        """The loss at each step; NaN where the log does not tell."""
+        return self.recorded.loss
+
+    @property
+    def tensors(self) -> Tensors | None:
+        """The norms of the parameters, where they were recorded."""
+        return self.recorded.tensors
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was odd about the log, in sentences."""
+        return self.recorded.notes
+
+    @property
+    def runs(self) -> list["History"]:
+        """The runs that the log holds, each as a history of its own."""
+        record, names = self.recorded, np.unique(self.recorded.run)
+        return [
+            History.from_record(record.take(record.run == name), self.path)
+            for name in names
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of recorded steps."""
+        return int(self.recorded.norm.size)
+
+    def __repr__(self) -> str:
+        """Show where it comes from and how long it is."""
+        if self._recorder:
+            return f"History({str(self.path)!r})"
+        record = self.recorded
+        where = f"{self.path}: " if self.path else ""
+        return f"<History {where}{record.norm.size} steps, {record.format}>"
+
+
+def is_finite(norm: Floats) -> NDArray[np.bool_]:
+    """Return where a norm says something about size: finite and above 0."""
+    return np.isfinite(norm) & (norm > 0)

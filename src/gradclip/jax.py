@@ -1,0 +1,210 @@
+"""The front for optax: a rule as a gradient transformation, its memory as a state.
+
+Everything works under jit, vmap and scan: nothing is read, and a step that is to be
+dropped becomes zeros.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradclip.arrays import check_rule
+from gradclip.backends import Jax, Shards
+from gradclip.memory import Memory
+from gradclip.pipeline import Info, Policy, check_policy, run
+from gradclip.rules import Array, Rule, State, stages
+
+
+class ClipState(NamedTuple):
+    """The optimizer state of a clip; `optax.tree.get(state, "norm")` finds its info."""
+
+    step: Array
+    """How many steps were made."""
+    memory: tuple[State, ...]
+    """The memory of each stage of the rule."""
+    info: Info
+    """What the last step did."""
+
+
+def as_optax(
+    rule: Rule, axis_name: str | None = None, on_nonfinite: Policy = "skip"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Return a rule as an optax transformation, to stand first in a chain.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
+
+    Arrays that are sharded under `jit` need nothing more. The latest `Info` is part of
+    the state: `optax.tree.get(state, "norm")`, or `"info"` for all of it.
+
+    Args:
+        rule: Any rule, with or without memory.
+        axis_name: Under `shard_map` or `pmap`, the axis along which the gradients are
+            cut in pieces; norms are summed over it. `shard_map` tells replicated
+            gradients apart, `pmap` does not. Averaged gradients, equal on all devices,
+            need no axis.
+        on_nonfinite: `"skip"` turns the gradients of a step with NaN or infinity into
+            zeros, `"zero"` clears those elements and clips the rest, `"ignore"` leaves
+            them. Zeros still move an optimizer with momentum: to freeze its state as
+            well, wrap it with `optax.apply_if_finite`.
+
+    Returns:
+        A transformation whose state is a `ClipState`. Its `update` needs the parameters
+        for `Relative` only.
+
+    Raises:
+        TypeError: For what is not a rule.
+        ValueError: For the policy `"raise"`, a rule whose memory grows, or an axis for
+            norms over units.
+
+    Example:
+        >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, optax
+        >>> optimizer = optax.chain(gradclip.jax.as_optax(gc.Norm(1.0)), optax.sgd(1.0))
+        >>> params = jnp.zeros(2)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
+        >>> print(updates.round(4), optax.tree.get(state, "norm"))
+        [-0.6 -0.8] 5.0
+    """
+    _check(check_rule(rule), axis_name, on_nonfinite)
+    engine = Jax() if axis_name is None else Shards(axis_name)
+
+    def init(params: optax.Params) -> ClipState:
+        empty: list[None] = [None] * len(stages(rule))
+        # No rule learns from a norm of 0, so this is the state before the first step.
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, info, memory = _run(Jax(), rule, zeros, params, empty, 0, on_nonfinite)
+        return _settled(ClipState(jnp.zeros((), jnp.int32), tuple(memory), info))
+
+    def update(
+        updates: optax.Updates,
+        state: ClipState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, ClipState]:
+        clipped, info, memory = _run(
+            engine, rule, updates, params, state.memory, state.step, on_nonfinite
+        )
+        info = info._replace(skipped=state.info.skipped + ~info.kept)
+        return clipped, _settled(ClipState(state.step + 1, tuple(memory), info))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def state_dict(rule: Rule, state: ClipState) -> dict[str, Any]:
+    """Return a state as NumPy arrays, as the clippers of all frameworks save theirs.
+
+    Args:
+        rule: The rule that the state belongs to.
+        state: What `as_optax(rule)` keeps; not traced.
+
+    Returns:
+        A flat dictionary, for `load_state_dict` of this module or of any clipper.
+
+    Example:
+        >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp
+        >>> rule = gc.ZScore()
+        >>> state = gradclip.jax.as_optax(rule).init(jnp.zeros(2))
+        >>> sorted(gradclip.jax.state_dict(rule, state))[:4]
+        ['0.count', '0.mean', '0.std', 'in_a_row']
+    """
+    memory = _memory(rule, state)
+    memory.step, memory.skipped = int(state.step), int(state.info.skipped)
+    return memory.state_dict(np.array)
+
+
+def load_state_dict(
+    rule: Rule, state: ClipState, saved: Mapping[str, Any]
+) -> ClipState:
+    """Return a state that goes on from a saved memory.
+
+    Args:
+        rule: The rule that was saved.
+        state: A state made by `as_optax(rule).init(params)`.
+        saved: What `state_dict` returned, here or on a clipper.
+
+    Raises:
+        ValueError: If another rule was saved, or other parameters.
+
+    Example:
+        >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, numpy as np
+        >>> clipper = gc.Clipper(gc.ZScore())
+        >>> _ = clipper.clip(np.array([3.0, 4.0]))
+        >>> state = gradclip.jax.as_optax(clipper.rule).init(jnp.zeros(2))
+        >>> saved = clipper.state_dict()
+        >>> state = gradclip.jax.load_state_dict(clipper.rule, state, saved)
+        >>> float(state.memory[0]["mean"])
+        5.0
+    """
+    memory = _memory(rule, state)
+    memory.load_state_dict(saved, jnp.asarray)
+    loaded = jax.tree.map(
+        lambda new, old: jnp.asarray(new, old.dtype),
+        tuple(memory.states),
+        state.memory,
+    )
+    skipped = jnp.asarray(memory.skipped, state.info.skipped.dtype)
+    info = state.info._replace(skipped=skipped)
+    return ClipState(jnp.asarray(memory.step, state.step.dtype), loaded, info)
+
+
+def _memory(rule: Rule, state: ClipState) -> Memory:
+    memory = Memory(rule)
+    memory.states = state.memory
+    return memory
+
+
+def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
+    if check_policy(policy) == "raise":
+        raise ValueError(
+            "on_nonfinite='raise' has to look at the gradients, which jit cannot; use "
+            "'skip', 'zero' or 'ignore', and read info.finite from the state."
+        )
+    if rule.grows:
+        raise ValueError(
+            f"{rule!r} remembers more norms at every step, and compiled code has "
+            "arrays of one size; give it a window."
+        )
+    if axis_name is not None and any(s.over == "unit" for s in stages(rule)):
+        raise ValueError(
+            f"{rule!r} takes norms of whole rows, which an axis may have cut; leave "
+            "axis_name out and shard the arrays under jit."
+        )
+
+
+def _run(
+    engine: Jax,
+    rule: Rule,
+    grads: Any,
+    params: Any,
+    memory: Any,
+    step: Any,
+    policy: Policy,
+) -> tuple[Any, Info, list[Any]]:
+    """Take a tree of gradients through the rule."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(grads)
+    names = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in paths]
+    weighs = any(stage.needs_weight for stage in stages(rule))
+    if weighs and params is None:
+        raise ValueError(
+            f"{rule!r} compares gradients with parameters; call "
+            "update(updates, state, params)."
+        )
+    leaves, info, memory = run(
+        engine,
+        [engine.prepare(x, name) for (_, x), name in zip(paths, names, strict=True)],
+        rule.bind(names),
+        memory,
+        step=step,
+        policy=policy,
+        weights=jax.tree.leaves(params) if weighs else (),
+    )
+    return jax.tree.unflatten(tree, leaves), info, memory
+
+
+def _settled(state: ClipState) -> ClipState:
+    """Return the state with types that stay: jit compiles again for a weak one."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), state)

@@ -1,0 +1,149 @@
+"""Readers: one small file for each kind of log, and the guess which one a file is.
+
+Formats: `gradclip`, `huggingface`, `tensorboard`, `csv`, `jsonl`, `json`, `parquet`,
+`mlflow`, `notebook`, `console`. Lightning's `metrics.csv` is CSV.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradclip.readers import console, documents, events, mlflow, own, tabular
+from gradclip.readers.assemble import assemble
+from gradclip.readers.columns import Columns
+from gradclip.record import LogError, Record
+
+FORMATS = (
+    "gradclip",
+    "huggingface",
+    "tensorboard",
+    "csv",
+    "jsonl",
+    "json",
+    "parquet",
+    "mlflow",
+    "notebook",
+    "console",
+)
+HEAD = 1 << 16
+KNOWN_FILES = ("trainer_state.json", "metrics.csv", "progress.csv")
+
+
+def read(path: Path, format: str | None = None, column: str | None = None) -> Record:
+    """Return the record of a log.
+
+    Args:
+        path: A file or a folder.
+        format: One of `FORMATS`; guessed from the content if not given.
+        column: The column with the norm before clipping; guessed if not given.
+
+    Returns:
+        The record; its format says what the log was taken for.
+
+    Raises:
+        LogError: If the log is damaged or holds no gradient norm.
+        ValueError: For an unknown format.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}.")
+    path = _inside(path, format)
+    format = format or guess(path)
+    if format == "gradclip":
+        return own.read(path, column)
+    columns, what = _columns(path, format, column)
+    return assemble(columns, str(path), what)
+
+
+def _columns(path: Path, format: str, column: str | None) -> tuple[Columns, str]:
+    source = str(path)
+    match format:
+        case "tensorboard":
+            return events.read(path, column), "TensorBoard"
+        case "mlflow":
+            return mlflow.read(path, column), "MLflow"
+        case "parquet":
+            return tabular.read_parquet(path, column), "Parquet"
+        case "csv":
+            return tabular.read_csv(lines_of(path), source, column), "CSV"
+        case "jsonl":
+            return documents.read_lines(lines_of(path), source, column), "JSON lines"
+        case "console":
+            return console.read(lines_of(path), source, column)
+    document = documents.read_document(path)
+    if format == "notebook" or (isinstance(document, dict) and "nbformat" in document):
+        printed = documents.notebook_lines(document)
+        columns, tool = console.read(printed, source, column)
+        return columns, f"{tool} in a notebook"
+    return documents.columns_of(document, path, column)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the lines of a text; a carriage return ends one, too."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        yield from file
+
+
+def _inside(path: Path, format: str | None) -> Path:
+    """Return the log in a folder; folders that are a log are themselves."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    if not path.is_dir() or format in ("tensorboard", "mlflow"):
+        return path
+    if any(path.rglob(events.PATTERN)) or mlflow.runs_in(path):
+        return path
+    for name in KNOWN_FILES:
+        if found := sorted(path.rglob(name)):
+            return found[-1]
+    inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
+    raise LogError(
+        f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "
+        "the file."
+    )
+
+
+def guess(path: Path) -> str:
+    """Return which of the formats a log is, from what it begins with.
+
+    Raises:
+        LogError: If it is empty or holds no text.
+    """
+    if path.is_dir():
+        return "tensorboard" if any(path.rglob(events.PATTERN)) else "mlflow"
+    with path.open("rb") as file:
+        start = file.read(HEAD)
+    if not start.strip():
+        raise LogError(f"{path}: the file is empty.")
+    if "tfevents" in path.name:
+        return "tensorboard"
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if b"\0" in start[:4096]:
+        raise LogError(f"{path}: a binary file of a kind that gradclip does not know.")
+    return _guess_text(start.decode("utf-8-sig", errors="replace"))
+
+
+def _guess_text(head: str) -> str:
+    text = head.lstrip()
+    lines = text.splitlines()
+    if text[0] in "{[" and (first := _parsed(lines[0])) is not None:
+        if isinstance(first, dict) and "gradclip" in first:
+            return "gradclip"
+        if isinstance(first, dict) and len(lines) > 1:
+            return "jsonl"
+        return "json"
+    if text[0] in "{[" and text[1:].lstrip()[:1] in ("", '"', "{", "[", "]", "}"):
+        return "json" if not _lines_of_json(lines) else "jsonl"
+    return "csv" if tabular.delimiter_of(head) else "console"
+
+
+def _lines_of_json(lines: list[str]) -> bool:
+    """Return whether a later line is an object by itself, the first being damaged."""
+    whole = (isinstance(_parsed(line), dict) for line in lines[1:4] if len(line) > 2)
+    return any(whole)
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,139 @@
+"""From columns to a record: align, put steps in order, tell runs apart."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from gradclip.readers.choice import (
+    choose_limit,
+    choose_loss,
+    choose_norm,
+    choose_step,
+    known_limit,
+)
+from gradclip.readers.columns import Column, Columns
+from gradclip.readers.runs import split_runs
+from gradclip.record import Floats, Record, Steps, record_of, scale_under
+
+
+def assemble(columns: Columns, source: str, format: str) -> Record:
+    """Return the record that columns make up.
+
+    Args:
+        columns: What a reader found.
+        source: The file, for messages.
+        format: What the file is.
+
+    Returns:
+        The record, with what was odd in its notes.
+
+    Raises:
+        LogError: If no column is the norm before clipping.
+    """
+    name, networks = choose_norm(columns, source)
+    norm = columns.found[name]
+    values, rows = as_floats(norm), np.frombuffer(norm.rows, np.int64)
+    step, notes = _steps(columns, norm)
+    limit, loss = (
+        _limits(columns, rows),
+        _other(columns, choose_loss(columns, norm), rows),
+    )
+    record = record_of(values, step, limit, loss=loss)
+    if (scale := columns.found.get("scale")) and "limit" in columns.found:
+        record = replace(record, scale=_aligned(scale, rows))
+    record = replace(record, format=format, column=name, networks=networks)
+    if networks:
+        notes.append(
+            f"read {name}; {', '.join(networks)} belong to other networks: "
+            "name them with column=… (--column)."
+        )
+    return in_order(record).also(*columns.notes, *notes)
+
+
+def in_order(record: Record) -> Record:
+    """Return the record with its runs told apart and replaced branches left out."""
+    runs, notes = split_runs(record.step, record.norm)
+    if len(runs) == 1 and len(runs[0]) == record.norm.size:
+        return record.also(*notes)
+    rows = np.array([row for run in runs for row in run], np.int64)
+    names = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
+    return replace(record.take(rows), run=names).also(*notes)
+
+
+def as_floats(column: Column) -> Floats:
+    """Return the numbers of a column."""
+    return np.frombuffer(column.values, np.float64).copy()
+
+
+def _aligned(column: Column, rows: Steps) -> Floats:
+    """Return the numbers of a column in given rows; NaN where there is none."""
+    places = np.searchsorted(own := np.frombuffer(column.rows, np.int64), rows)
+    places = np.minimum(places, own.size - 1)
+    return np.where(own[places] == rows, as_floats(column)[places], np.nan)
+
+
+def _other(columns: Columns, name: str | None, rows: Steps) -> Floats:
+    if name is None:
+        return np.full(rows.shape, np.nan)
+    return _aligned(columns.found[name], rows)
+
+
+def _limits(columns: Columns, rows: Steps) -> Floats:
+    """Return the limit in force, from a column or from what the log mentions."""
+    name = choose_limit(columns)
+    if name is None or not len(columns.found[name].values):
+        return np.full(rows.shape, known_limit(columns.limit))
+    limit = _aligned(columns.found[name], rows)
+    if np.isnan(limit).all():
+        # An argument that was printed once, in a row of its own.
+        limit = np.full(rows.shape, as_floats(columns.found[name])[-1])
+    return limit if name == "limit" else np.where(limit > 0, limit, np.inf)
+
+
+def _steps(columns: Columns, norm: Column) -> tuple[Steps, list[str]]:
+    rows = np.frombuffer(norm.rows, np.int64)
+    count = np.arange(rows.size)
+    name = choose_step(columns, norm)
+    if name is None:
+        return count, ["the log has no steps; they were counted from 0."]
+    column = columns.found[name]
+    step = _aligned(column, rows)
+    if name.lower() == "epoch" and not _whole_and_rising(step):
+        return count, ["the log has epochs but no steps; steps were counted from 0."]
+    step = _filled(step)
+    if column.rounded:
+        return _unrounded(step)
+    return step.astype(np.int64), []
+
+
+def _whole_and_rising(step: Floats) -> bool:
+    return bool(np.all(step == np.round(step)) and np.all(np.diff(step) > 0))
+
+
+def _filled(step: Floats) -> Floats:
+    """Return steps with the missing ones counted on from those before."""
+    known = np.isfinite(step)
+    if known.all():
+        return step
+    places = np.maximum.accumulate(np.where(known, np.arange(step.size), 0))
+    base = np.where(np.isfinite(step[places]), step[places], 0)
+    return base + (np.arange(step.size) - places)
+
+
+def _unrounded(step: Floats) -> tuple[Steps, list[str]]:
+    """Return steps whose last digits were lost in printing, counted on evenly."""
+    gaps = np.diff(step[step < 1000])
+    gap = float(np.median(gaps)) if gaps.size else 1.0
+    even = step[0] + gap * np.arange(step.size)
+    if np.all(np.abs(even - step) <= 0.006 * np.abs(step) + gap):
+        step = even
+        note = f"steps were printed rounded; they were counted on by {gap:g}."
+    else:
+        note = "steps were printed rounded; several rows share one."
+    return step.astype(np.int64), [note]
+
+
+def with_limit(record: Record, limit: float) -> Record:
+    """Return the record with one limit that was in force all along."""
+    limits = np.full(record.norm.shape, known_limit(limit))
+    return replace(record, limit=limits, scale=scale_under(record.norm, limits))

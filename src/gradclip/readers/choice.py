@@ -1,0 +1,167 @@
+"""Which column is the norm before clipping, which the step: told by their names."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gradclip.readers.columns import Column, Columns
+from gradclip.record import LogError
+
+NORM = re.compile(
+    r"(?<![a-z])(?:g|grads?|gradients?)[\W_]*(?:(?:\d\.\d|inf|l2|total|global|clip)"
+    r"[\W_]*)*norms?(?![a-z])|gnorm|norm[\W_]*(?:of[\W_]*)?grad|before[\W_]*clip"
+    r"|after[\W_]*clip",
+    re.IGNORECASE,
+)
+LIMIT = re.compile(
+    r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)?$"
+    r"|(?:grad|gradient)[\W_]*clip(?:ping)?$|grad[\W_]*clip[\W_]*(?:val|norm)$",
+    re.IGNORECASE,
+)
+AFTER = re.compile(r"after|post[\W_]*clip|clipped(?![a-z])", re.IGNORECASE)
+AVERAGE = re.compile(r"avg|average|mean|(?:^|[\W_])ema", re.IGNORECASE)
+FIRST = re.compile(r"before|pre[\W_]*clip|unclipped|total|global|val$", re.IGNORECASE)
+STEPS = (
+    "step",
+    "global_step",
+    "_step",
+    "iteration",
+    "iter",
+    "iterations",
+    "num_updates",
+    "num_iters",
+    "update",
+    "updates",
+    "train_step",
+    "steps",
+    "global_step/max_steps",
+    "trainer/global_step",
+    "train/global_step",
+    "epoch",
+)
+LOSSES = ("loss", "train_loss", "train/loss", "lm loss", "training_loss", "loss_step")
+MOST = 3
+"""More columns than this without a total are the norms of modules."""
+
+
+def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
+    """Return the column with the norm before clipping, and those of other networks.
+
+    Raises:
+        LogError: If there is none, or nothing but norms after clipping or of modules.
+    """
+    if columns.wanted is not None:
+        return _wanted(columns, source), ()
+    found = [name for name in columns.found if NORM.search(name) or name == "norm"]
+    found = [name for name in found if not _is_limit(name)]
+    found = [name for name in found if len(columns.found[name].values)]
+    if not found:
+        shown = ", ".join(columns.names[:20]) or "nothing that looks like a number"
+        raise LogError(
+            f"{source}: no gradient norm in it; it has {shown}. If one of them is the "
+            "norm before clipping, name it with column=… (--column)."
+        )
+    before = [name for name in found if not AFTER.search(name)]
+    if not before:
+        raise LogError(
+            f"{source}: only norms after clipping ({', '.join(found)}), which never "
+            "exceed the limit in force; advice needs those before clipping."
+        )
+    best = _best(before, columns)
+    if _only_modules(before, best):
+        raise LogError(
+            f"{source}: only the norms of {len(before)} modules, such as {before[0]}; "
+            "name one with column=… (--column), or log the norm of all gradients."
+        )
+    return best[0], tuple(best[1:])
+
+
+def _wanted(columns: Columns, source: str) -> str:
+    wanted = columns.wanted or ""
+    if wanted not in columns.found or not len(columns.found[wanted].values):
+        shown = ", ".join(columns.names[:20])
+        raise LogError(
+            f"{source}: no numbers in a column {wanted!r}; the columns are {shown}."
+        )
+    return wanted
+
+
+def _is_limit(name: str) -> bool:
+    return bool(LIMIT.search(name)) and not re.search(
+        "before|after|pre|post", name, re.I
+    )
+
+
+def _best(names: Sequence[str], columns: Columns) -> list[str]:
+    """Return the most telling column of each network, the longest first."""
+
+    def rank(name: str) -> tuple[bool, bool, bool, int]:
+        values = np.frombuffer(columns.found[name].values)
+        first = bool(FIRST.search(name))
+        broken = not np.isfinite(values).any()
+        return broken, bool(AVERAGE.search(name)), not first, -len(values)
+
+    networks: dict[str, list[str]] = {}
+    for name in names:
+        networks.setdefault(_network(name), []).append(name)
+    return sorted((min(group, key=rank) for group in networks.values()), key=rank)
+
+
+def _network(name: str) -> str:
+    """Return what stands before the norm in a name: `actor` in `actor/grad_norm`."""
+    found = NORM.search(name)
+    prefix = name[: found.start()] if found else ""
+    prefix = re.sub(
+        r"(?i)\b(train(ing)?|debug|metrics?|optim(izer)?|grads?)\b", "", prefix
+    )
+    return prefix.strip("/._- ").lower()
+
+
+def _only_modules(names: Sequence[str], best: Sequence[str]) -> bool:
+    whole = [n for n in names if FIRST.search(n) or not _inside(n)]
+    return len(best) + len(names) > 2 * MOST and not whole
+
+
+def _inside(name: str) -> bool:
+    """Return whether a name says more than that it is a gradient norm."""
+    return bool(
+        re.sub(r"(?i)^(train(ing)?|metrics?)[/._]", "", NORM.sub("", name)).strip(
+            "/._- "
+        )
+    )
+
+
+def choose_step(columns: Columns, norm: Column) -> str | None:
+    """Return the column with the steps: known by name, and in the rows of the norm."""
+    return _beside(STEPS, columns, norm)
+
+
+def choose_loss(columns: Columns, norm: Column) -> str | None:
+    """Return the column with the loss, if one is known by its name."""
+    return _beside(LOSSES, columns, norm)
+
+
+def _beside(known: Iterable[str], columns: Columns, norm: Column) -> str | None:
+    names = {name.lower().strip(): name for name in columns.found}
+    rows = np.frombuffer(norm.rows, np.int64)
+    for name in known:
+        if name in names:
+            other = np.frombuffer(columns.found[names[name]].rows, np.int64)
+            if np.isin(rows, other).mean() > 0.5:
+                return names[name]
+    return None
+
+
+def choose_limit(columns: Columns) -> str | None:
+    """Return the column with the limit in force, if there is one."""
+    for name in columns.found:
+        if name == "limit" or _is_limit(name):
+            return name
+    return None
+
+
+def known_limit(value: float) -> float:
+    """Return a limit in force; frameworks write 0 or less for no clipping."""
+    return value if value > 0 else math.inf if value <= 0 else math.nan

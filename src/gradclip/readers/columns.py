@@ -1,0 +1,106 @@
+"""From rows of any log to columns of numbers: what a number looks like in the wild."""
+
+import math
+import re
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
+NAMED = {"nan", "inf", "infinity", "-inf", "-infinity", "+inf", "null", "none", "-nan"}
+
+
+class Column:
+    """The numbers under one name, each with the row it stood in."""
+
+    def __init__(self) -> None:
+        """Start without a number."""
+        self.rows, self.values = array("q"), array("d")
+        self.rounded = False
+        """Whether a number came as `2.06e+04`, so that its last digits are lost."""
+
+    def add(self, row: int, text: Any) -> None:
+        """Take in what stands in a row, if it is a number."""
+        value = number(text)
+        if value is None:
+            return
+        self.rows.append(row)
+        self.values.append(value)
+        if isinstance(text, str) and "e+" in text:
+            self.rounded = True
+
+
+class Columns:
+    """The columns of a log that may matter, and the names of all others."""
+
+    def __init__(self, wanted: str | None = None) -> None:
+        """Keep the column that was asked for, whatever it is called."""
+        self.wanted, self.count = wanted, 0
+        self.found: dict[str, Column] = {}
+        self.ignored: set[str] = set()
+        self.limit = math.nan
+        """The limit in force, where the log mentions one."""
+        self.notes: list[str] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in one row."""
+        for name, value in row.items():
+            if isinstance(value, Mapping):
+                value = dict(value)
+                for inner, deeper in value.items():
+                    self._put(f"{name}/{inner}", deeper)
+            elif value is not None or name in self.found or "norm" in name:
+                self._put(name, value)
+        self.count += 1
+
+    def _put(self, name: str, value: Any) -> None:
+        column = self.found.get(name)
+        if column is None:
+            if name in self.ignored:
+                return
+            if name != self.wanted and not WORTH_KEEPING.search(name):
+                self.ignored.add(name)
+                return
+            column = self.found[name] = Column()
+        column.add(self.count, value)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all columns, with or without numbers."""
+        return sorted([*self.found, *self.ignored])
+
+
+def number(text: Any) -> float | None:
+    """Return the number that a cell holds; NaN for null, None for no number at all.
+
+    Example:
+        >>> [number(x) for x in ("7,718", "1/294", "1e3", "-inf", "", "abc", True)]
+        [7718.0, 1.0, 1000.0, -inf, None, None, None]
+    """
+    if text is None:
+        return math.nan
+    if isinstance(text, bool):
+        return None
+    if isinstance(text, (int, float)):
+        return _float(text)
+    return _from_text(text) if isinstance(text, str) else None
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _from_text(text: str) -> float | None:
+    text = text.strip().strip("'\"")
+    if text.lower() in NAMED:
+        return math.nan if text.lower() in ("null", "none", "-nan") else float(text)
+    if "/" in text:
+        # Hugging Face's 'global_step/max_steps': '1/294'.
+        text = text.partition("/")[0]
+    try:
+        return float(text.replace(",", "")) if text[:1] not in "_nN" else None
+    except ValueError:
+        return None

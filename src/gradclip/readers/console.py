@@ -1,0 +1,183 @@
+"""What trainers print: one table of patterns for the lines that hold a norm."""
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from gradclip.readers.columns import Columns, number
+from gradclip.record import LogError
+
+NUMBER = (
+    r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?|NaN|Infinity)"
+)
+COLOURS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
+BARE = re.compile(r"(?<=[:\s\[,])(-?)(?:nan|NaN|inf|Infinity)(?=\s*[,}\]])")
+LIMIT = re.compile(
+    r"(?<![a-zA-Z])(?:max_grad_norm|clip[-_]grad(?:_norm)?|grad(?:ient)?[-_]clip(?:ping"
+    r"|_val|_norm)?|clip[-_]norm)['\"]?(?:\s*[=:]\s*|\s*\.{2,}\s*|['\"]?,?\s+)['\"]?"
+    rf"(?P<limit>{NUMBER})(?![\w.])"
+)
+
+
+class Pattern(NamedTuple):
+    """How one tool prints a step."""
+
+    tool: str
+    line: re.Pattern[str]
+
+
+def _pattern(tool: str, text: str) -> Pattern:
+    return Pattern(tool, re.compile(text.replace("NUMBER", NUMBER)))
+
+
+PATTERNS = (
+    _pattern(
+        "Megatron-LM",
+        r"iteration\s+(?P<step>\d+)\s*/.*?(?:lm loss: (?P<loss>NUMBER).*?)?"
+        r"grad norm: (?P<norm>NUMBER)",
+    ),
+    _pattern(
+        "torchtitan",
+        r"step:\s*(?P<step>[\d,]+)\s+loss:\s*(?P<loss>NUMBER).*?"
+        r"grad_norm:\s*(?P<norm>NUMBER)",
+    ),
+    _pattern(
+        "Swin",
+        r"Train: \[(?P<epoch>\d+)/\d+\]\[(?P<at>\d+)/(?P<of>\d+)\].*?"
+        r"(?:\bloss (?P<loss>NUMBER) .*?)?grad_norm (?P<norm>NUMBER)",
+    ),
+    _pattern(
+        "steps",
+        r"(?i:num_updates|global[ _]step|train[ _]step|steps?|iter(?:ation)?s?|it)"
+        r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b.*?"
+        r"(?<!max_)(?<!max )(?<!clip_)(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?\s*[=:|]?\s*"
+        r"['\"]?(?P<norm>NUMBER)",
+    ),
+    _pattern(
+        "fairseq",
+        r"(?:\bloss[=: ]+(?P<loss>NUMBER).*?)?\bgnorm[=: ]+(?P<norm>NUMBER)"
+        r"(?:.*?num_updates[=: ]+(?P<step>\d+))?",
+    ),
+    _pattern(
+        "norms",
+        r"(?<!max_)(?<!max )(?<!clip_)(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*['\"]?"
+        r"(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
+    ),
+)
+PAIR = re.compile(rf"([\w@./ -]*?[\w@])\s*[:=]\s*({NUMBER})(?=\s|,|$|\))")
+BOX = re.compile(r"^\s*\|\s*(?P<name>[^|]+?)\s*\|\s*(?P<value>[^|]*?)\s*\|\s*$")
+QUARTILES = re.compile(r"grad-norm quartiles")
+
+
+def read(lines: Iterable[str], source: str, column: str | None) -> tuple[Columns, str]:
+    """Return the columns of a console log, and the tool that printed it.
+
+    Args:
+        lines: The lines; carriage returns end one, too.
+        source: The file, for messages.
+        column: The column to keep, whatever it is called.
+
+    Raises:
+        LogError: If no line holds a gradient norm.
+    """
+    columns = Columns(column)
+    tools: dict[str, int] = {}
+    quartiles = False
+    for tool, row in _rows(lines, columns):
+        columns.add(row)
+        tools[tool] = tools.get(tool, 0) + 1
+        quartiles = quartiles or tool == "icefall"
+    if not tools or (quartiles and len(tools) == 1):
+        raise LogError(_nothing(source, quartiles))
+    return columns, f"{max(tools, key=lambda tool: tools[tool])} console"
+
+
+def _nothing(source: str, quartiles: bool) -> str:
+    if quartiles:
+        return (
+            f"{source}: icefall prints the quartiles of its norms, not the norms; log "
+            "them one by one for advice."
+        )
+    return (
+        f"{source}: no gradient norm in any line. Known are the lines of Megatron-LM, "
+        "DeepSpeed, torchtitan, fairseq, verl, Swin, Hugging Face and whatever prints "
+        "`step … grad_norm …`; other files need format=… (--format)."
+    )
+
+
+def _rows(
+    lines: Iterable[str], columns: Columns
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    box: dict[str, Any] = {}
+    for raw in lines:
+        line = COLOURS.sub("", raw).replace("\u3000", " ")
+        if cell := BOX.match(line):
+            box[cell["name"]] = cell["value"]
+            continue
+        if box:
+            yield "boxed table", box
+            box = {}
+        _mind_limit(line, columns)
+        if "norm" in line.lower():
+            yield from _from_line(line)
+    if box:
+        yield "boxed table", box
+
+
+def _mind_limit(line: str, columns: Columns) -> None:
+    """Keep the limit in force, as argument dumps and command lines mention it."""
+    if ("clip" in line or "max_grad_norm" in line) and (found := LIMIT.search(line)):
+        limit = number(found["limit"])
+        columns.limit = columns.limit if limit is None else limit
+
+
+def _from_line(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if QUARTILES.search(line):
+        yield "icefall", {}
+    elif "{" in line and (row := _dictionary(line)):
+        yield "fairseq" if "gnorm" in row else "Hugging Face", row
+    elif "/grad_norm:" in line and (pairs := _pairs(line)):
+        yield "verl", pairs
+    else:
+        for pattern in PATTERNS:
+            if found := pattern.line.search(line):
+                yield pattern.tool, _named(found)
+                return
+
+
+def _dictionary(line: str) -> dict[str, Any]:
+    """Return the dictionary that a line ends with, as JSON or Python prints it."""
+    text = line[line.index("{") : line.rindex("}") + 1] if "}" in line else ""
+    if "norm" not in text:
+        return {}
+    for parse in (json.loads, _literal):
+        try:
+            row = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(row, dict) and any("norm" in str(name) for name in row):
+            return {str(name): x for name, x in row.items()}
+    return {}
+
+
+def _literal(text: str) -> Any:
+    return ast.literal_eval(BARE.sub(r"'\g<0>'", text))
+
+
+def _pairs(line: str) -> dict[str, Any]:
+    """Return the `name:number` pairs between ` - ` that verl prints."""
+    pairs = (part.rpartition(":") for part in re.split(r"\s+-\s+|\s{2,}", line))
+    row = {name.rsplit(" ", 1)[-1].strip(): x for name, _, x in pairs if name}
+    return {name: x for name, x in row.items() if number(x) is not None}
+
+
+def _named(found: re.Match[str]) -> dict[str, Any]:
+    row = {name: x for name, x in found.groupdict().items() if x is not None}
+    if "at" in row:
+        row["step"] = str(
+            int(row.pop("epoch")) * int(row.pop("of")) + int(row.pop("at"))
+        )
+    row["grad_norm"] = row.pop("norm")
+    return row

@@ -1,0 +1,108 @@
+"""JSON in its forms: Hugging Face's trainer state, lists, columns, lines, notebooks."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradclip.readers.columns import Columns
+from gradclip.record import LogError
+
+
+def read_document(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        LogError: If it is damaged or cut off; the message names the line.
+    """
+    text = path.read_text("utf-8-sig", errors="replace")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = (
+            " The file seems to be cut off." if error.pos >= len(text.rstrip()) else ""
+        )
+        raise LogError(f"{path}, line {error.lineno}: {error.msg}.{cut}") from None
+    except RecursionError:
+        raise LogError(f"{path}: nested too deeply for a log.") from None
+
+
+def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, str]:
+    """Return the columns of a JSON document, and what it is.
+
+    Raises:
+        LogError: If it is neither a list of steps nor columns.
+    """
+    columns = Columns(column)
+    if isinstance(document, dict) and isinstance(document.get("log_history"), list):
+        _add_all(document["log_history"], columns)
+        return columns, "Hugging Face trainer state"
+    if isinstance(document, list):
+        _add_all(document, columns)
+        return columns, "JSON list"
+    lists = _lists(document)
+    if not lists:
+        raise LogError(
+            f"{path}: a JSON document that holds no list of steps; it has "
+            f"{', '.join(document) if isinstance(document, dict) else document!r}."[
+                :500
+            ]
+        )
+    for values in zip(*lists.values(), strict=True):
+        columns.add(dict(zip(lists, values, strict=True)))
+    return columns, "JSON columns"
+
+
+def _add_all(entries: Iterable[Any], columns: Columns) -> None:
+    for entry in entries:
+        if isinstance(entry, dict):
+            columns.add(entry)
+
+
+def _lists(document: Any) -> dict[str, list[Any]]:
+    """Return the lists that are as long as the longest one."""
+    if not isinstance(document, dict):
+        return {}
+    lists = {name: x for name, x in document.items() if isinstance(x, list)}
+    longest = max(map(len, lists.values()), default=0)
+    return {name: x for name, x in lists.items() if len(x) == longest}
+
+
+def read_lines(lines: Iterable[str], source: str, column: str | None) -> Columns:
+    """Return the columns of JSON lines; damaged ones are left out and counted.
+
+    Raises:
+        LogError: If most lines are damaged.
+    """
+    columns, bad, total = Columns(column), [], 0
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        total += 1
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            columns.add(entry)
+        else:
+            bad.append(at)
+    if len(bad) > total / 2:
+        raise LogError(
+            f"{source}, line {bad[0]}: no JSON, as are {len(bad)} of {total} lines."
+        )
+    if bad:
+        columns.notes.append(
+            f"{len(bad)} damaged lines were left out, the first is line {bad[0]}."
+        )
+    return columns
+
+
+def notebook_lines(document: Any) -> Iterator[str]:
+    """Yield the lines that a Jupyter notebook's cells printed."""
+    for cell in document.get("cells", []):
+        for output in cell.get("outputs", []):
+            data = output.get("data") or {}
+            text = output.get("text") or data.get("text/plain") or ""
+            whole = text if isinstance(text, str) else "".join(map(str, text))
+            yield from whole.replace("\r", "\n").splitlines()

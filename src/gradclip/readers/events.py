@@ -1,0 +1,79 @@
+"""TensorBoard event folders, through the tensorboard package."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradclip.readers.columns import Columns
+from gradclip.readers.tabular import needs
+from gradclip.record import LogError
+
+PATTERN = "*tfevents*"
+
+
+def read(path: Path, column: str | None) -> Columns:
+    """Return the scalars of an event file, or of all those in a folder, as columns.
+
+    Raises:
+        LogError: If nothing in it can be read.
+        ModuleNotFoundError: If tensorboard is not installed.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import (
+            LegacyEventFileLoader,
+        )
+    except ModuleNotFoundError as missing:
+        raise needs("tensorboard", path, missing) from None
+    columns = Columns(column)
+    rows: dict[int, dict[str, Any]] = {}
+    for file in event_files(path):
+        try:
+            for event in LegacyEventFileLoader(str(file)).Load():
+                _take(event, rows, columns)
+        except Exception as error:
+            # Each of protobuf's versions has an exception of its own for bad bytes.
+            raise LogError(f"{file}: damaged event file: {error}") from None
+    _finish(rows, columns)
+    if not columns.count:
+        raise LogError(f"{path}: the event files hold no scalars.")
+    return columns
+
+
+def event_files(path: Path) -> list[Path]:
+    """Return the event files at a path, in the order they were begun."""
+    if path.is_file():
+        return [path]
+    return sorted(path.rglob(PATTERN), key=lambda file: (file.parent, file.name))
+
+
+def _take(event: Any, rows: dict[int, dict[str, Any]], columns: Columns) -> None:
+    """Gather the scalars of a step; a step that comes again begins a new row."""
+    for value in event.summary.value:
+        number = _scalar(value)
+        if number is None:
+            continue
+        row = rows.setdefault(event.step, {"step": event.step})
+        if value.tag in row or len(rows) > 1000:
+            _finish(rows, columns)
+            row = rows.setdefault(event.step, {"step": event.step})
+        row[value.tag] = number
+
+
+def _finish(rows: dict[int, dict[str, Any]], columns: Columns) -> None:
+    for row in rows.values():
+        columns.add(row)
+    rows.clear()
+
+
+def _scalar(value: Any) -> float | None:
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    tensor = value.tensor
+    if value.metadata.plugin_data.plugin_name not in ("scalars", ""):
+        return None
+    if tensor.float_val:
+        return float(tensor.float_val[0])
+    if len(tensor.tensor_content) == 4:
+        return float(np.frombuffer(tensor.tensor_content, "<f4")[0])
+    return None

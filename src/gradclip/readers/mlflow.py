@@ -1,0 +1,50 @@
+"""MLflow's file store: a file for each metric, with a line for each value."""
+
+from pathlib import Path
+from typing import Any
+
+from gradclip.readers.columns import Columns, number
+from gradclip.record import LogError
+
+
+def runs_in(path: Path) -> list[Path]:
+    """Return the folders `metrics` at or below a path, the newest run last."""
+    if path.name == "metrics" and path.is_dir():
+        return [path]
+    found = [folder for folder in path.rglob("metrics") if folder.is_dir()]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime)
+
+
+def read(path: Path, column: str | None) -> Columns:
+    """Return the metrics of the newest run as columns.
+
+    Raises:
+        LogError: If there is no run, or a line is damaged.
+    """
+    runs = runs_in(path)
+    if not runs:
+        raise LogError(f"{path}: a folder without a log that gradclip knows.")
+    columns = Columns(column)
+    rows: dict[int, dict[str, Any]] = {}
+    for file in sorted(file for file in runs[-1].rglob("*") if file.is_file()):
+        name = file.relative_to(runs[-1]).as_posix()
+        for at, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            step, value = _values(line, file, at)
+            rows.setdefault(step, {"step": step})[name] = value
+    for step in sorted(rows):
+        columns.add(rows[step])
+    if len(runs) > 1:
+        columns.notes.append(
+            f"{len(runs)} runs are in this store; read the newest, "
+            f"{runs[-1].parent.name}. Name the folder of another to read that."
+        )
+    return columns
+
+
+def _values(line: str, file: Path, at: int) -> tuple[int, float]:
+    parts = line.split(" ")
+    value = number(parts[1]) if len(parts) > 1 else None
+    step = number(parts[2]) if len(parts) > 2 else 0.0
+    if value is None or step is None or step != step:
+        raise LogError(f"{file}, line {at}: not 'time value step': {line[:60]!r}.")
+    return int(step), value

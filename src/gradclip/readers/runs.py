@@ -1,0 +1,116 @@
+"""Steps as they stand in a file: resumed, started afresh, or of jobs that took turns.
+
+A file is followed row by row. Each row belongs to the thread whose next step it is;
+where there is none, a new thread starts. Threads that lie behind one another are a
+resumed run (the newest branch counts) or a fresh start, threads that take turns are
+jobs that wrote into one file.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from gradclip.record import Floats, Steps
+
+ALIVE = 20
+"""After how many rows of others a thread counts as ended."""
+
+
+@dataclass
+class Thread:
+    """Rows that belong together."""
+
+    rows: list[int]
+    last: int
+    gap: int
+    others: list[int] = field(default_factory=list)
+
+
+def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
+    """Return the rows of each run, and what had to be decided.
+
+    Args:
+        step: The steps in the order of the file.
+        norm: The norms beside them; a row that repeats both is left out.
+
+    Returns:
+        For each run its rows, and sentences about resumes, restarts and repetitions.
+    """
+    if step.size == 0 or bool(np.all(np.diff(step) > 0)):
+        return [list(range(step.size))], []
+    rows, notes = _without_repeats(step, norm)
+    return _joined(_threads(step, rows), step, notes)
+
+
+def _without_repeats(step: Steps, norm: Floats) -> tuple[list[int], list[str]]:
+    same = (step[1:] == step[:-1]) & (
+        (norm[1:] == norm[:-1]) | np.isnan(norm[1:]) | np.isnan(norm[:-1])
+    )
+    repeated = np.concatenate([[False], same])
+    # Of a norm and the null that repeats its step, the norm says more.
+    swap = np.flatnonzero(same & np.isnan(norm[:-1]) & ~np.isnan(norm[1:]))
+    repeated[swap + 1], repeated[swap] = False, True
+    count = int(repeated.sum())
+    notes = [f"{count} rows repeat the step before and were left out."] if count else []
+    return np.flatnonzero(~repeated).tolist(), notes
+
+
+def _threads(step: Steps, rows: list[int]) -> list[Thread]:
+    gaps = np.diff(step[rows])
+    usual = int(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 1
+    threads: list[Thread] = []
+    recent: list[Thread] = []
+    for row in rows:
+        at = int(step[row])
+        thread = _continued(recent, at, row)
+        if thread is None:
+            thread = Thread([row], at, usual)
+            threads.append(thread)
+        else:
+            thread.gap = min(at - thread.last, 10 * usual)
+            thread.rows.append(row)
+            thread.last = at
+        if not recent or recent[0] is not thread:
+            recent = [thread, *(t for t in recent if t is not thread)][:4]
+    return threads
+
+
+def _continued(recent: list[Thread], at: int, row: int) -> Thread | None:
+    """Return the thread that a step goes on with, if any."""
+    alive = [t for t in recent if row - t.rows[-1] <= ALIVE]
+    for thread in alive:
+        if at - thread.last == thread.gap:
+            return thread
+    if recent and at > recent[0].last:
+        return recent[0]
+    later = [t for t in alive if at > t.last]
+    return min(later, key=lambda t: at - t.last, default=None)
+
+
+def _joined(
+    threads: list[Thread], step: Steps, notes: list[str]
+) -> tuple[list[list[int]], list[str]]:
+    """Put threads together that follow each other; the newest branch replaces."""
+    runs: list[list[int]] = []
+    dropped = resumed = 0
+    jobs = any(a.rows[-1] > b.rows[0] for a, b in pairwise(threads))
+    for thread in threads:
+        first = int(step[thread.rows[0]])
+        if jobs or not runs or first <= int(step[runs[-1][0]]):
+            runs.append(thread.rows)
+            continue
+        kept = [row for row in runs[-1] if step[row] < first]
+        dropped += len(runs[-1]) - len(kept)
+        resumed += 1
+        runs[-1] = kept + thread.rows
+    if resumed:
+        notes = [
+            *notes,
+            f"resumed {resumed} times from an earlier step: the newest branch counts, "
+            f"and {dropped} steps that it replaces were left out.",
+        ]
+    if len(runs) > 1:
+        how = "jobs that took turns" if jobs else "runs, one after the other"
+        notes = [*notes, f"{len(runs)} {how}, are in this log."]
+    return runs, notes

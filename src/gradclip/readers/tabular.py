@@ -1,0 +1,85 @@
+"""Tables: CSV with any delimiter, and Parquet."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradclip.readers.columns import Columns
+from gradclip.record import LogError
+
+DELIMITERS = ",\t;"
+
+
+def delimiter_of(head: str) -> str | None:
+    """Return what separates the cells of a table; None if the text is no table."""
+    lines = [line for line in head.splitlines() if line.strip()][:2]
+    if len(lines) < 2:
+        return None
+    for sign in DELIMITERS:
+        names = next(csv.reader([lines[0]], delimiter=sign))
+        cells = next(csv.reader([lines[1]], delimiter=sign))
+        named = all(_is_name(name) for name in names)
+        if len(names) > 1 and len(names) == len(cells) and named:
+            return sign
+    return None
+
+
+def _is_name(text: str) -> bool:
+    """Return whether a cell may head a column: a word, not a piece of a dictionary."""
+    worded = any(c.isalpha() for c in text) or not text.strip()
+    return worded and not any(c in text for c in "{}='")
+
+
+def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
+    """Return the columns of a table; rows of another width are left out and counted.
+
+    Raises:
+        LogError: If it has no line with names, or a cell beyond any measure.
+    """
+    lines = iter(lines)
+    first = next((line for line in lines if line.strip()), "")
+    sign = max(DELIMITERS, key=first.count)
+    names = [name.strip() for name in next(csv.reader([first], delimiter=sign), [])]
+    columns, bad = Columns(column), []
+    rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
+    while True:
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            raise LogError(f"{source}, line {rows.line_num + 1}: {error}.") from None
+        if cells is None:
+            break
+        if len(cells) == len(names):
+            columns.add(dict(zip(names, cells, strict=True)))
+        elif cells:
+            bad.append(rows.line_num + 1)
+    if bad:
+        columns.notes.append(
+            f"{len(bad)} rows have another number of cells than the heading and were "
+            f"left out, the first is line {bad[0]}."
+        )
+    return columns
+
+
+def read_parquet(path: Path, column: str | None) -> Columns:
+    """Return the columns of a Parquet file, through pyarrow."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as missing:
+        raise needs("pyarrow", path, missing) from None
+    columns = Columns(column)
+    try:
+        for batch in ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                columns.add(row)
+    except (ArrowException, OSError) as error:
+        raise LogError(f"{path}: not a whole Parquet file: {error}") from None
+    return columns
+
+
+def needs(package: str, path: Path, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error that says which package a format needs."""
+    return ModuleNotFoundError(
+        f"{path}: reading it needs {package}: pip install {package}", name=error.name
+    )

@@ -1,0 +1,88 @@
+"""What is known about a run: one number of each kind for every recorded step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Steps: TypeAlias = NDArray[np.int64]
+
+
+class LogError(ValueError):
+    """A file cannot be read as a log; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The norm of each parameter at some of the steps; NaN where it had no gradient."""
+
+    names: tuple[str, ...]
+    step: Steps
+    norm: Floats
+    """One row for each of these steps, one column for each name."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The steps of a run, or of several runs one after the other."""
+
+    step: Steps
+    norm: Floats
+    limit: Floats
+    """NaN where the log does not tell."""
+    scale: Floats
+    """NaN where the log does not tell."""
+    loss: Floats
+    """NaN where the log does not tell."""
+    run: NDArray[np.int64]
+    """To which run each step belongs, counted from 0."""
+    rule: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors | None = None
+    format: str = "arrays"
+    column: str = "norm"
+    networks: tuple[str, ...] = ()
+    """Columns with the norms of other networks in the same log."""
+    notes: tuple[str, ...] = ()
+    """What was odd about the log, in sentences."""
+
+    def take(self, rows: Any) -> "Record":
+        """Return the record with some of its rows."""
+        names = ("step", "norm", "limit", "scale", "loss", "run")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def also(self, *notes: str) -> "Record":
+        """Return the record with more said about it; nothing is said twice."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+
+def record_of(
+    norm: Sequence[float] | Floats,
+    step: Sequence[int] | Steps | None = None,
+    limit: Sequence[float] | Floats | float = np.nan,
+    scale: Sequence[float] | Floats | float | None = None,
+    loss: Sequence[float] | Floats | float = np.nan,
+) -> Record:
+    """Return a record of one run, with everything in arrays of one length."""
+    norms = np.asarray(norm, dtype=np.float64).reshape(-1)
+
+    def beside(values: Any) -> Floats:
+        return np.broadcast_to(np.asarray(values, np.float64), norms.shape).copy()
+
+    steps = np.arange(norms.size) if step is None else np.asarray(step)
+    limits = beside(limit)
+    scales = scale_under(norms, limits) if scale is None else beside(scale)
+    runs = np.zeros(norms.size, np.int64)
+    return Record(steps.astype(np.int64), norms, limits, scales, beside(loss), runs)
+
+
+def scale_under(norm: Floats, limit: Floats) -> Floats:
+    """Return the factors that follow from limits; NaN where the limit is not known."""
+    from gradclip.pipeline import clip_scale
+
+    with np.errstate(all="ignore"):
+        scale = clip_scale(norm, np.where(np.isnan(limit), np.inf, limit), np)
+    return np.where(np.isnan(limit), np.nan, scale)

@@ -1,0 +1,214 @@
+"""Writing a history while a training runs, without making the training wait.
+
+Numbers stay where they were made, on an accelerator too, until a batch of steps is
+written with one call. A file that cannot be written costs the record, never the run.
+"""
+
+import atexit
+import json
+import math
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from gradclip.pipeline import Info
+from gradclip.record import Floats
+
+SCHEMA = 1
+Taken: TypeAlias = tuple[Any, Info, dict[str, Any]]
+TakenTensors: TypeAlias = tuple[Any, tuple[str, ...], Any]
+
+
+class Recorder:
+    """Collect steps, and append them to a file of JSON lines in batches."""
+
+    def __init__(
+        self, path: Path, run: Mapping[str, Any], flush_every: int, flush_seconds: float
+    ) -> None:
+        """Keep what the header says; nothing is written before the first flush."""
+        self.path, self.run = path, dict(run)
+        self.flush_every, self.flush_seconds = flush_every, flush_seconds
+        self.rule = ""
+        self._written_names: Sequence[str] | None = None
+        self._steps: list[Taken] = []
+        self._tensors: list[TakenTensors] = []
+        self._header, self._warned, self._owner = False, False, os.getpid()
+        self._flushed = time.monotonic()
+        _flush_at_exit(self)
+
+    def add(self, step: Any, info: Info, facts: dict[str, Any]) -> None:
+        """Keep one step, and write all that are kept if it is time to."""
+        self._steps.append((step, info, facts))
+        late = time.monotonic() - self._flushed > self.flush_seconds
+        if len(self._steps) >= self.flush_every or late:
+            self.flush()
+
+    def add_tensors(self, step: Any, names: tuple[str, ...], norms: Any) -> None:
+        """Keep the norm of each parameter at one step."""
+        self._tensors.append((step, names, norms))
+
+    def flush(self) -> None:
+        """Write what is kept; of several processes, only the first one does."""
+        steps, tensors = self._steps, self._tensors
+        self._steps, self._tensors, self._flushed = [], [], time.monotonic()
+        if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
+            return
+        lines = [*self._tensor_lines(tensors), *step_lines(steps)]
+        self._write(lines)
+
+    def _write(self, lines: Sequence[str]) -> None:
+        try:
+            append(self.path, self._head() + "".join(line + "\n" for line in lines))
+            self._header = True
+        except OSError as error:
+            self._warn(error)
+
+    def _head(self) -> str:
+        """Return the header line where this file still needs one from us."""
+        if self._header and self.path.exists():
+            return ""
+        head = {"gradclip": SCHEMA, "rule": self.rule, "run": self.run}
+        return json.dumps(head, default=str) + "\n"
+
+    def _warn(self, error: OSError) -> None:
+        self._written_names = None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the history {self.path} cannot be written: "
+                f"{error.strerror or error}; the training goes on, and steps are lost "
+                "from the record.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _tensor_lines(self, tensors: Sequence[TakenTensors]) -> list[str]:
+        lines = []
+        for step, names, norms in tensors:
+            if self._written_names != names:
+                lines.append(json.dumps({"names": names}))
+                self._written_names = names
+            values = [short(x) for x in to_numpy([norms])[0].tolist()]
+            lines.append(json.dumps({"step": int(step), "tensors": values}))
+        return lines
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to a file in one write, on a line of its own.
+
+    A write that was cut short by a crash or a full disk leaves a torn line behind; the
+    next text does not continue it.
+    """
+    data = text.encode()
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        while data:
+            data = data[file.write(data) :]
+
+
+def process_rank() -> int:
+    """Return which of several processes this is, by torch or its launcher."""
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def step_lines(
+    steps: Sequence[Taken],
+) -> list[str]:
+    """Return one line for each step, with one copy from the device for all."""
+    if not steps:
+        return []
+    infos = [info for _, info, _ in steps]
+    numbers = to_numpy([step for step, _, _ in steps])
+    norms, limits, scales, kept = (
+        to_numpy([getattr(info, name) for info in infos])
+        for name in ("norm", "limit", "scale", "kept")
+    )
+    return [
+        _line(
+            {"step": int(numbers[i]), **facts},
+            _whole(norms[i]),
+            _whole(limits[i]),
+            float(np.min(scales[i])),
+            bool(kept[i]),
+        )
+        for i, (_, _, facts) in enumerate(steps)
+    ]
+
+
+def _line(
+    facts: dict[str, Any], norm: float, limit: float, scale: float, kept: bool
+) -> str:
+    action = "skip" if not kept else "clip" if scale != 1 else "pass"
+    entry = facts | {"norm": norm, "limit": limit, "scale": scale}
+    plainly = {
+        name: x if isinstance(x, (int, str)) else plain(x) for name, x in entry.items()
+    }
+    return json.dumps({**plainly, "action": action}, allow_nan=False)
+
+
+def to_numpy(values: Sequence[Any]) -> list[Floats]:
+    """Return arrays of any library as NumPy arrays, copied together where they can."""
+    try:
+        first = values[0]
+        xp = array_api_compat.array_namespace(first)
+        stacked = xp.stack(list(values))
+        stacked = stacked.detach().cpu() if hasattr(stacked, "detach") else stacked
+        return list(np.asarray(stacked, np.float64))
+    except (TypeError, ValueError, RuntimeError):
+        # Shapes may differ where the gradients of a step do.
+        return [np.asarray(_on_host(x), np.float64) for x in values]
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().cpu() if hasattr(value, "detach") else value
+
+
+def _whole(cells: Floats) -> float:
+    """Return one norm for all cells of a scope; a missing gradient is a NaN cell."""
+    if cells.ndim == 0:
+        return float(cells)
+    known = cells[~np.isnan(cells)]
+    if not known.size:
+        return math.nan
+    # hypot, since the square of a norm of 1e200 is infinite.
+    return float(np.hypot.reduce(known))
+
+
+def plain(number: Any) -> float | str:
+    """Return a number as JSON can hold it: NaN and infinity by their names."""
+    x = float(_on_host(number))
+    if math.isfinite(x):
+        return x
+    return "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
+
+
+def short(number: float) -> float | str:
+    """Return a number with the digits that a picture needs."""
+    return plain(float(f"{number:.5g}"))
+
+
+def _flush_at_exit(recorder: Recorder) -> None:
+    """Write the last steps when the program ends, if the recorder still lives."""
+    alive = weakref.ref(recorder)
+
+    def flush() -> None:
+        if last := alive():
+            last.flush()
+
+    atexit.register(flush)

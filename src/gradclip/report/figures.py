@@ -1,0 +1,134 @@
+"""The figures of the page, as plain data for Plotly; names are made harmless here."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tsdownsample import MinMaxLTTBDownsampler
+
+from gradclip.evidence import share_above
+from gradclip.record import Floats, Record, Tensors
+
+# Okabe and Ito's colours can be told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+POINTS = 4000
+COLUMNS, ROWS = 400, 60
+
+Figure = dict[str, Any]
+
+
+def safe(text: str) -> str:
+    """Return a name as Plotly shows it as it is: it reads a little HTML in labels."""
+    return html.escape(text, quote=False)
+
+
+def thinned(values: Floats, points: int = POINTS) -> Any:
+    """Return which of many values to draw, so that every extreme is among them."""
+    if values.size <= points:
+        return np.arange(values.size)
+    finite = np.isfinite(values) & (values > 0)
+    logs = np.log(np.where(finite, values, np.median(values[finite] if finite.any() else 1)))
+    kept = MinMaxLTTBDownsampler().downsample(logs, n_out=points)
+    extremes = [int(np.argmax(logs)), int(np.argmin(logs))]
+    return np.union1d(np.asarray(kept, np.int64), extremes)
+
+
+def digits(values: Any) -> list[float | None]:
+    """Return numbers with the digits that a figure needs; None for a gap."""
+    return [float(f"{x:.5g}") if np.isfinite(x) else None for x in np.asarray(values)]
+
+
+def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
+    """Return the norm of each run over its steps, with limits and clipped steps."""
+    traces: list[Figure] = []
+    for i, (name, record) in enumerate(named):
+        colour = COLOURS[i % len(COLOURS)]
+        rows = thinned(record.norm)
+        line = {"color": colour, "width": 1}
+        traces.append(_line(f"{name}: norm", record.step[rows], record.norm[rows], line))
+        limit = record.limit[rows]
+        if np.isfinite(limit).any():
+            dashed = {"color": colour, "width": 2, "dash": "dash"}
+            traces.append(_line(f"{name}: limit", record.step[rows], limit, dashed))
+        clipped = rows[record.scale[rows] < 1]
+        if clipped.size and clipped.size < rows.size / 2:
+            traces.append(_clipped(name, record, clipped, colour))
+    axes = {"xaxis": {"title": "step"}, "yaxis": {"title": "gradient norm", "type": "log"}}
+    return {"data": traces, "layout": axes}
+
+
+def _line(name: str, x: Any, y: Any, line: Figure) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": safe(name),
+        "x": x.tolist(),
+        "y": digits(np.where(y > 0, y, np.nan)),
+        "line": line,
+    }
+
+
+def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
+    marks = {"color": colour, "size": 5, "symbol": "triangle-up"}
+    points = _line(f"{name}: clipped", record.step[rows], record.norm[rows], {})
+    return {**points, "mode": "markers", "marker": marks}
+
+
+def histogram(norm: Floats) -> Figure:
+    """Return how the norms are spread, on a logarithmic axis."""
+    norm = norm[np.isfinite(norm) & (norm > 0)]
+    counts, edges = np.histogram(np.log10(norm), bins=60) if norm.size else ([], [0])
+    bars = {
+        "type": "bar",
+        "name": "steps",
+        "x": digits(10 ** ((edges[1:] + edges[:-1]) / 2) if norm.size else []),
+        "y": [int(x) for x in counts],
+        "width": digits(np.diff(10.0**edges) if norm.size else []),
+        "marker": {"color": COLOURS[0]},
+    }
+    axes = {"xaxis": {"title": "gradient norm", "type": "log"}, "yaxis": {"title": "steps"}}
+    return {"data": [bars], "layout": {**axes, "showlegend": False}}
+
+
+def clip_curve(norm: Floats) -> Figure:
+    """Return the clip rate at any limit."""
+    ordered = np.sort(norm[np.isfinite(norm) & (norm > 0)])
+    if not ordered.size:
+        return {"data": [], "layout": {}}
+    limits = np.geomspace(ordered[0] * 0.9, ordered[-1] * 1.1, 400)
+    rates = 100 * np.asarray(share_above(ordered, limits))
+    line = {"color": COLOURS[0], "width": 2}
+    axes = {
+        "xaxis": {"title": "limit", "type": "log"},
+        "yaxis": {"title": "steps clipped in %", "range": [-2, 102]},
+        "showlegend": False,
+    }
+    curve = {**_line("clip rate", limits, rates, line), "y": digits(rates)}
+    return {"data": [curve], "layout": axes}
+
+
+def heat_map(tensors: Tensors) -> Figure:
+    """Return the norm of each parameter over the steps; the largest ones if many."""
+    norm = np.where(np.isfinite(tensors.norm) & (tensors.norm > 0), tensors.norm, np.nan)
+    peak = np.nanmax(np.where(np.isnan(norm), 0, norm), axis=0)
+    shown = np.sort(np.argsort(-peak, kind="stable")[:ROWS])
+    parts = np.array_split(np.arange(tensors.step.size), min(COLUMNS, tensors.step.size))
+    filled = np.where(np.isnan(norm), 0, norm)
+    largest = np.array([filled[part].max(axis=0)[shown] for part in parts]).T
+    with np.errstate(divide="ignore"):
+        logs = np.log10(largest)
+    cells = {
+        "type": "heatmap",
+        "x": [int(tensors.step[part[0]]) for part in parts],
+        "y": [safe(tensors.names[i]) for i in shown],
+        "z": [digits(row) for row in logs],
+        "colorscale": "Cividis",
+        "colorbar": {"title": {"text": "log₁₀ norm"}},
+    }
+    layout = {
+        "xaxis": {"title": "step"},
+        "yaxis": {"automargin": True, "type": "category"},
+        "height": 200 + 16 * len(shown),
+    }
+    return {"data": [cells], "layout": layout}

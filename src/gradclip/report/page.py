@@ -1,0 +1,119 @@
+"""The page: what it says is gathered here, how it looks is in the files beside."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, select_autoescape
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from gradclip.advice import Advice, advise, call
+from gradclip.history import History, is_finite
+from gradclip.record import Record
+from gradclip.replaying import PLAINLY, replay
+from gradclip.report import figures
+from gradclip.rules import Norm, Percentile, Rule, ZScore
+
+LONGEST = 10_000
+"""Rules that remember are replayed on so many of the last steps."""
+SPIKES = 50
+
+
+def render(named: Sequence[tuple[str, History]]) -> str:
+    """Return the page as text.
+
+    Args:
+        named: The histories, each with a name.
+
+    Returns:
+        HTML that needs nothing from anywhere.
+    """
+    runs = [_run(name, history) for name, history in named]
+    records = [(name, history.recorded) for name, history in named]
+    data = {
+        "norms": figures.norm_figure(records),
+        "runs": [run.pop("data") for run in runs],
+    }
+    environment = Environment(autoescape=select_autoescape(default=True))
+    return environment.from_string(_file("page.html.j2")).render(
+        runs=runs,
+        data=Markup(_embedded(data)),
+        plotly=Markup(get_plotlyjs()),
+        style=Markup(_file("page.css")),
+        script=Markup(_file("page.js")),
+        plainly=PLAINLY,
+    )
+
+
+def _file(name: str) -> str:
+    return files("gradclip.report").joinpath(name).read_text("utf-8")
+
+
+def _embedded(data: Any) -> str:
+    """Return JSON that cannot end the script element that it stands in."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+
+
+def _run(name: str, history: History) -> dict[str, Any]:
+    """Return what the page says about one run, with its figures under `data`."""
+    record, advice = history.recorded, advise(history)
+    return {
+        "name": name,
+        "format": record.format,
+        "column": record.column,
+        "steps": len(history),
+        "rule": record.rule,
+        "advice": advice,
+        "limit": f"{advice.limit:g}" if advice.limit else "none",
+        "median": f"{_median(record):.4g}",
+        "spikes": sorted(advice.spikes, key=lambda s: -_finite(s.norm))[:SPIKES],
+        "rules": _side_by_side(record, advice),
+        "heat": record.tensors is not None,
+        "data": _data(record, advice),
+    }
+
+
+def _median(record: Record) -> float:
+    norm = record.norm[is_finite(record.norm)]
+    return float(np.median(norm)) if norm.size else float("nan")
+
+
+def _finite(norm: float) -> float:
+    return norm if np.isfinite(norm) else np.inf
+
+
+def _data(record: Record, advice: Advice) -> dict[str, Any]:
+    norm = record.norm[is_finite(record.norm)]
+    grid = np.quantile(norm, np.linspace(0, 1, 1001)) if norm.size else np.array([1.0])
+    return {
+        "histogram": figures.histogram(norm),
+        "curve": figures.clip_curve(norm),
+        "heat": figures.heat_map(record.tensors) if record.tensors else None,
+        "quantiles": figures.digits(grid),
+        "limit": advice.limit or float(np.median(grid)),
+    }
+
+
+def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
+    """Return a row for each rule: what it would have done on these norms."""
+    base = advice.limit or 1.0
+    rules = [Norm(base), Norm(2 * base), Percentile(), Percentile(90.0), ZScore()]
+    return [_row(rule, record) for rule in rules]
+
+
+def _row(rule: Rule, record: Record) -> dict[str, str]:
+    part = record.take(slice(-LONGEST, None)) if rule.stateful else record
+    again = replay(History.from_record(part, None), rule)
+    limits = again.limit[np.isfinite(again.limit)]
+    passed = again.norm_after[np.isfinite(again.norm_after)]
+    shorter = part.norm.size < record.norm.size
+    return {
+        "rule": call(rule),
+        "clip_rate": f"{again.clip_rate:.1%}",
+        "limit": f"{np.median(limits):.4g}" if limits.size else "–",
+        "largest": f"{passed.max():.4g}" if passed.size else "–",
+        "over": f"the last {LONGEST:,} steps" if shorter else "all steps",
+    }

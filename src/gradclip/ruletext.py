@@ -1,0 +1,84 @@
+"""A rule from the text of its constructor: parsed and looked up, never evaluated."""
+
+import ast
+import math
+from typing import Any
+
+from gradclip import rules
+from gradclip.rules import Rule
+
+PLAIN = {"inf": math.inf, "None": None, "True": True, "False": False}
+
+
+def rule_from(text: str) -> Rule:
+    """Return the rule that a constructor's text describes.
+
+    Args:
+        text: Such as `ZScore(z=2.5)` or `chain(Norm(1.0), Normalize())`; a leading
+            `gc.` or `gradclip.` is fine.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: For anything but constructors of rules with plain numbers and texts.
+
+    Example:
+        >>> rule_from("Norm(1.0, over='tensor')")
+        Norm(limit=1.0, over='tensor', p=2.0)
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(
+            f"the rule {text!r} is no call; write it as in ZScore(z=2.5)."
+        ) from None
+    rule = _value(tree.body, text)
+    if not isinstance(rule, Rule):
+        raise ValueError(f"{text!r} is no rule; write one as in ZScore(z=2.5).")
+    return rule
+
+
+def known() -> dict[str, Any]:
+    """Return the constructors by name: every rule, its aliases and what joins them."""
+    makers = {
+        name: maker
+        for name, maker in vars(rules).items()
+        if isinstance(maker, type) and issubclass(maker, Rule) and maker is not Rule
+    }
+    return {**makers, "chain": rules.chain}
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.UnaryOp(
+            op=ast.USub(), operand=ast.Constant(value=int() | float() as x)
+        ):
+            return -x
+        case ast.Attribute(value=ast.Name(id="math"), attr="inf"):
+            return math.inf
+        case ast.Name(id=name) if name in PLAIN:
+            return PLAIN[name]
+        case ast.Call():
+            return _called(node, text)
+    raise ValueError(
+        f"{ast.unparse(node)!r} in the rule {text!r}: only rules, numbers and texts."
+    )
+
+
+def _called(node: ast.Call, text: str) -> Any:
+    name = ast.unparse(node.func).removeprefix("gradclip.").removeprefix("gc.")
+    given = [_value(x, text) for x in node.args]
+    if name == "float" and given in (["inf"], ["infinity"]):
+        return math.inf
+    if name not in known():
+        raise ValueError(
+            f"there is no rule {name!r}; there are {', '.join(sorted(known()))}."
+        )
+    named = {x.arg or "": _value(x.value, text) for x in node.keywords}
+    try:
+        return known()[name](*given, **named)
+    except TypeError as error:
+        raise ValueError(f"the rule {text!r}: {error}.") from None

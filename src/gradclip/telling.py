@@ -1,0 +1,86 @@
+"""Advice as text: the recommendation first, then what it rests on."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradclip.advice import Advice, Spike
+
+SHOWN = 10
+
+
+def tell(advice: "Advice") -> str:
+    """Return advice as plain text.
+
+    Args:
+        advice: What `advise` returned.
+
+    Returns:
+        Lines of at most about 90 characters.
+    """
+    return "\n".join(_lines(advice))
+
+
+def _lines(advice: "Advice") -> Iterator[str]:
+    if advice.limit is None:
+        yield "No recommendation."
+    else:
+        yield f"Recommended: {advice.code}    confidence: {advice.confidence}"
+        rate = advice.clip_rate(advice.limit)
+        later = advice.clip_rate(advice.limit, after_warmup=True)
+        apart = f", {later:.1%} of those after the warm-up" if advice.warmup else ""
+        share = f"{rate:.1%} of the steps{apart}"
+        yield f"Limit {advice.limit:g} clips {share}: {advice.regime}."
+    yield from (f"  - {_sentence(reason)}" for reason in advice.reasons)
+    yield f"Norms: {advice.steps} steps, of them {advice.nonfinite} not finite."
+    yield from _numbers(advice)
+    yield from _spikes(advice)
+    if advice.notes:
+        yield "Noticed:"
+        yield from (f"  - {_sentence(note)}" for note in advice.notes)
+
+
+def _sentence(text: str) -> str:
+    """Return a text that begins with a capital, unless it begins with a name."""
+    return text[0].upper() + text[1:]
+
+
+def _numbers(advice: "Advice") -> Iterator[str]:
+    if not advice.quantiles:
+        return
+    yield "  percentile   norm    95 % interval"
+    for share, (value, low, high) in advice.quantiles.items():
+        yield f"  {share:>10.0%}   {value:<8.4g}{low:.4g} to {high:.4g}"
+    drift = f"drift: last fifth / first fifth = {advice.drift:.2f}"
+    yield f"  {drift}; {_tail(advice.tail)}"
+    yield "Rules of thumb        limit     clips"
+    for expert in advice.experts:
+        row = f"  {expert.name:<20}{expert.limit:<10.4g}{expert.clip_rate:<7.1%}"
+        yield f"{row} {expert.source}"
+
+
+def _tail(index: float) -> str:
+    if math.isnan(index):
+        return "too few norms for the tail"
+    kind = "heavy: the norms have no variance" if index <= 2 else "not heavy"
+    return f"tail index {index:.1f}, {kind}"
+
+
+def _spikes(advice: "Advice") -> Iterator[str]:
+    spikes = sorted(advice.spikes, key=lambda spike: -_size(spike))
+    if not spikes:
+        yield "No spikes."
+        return
+    share = len(spikes) / advice.steps
+    shown = min(len(spikes), SHOWN)
+    yield f"{len(spikes)} spikes ({share:.2%} of the steps); the largest {shown}:"
+    for spike in spikes[:SHOWN]:
+        carried = ", ".join(f"{name} {norm:.3g}" for name, norm in spike.tensors)
+        tail = f"  carried by {carried}" if carried else ""
+        size = f"norm {spike.norm:<9.4g} z {spike.score:.1f}"
+        yield f"  step {spike.step:<9} {size}{tail}"
+
+
+def _size(spike: "Spike") -> float:
+    return spike.norm if math.isfinite(spike.norm) else math.inf

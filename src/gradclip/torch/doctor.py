@@ -1,0 +1,166 @@
+"""Checks that turn a clip without effect into a message, once, and cost no waiting."""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.pipeline import Info, only_records
+from gradclip.rules import Norm, Rule, Value, stages
+from gradclip.torch.norms import on_host
+
+CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "rate")
+STEPS = 500
+"""How many steps a clip rate is watched before anything is said about it."""
+DELAY = 10
+"""How many steps later a number copied off an accelerator is there for sure."""
+
+
+class ClipWarning(UserWarning):
+    """Clipping as it is called here has no effect, or not the one that is meant."""
+
+
+class Doctor:
+    """Watch a clipper for misuse; each check speaks once.
+
+    Args:
+        checks: Which of `CHECKS` are made.
+        params: The parameters that are clipped.
+        rule: The rule that clips them.
+    """
+
+    def __init__(
+        self, checks: Collection[str], params: Sequence[Tensor], rule: Rule
+    ) -> None:
+        """Refuse unknown checks, and watch when one gradient is made."""
+        unknown = set(checks) - set(CHECKS)
+        if unknown:
+            raise ValueError(
+                f"doctor={sorted(unknown)}: the checks are {', '.join(CHECKS)}; "
+                "an empty tuple turns all of them off."
+            )
+        self.checks = set(checks)
+        self.rule = rule
+        self._seen: list[tuple[weakref.ref[Tensor], int]] = []
+        self._steps = 0
+        self._clipped: Any = 0
+        self._rate = torch.zeros((), pin_memory=params[0].is_cuda)
+        self._witness = next((p for p in params if p.requires_grad and p.is_leaf), None)
+        self._made_at: int | None = None
+        if "consumed" in self.checks and self._witness is not None:
+            self._watch(self._witness)
+
+    def before(self, leaves: Sequence[Tensor]) -> None:
+        """Look at the gradients that are about to be clipped."""
+        if "unchanged" in self.checks and self._unchanged(leaves):
+            self.tell(
+                "unchanged",
+                "the gradients are the same as at the last clip: it was called twice, "
+                "or before backward(). Clip once, after backward() and before step().",
+            )
+        witness = self._witness
+        if "consumed" in self.checks and witness is not None:
+            made_at, self._made_at = self._made_at, None
+            if made_at is not None and made_at != witness._version:
+                self.tell(
+                    "consumed",
+                    "the parameters have changed since these gradients were made: the "
+                    "clip comes after the step that used them. Clip before step().",
+                )
+
+    def after(self, leaves: Sequence[Tensor], info: Info) -> None:
+        """Look at what the clip did."""
+        if "unchanged" in self.checks:
+            ends = leaves[0], leaves[-1]
+            self._seen = [(weakref.ref(t), t._version) for t in ends]
+        if "scaled" in self.checks and on_host([info.norm]):
+            self._look_for_scaler(info)
+        if "rate" in self.checks and self._steps <= STEPS + DELAY:
+            self._watch_rate(info)
+
+    def tell(self, check: str, message: str) -> None:
+        """Warn, and never again about the same thing."""
+        if check in self.checks:
+            self.checks.discard(check)
+            text = f"{message} (This check is {check!r}; doctor= chooses the checks.)"
+            warnings.warn(text, ClipWarning, stacklevel=5)
+
+    def _unchanged(self, leaves: Sequence[Tensor]) -> bool:
+        """Return whether the first and the last gradient are those of the last clip."""
+        ends = leaves[0], leaves[-1]
+        return bool(self._seen) and all(
+            ref() is t and version == t._version
+            for (ref, version), t in zip(self._seen, ends, strict=True)
+        )
+
+    def _watch(self, witness: Tensor) -> None:
+        """Note the version of a parameter whenever it receives a gradient."""
+        self_ref = weakref.ref(self)
+
+        def note(p: Tensor) -> None:
+            doctor = self_ref()
+            if doctor is not None and not torch.compiler.is_compiling():
+                doctor._made_at = p._version
+
+        witness.register_post_accumulate_grad_hook(note)
+
+    def _look_for_scaler(self, info: Info) -> None:
+        """Ask for loss scalers, once, when a norm is very far above the limit."""
+        far_above = (info.norm > 1000 * info.limit) & info.finite
+        if not bool(far_above.any()):
+            return
+        for scaler in (x for x in gc.get_objects() if type(x) in _scalers()):
+            stages_ = [s["stage"].name for s in scaler._per_optimizer_states.values()]
+            used = scaler.is_enabled() and scaler._scale is not None
+            if used and "UNSCALED" not in stages_:
+                self.tell(
+                    "scaled",
+                    f"the norm is {float(info.norm.max()):.3g}, and a GradScaler with "
+                    f"scale {scaler.get_scale():g} is in use whose gradients are not "
+                    "unscaled: call scaler.unscale_(optimizer) before the clip, or use "
+                    "attach(), which knows.",
+                )
+        self.checks.discard("scaled")
+
+    def _watch_rate(self, info: Info) -> None:
+        """Count clipped steps; say so if all the counting was for one answer."""
+        fixed = all(isinstance(s, Norm | Value) for s in stages(self.rule))
+        if not fixed or only_records(self.rule):
+            self.checks.discard("rate")
+            return
+        self._steps += 1
+        self._clipped = self._clipped + info.clipped
+        if self._steps == STEPS:
+            self._rate.copy_(self._clipped / STEPS, non_blocking=True)
+        if self._steps == STEPS + (0 if on_host([info.norm]) else DELAY):
+            self._judge_rate(float(self._rate))
+
+    def _judge_rate(self, rate: float) -> None:
+        advice = (
+            "Look at the norms before choosing a limit: Norm(float('inf')) records "
+            "them, and the quantiles of some hundred steps show where spikes begin."
+        )
+        if rate == 0:
+            self.tell("rate", f"none of {STEPS} steps was clipped. {advice}")
+        if rate > 0.5:
+            self.tell(
+                "rate",
+                f"{rate:.0%} of {STEPS} steps were clipped: the limit sets the step "
+                f"size now, and the learning rate means something else. {advice}",
+            )
+        self.checks.discard("rate")
+
+
+def unheld(model: torch.nn.Module, params: Sequence[Tensor]) -> list[str]:
+    """Return the names of trainable parameters that an optimizer does not hold."""
+    held = {id(p) for p in params}
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and id(p) not in held]
+
+
+def _scalers() -> tuple[type, ...]:
+    return (torch.amp.GradScaler, torch.cuda.amp.GradScaler)

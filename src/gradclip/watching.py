@@ -1,0 +1,100 @@
+"""The terminal view of a run in progress: it follows what is appended."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from gradclip.advice import find_spikes
+from gradclip.history import History
+from gradclip.record import Floats, LogError, Record
+
+BARS = "▁▂▃▄▅▆▇█"
+RECENT = 2000
+"""How many of the last steps the rates and spikes are about."""
+
+
+def follow(path: Path, once: bool, every: float) -> None:
+    """Show a run until Ctrl-C, and again whenever its file has grown.
+
+    Args:
+        path: The history or log.
+        once: Show it one time only.
+        every: Seconds between two looks at the file.
+    """
+    console = Console()
+    if once:
+        console.print(view(History.load(path).recorded, path, console.width))
+        return
+    seen = -1
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                size = path.stat().st_size if path.exists() else -1
+                if size != seen:
+                    seen = size
+                    live.update(_now(path, console.width), refresh=True)
+                time.sleep(every)
+        except KeyboardInterrupt:
+            return
+
+
+def _now(path: Path, width: int) -> Group:
+    try:
+        return view(History.load(path).recorded, path, width)
+    except (LogError, FileNotFoundError):
+        return Group(Text(f"{path}: waiting for the first steps."))
+
+
+def view(record: Record, path: Path, width: int) -> Group:
+    """Return what is shown of a run.
+
+    Args:
+        record: What is recorded so far.
+        path: Where.
+        width: How many characters a line has.
+
+    Returns:
+        A few lines for rich.
+    """
+    recent = record.take(slice(-RECENT, None))
+    spikes = find_spikes(recent)[-5:]
+    last = f"step {record.step[-1]}  norm {record.norm[-1]:.4g}"
+    lines = [
+        f"{path}  {record.rule}",
+        f"{last}  limit {record.limit[-1]:.4g}  clip rate {_rate(recent)}",
+        sparkline(recent.norm, max(10, width - 2)),
+        "spikes: "
+        + (", ".join(f"{s.step} ({s.norm:.3g})" for s in spikes) or "none lately"),
+    ]
+    return Group(*(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
+
+
+def _rate(record: Record) -> str:
+    known = record.scale[~np.isnan(record.scale)]
+    return f"{np.mean(known < 1):.1%}" if known.size else "unknown"
+
+
+def sparkline(norm: Floats, width: int) -> str:
+    """Return norms as bars on a logarithmic scale; each shows the largest of its part.
+
+    Example:
+        >>> import numpy as np
+        >>> sparkline(np.array([1.0, 2.0, 4.0, np.inf]), 10)
+        '▁▅█!'
+    """
+    parts = np.array_split(norm, min(width, norm.size))
+    peaks = np.array([np.max(np.where(np.isnan(part), np.inf, part)) for part in parts])
+    shown = np.isfinite(peaks) & (peaks > 0)
+    if not shown.any():
+        return "!" * len(parts)
+    low, high = np.log(peaks[shown].min()), np.log(peaks[shown].max())
+    with np.errstate(all="ignore"):
+        level = (np.log(peaks) - low) / max(high - low, 1e-9) * (len(BARS) - 1)
+    return "".join(
+        BARS[round(float(x))] if ok else "!" if not np.isfinite(peak) else " "
+        for x, ok, peak in zip(level, shown, peaks, strict=True)
+    )

@@ -1,0 +1,127 @@
+"""Misuse that would be silent gets one message, and proper use gets none."""
+
+import warnings
+
+import pytest
+import torch
+
+import gradclip as gc
+from gradclip.torch import Clipper, ClipWarning, attach
+
+
+def setting(rule=None, **options):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    return net, optimizer, Clipper(net, rule or gc.Norm(1.0), **options)
+
+
+def backward(net, factor=1.0):
+    (factor * net(torch.randn(3, 4)).square().mean()).backward()
+
+
+def test_proper_use_is_silent():
+    net, optimizer, clipper = setting(gc.Norm(0.5))
+    for _ in range(520):
+        optimizer.zero_grad()
+        backward(net, 1.0 + torch.rand(()).item() * 3)
+        clipper.clip_()
+        optimizer.step()
+    for set_to_none in (True, False):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        backward(net)
+        backward(net)
+        clipper.clip_()
+        optimizer.step()
+
+
+def test_clipping_twice():
+    net, _, clipper = setting()
+    backward(net)
+    clipper.clip_()
+    with pytest.warns(ClipWarning, match="called twice, or before backward"):
+        clipper.clip_()
+    clipper.clip_()
+
+
+def test_clipping_before_backward():
+    net, optimizer, clipper = setting()
+    backward(net)
+    clipper.clip_()
+    optimizer.step()
+    with pytest.warns(ClipWarning, match="before backward"):
+        clipper.clip_()
+
+
+def test_clipping_after_the_step():
+    net, optimizer, clipper = setting()
+    backward(net)
+    optimizer.step()
+    with pytest.warns(ClipWarning, match=r"after the step.*Clip before step"):
+        clipper.clip_()
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+def test_gradients_that_are_still_scaled(unscales):
+    net, optimizer, clipper = setting(gc.Norm(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(net(torch.ones(3, 4)).square().mean()).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+        clipper.clip_()
+    else:
+        with pytest.warns(ClipWarning, match=r"GradScaler with scale 65536.*unscale_"):
+            clipper.clip_()
+
+
+def test_stepping_without_gradients():
+    _, optimizer, _ = setting()
+    attach(optimizer, gc.Norm(1.0))
+    with pytest.warns(ClipWarning, match=r"none of 2 parameters.*backward"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_parameters_that_the_optimizer_does_not_hold():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    with pytest.warns(ClipWarning, match=r"2 trainable.*1\.weight, 1\.bias"):
+        attach(optimizer, gc.Norm(1.0), model=net)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(1e9, "none of 500 steps"), (1e-9, "100% of 500 steps")],
+)
+def test_a_limit_that_never_or_always_acts(limit, message):
+    net, _, clipper = setting(gc.Norm(limit))
+    for step in range(500):
+        net.zero_grad()
+        backward(net)
+        if step < 499:
+            clipper.clip_()
+    with pytest.warns(ClipWarning, match=message):
+        clipper.clip_()
+
+
+@pytest.mark.parametrize(
+    "rule", [gc.Norm(float("inf")), gc.Percentile(), gc.Normalize()]
+)
+def test_rules_without_a_fixed_limit_are_not_judged(rule):
+    net, _, clipper = setting(rule)
+    for _ in range(520):
+        net.zero_grad()
+        backward(net)
+        clipper.clip_()
+
+
+def test_every_check_has_a_switch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net, optimizer, clipper = setting(doctor=())
+        backward(net)
+        optimizer.step()
+        clipper.clip_()
+        clipper.clip_()
+    with pytest.raises(ValueError, match=r"doctor=\['typo'\].*unchanged, consumed"):
+        setting(doctor=("typo",))

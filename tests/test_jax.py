@@ -1,0 +1,473 @@
+"""JAX: pure functions and optax, traced and not, equal to the twins and to optax."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradclip as gc
+import gradclip.jax
+from gradclip.jax import as_optax
+from table import ROWS, STATEFUL, STATELESS
+from test_twins import SHAPES, finite, params, quietly, steps
+
+GROWING = [name for name in ROWS if ROWS[name].make().grows]
+COMPILED = [name for name in ROWS if name not in GROWING]
+
+DEVIATIONS = {
+    "norms": "optax sums in the type of the gradients; float32 or wider here",
+    "scale": "optax rounds to nearest; here at most the limit, so 3e-7 shorter",
+    "NaN and infinity": "optax returns NaN or zeros in places; the step is dropped here",
+    "kernels of three axes": "optax takes 3-D as many heads; one unit per row here",
+    "units": "optax takes units along the last axis; along the first one here",
+}
+
+
+def tree(arrays):
+    return {f"w{i}": jnp.asarray(x, dtype=float) for i, x in enumerate(arrays)}
+
+
+def assert_close(got, want, rtol=1e-6, atol=0.0, **more):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, **more)
+
+
+def follow(name, rtol, atol):
+    """Run a rule under jit beside its twin, and return how many steps were compared."""
+    weights = tree(params())
+    transform, twin = as_optax(ROWS[name].make()), ROWS[name].twin()
+    update = jax.jit(transform.update)
+    state = transform.init(weights)
+    for step, grads in enumerate(steps()):
+        want = quietly(twin, grads, params())
+        got, state = update(tree(grads), state, weights)
+        assert bool(state.info.finite) == finite(grads)
+        if not finite(grads):
+            want = [np.zeros_like(w) for w in want]
+        assert_close(got, tree(want), rtol, atol, err_msg=f"step {step}")
+    assert update._cache_size() == 1
+    return int(state.step)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_rules_equal_their_twins(name):
+    assert follow(name, rtol=2e-5, atol=1e-12) == 200
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_memory_that_grows_is_refused(name):
+    with pytest.raises(ValueError, match="give it a window"):
+        as_optax(ROWS[name].make())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_eager_clippers_equal_their_twins(name):
+    clipper, twin = gc.Clipper(ROWS[name].make()), ROWS[name].twin()
+    weights = tree(params())
+    for step, grads in enumerate(steps()):
+        if step == 40:
+            break
+        want = quietly(twin, grads, params())
+        got, info = clipper.clip(tree(grads), params=weights)
+        assert isinstance(info.norm, jax.Array)
+        if finite(grads):
+            assert_close(got, tree(want), 2e-5, 1e-12, err_msg=f"step {step}")
+        else:
+            assert not any(np.any(g) for g in jax.tree.leaves(got))
+
+
+def in_process(code, **environment):
+    """Run code in a process of its own, where JAX reads its settings anew."""
+    here = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+def test_compiled_rules_equal_their_twins_in_float64():
+    code = (
+        "from test_jax import COMPILED, follow\n"
+        "print(sum(follow(name, 1e-9, 1e-15) == 200 for name in COMPILED))"
+    )
+    result = in_process(code, JAX_ENABLE_X64="1")
+    assert result.stdout.strip() == str(len(COMPILED)), result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_jit_and_vmap_of_the_pure_function(name):
+    rule, weights = ROWS[name].make(), tree(params())
+    many = list(steps())[:6]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *map(tree, many))
+
+    def clip(grads):
+        return gc.clip(grads, rule, params=weights)
+
+    together, infos = jax.jit(jax.vmap(clip))(batch)
+    for i, grads in enumerate(many):
+        one, info = clip(tree(grads))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), one, atol=1e-12)
+        assert_close(infos.norm[i], info.norm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "norm"),
+    [
+        (jnp.float32, [3.0, 4.0], 5.0),
+        (jnp.float32, [1e20] * 4, 2e20),
+        (jnp.float32, [1.5e38, 1.5e38], 1.5e38 * 2**0.5),
+        (jnp.float32, [3e-30] * 4, 6e-30),
+        (jnp.float32, [3e-38, 4e-38], 5e-38),
+        (jnp.float32, [1e-30, 1e20], 1e20),
+        (jnp.float16, [300.0, 400.0], 500.0),
+        (jnp.float16, [6e4] * 4, 1.2e5),
+        (jnp.bfloat16, [3.0, 4.0], 5.0),
+        (jnp.complex64, [3e20j, 4e20], 5e20),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_finite_gradients_have_a_finite_norm(dtype, values, norm, compiled):
+    def clip(grads):
+        return gc.clip(grads, gc.Norm(norm / 10))
+
+    grads = jnp.array(values, dtype)
+    out, info = (jax.jit(clip) if compiled else clip)(grads)
+    half = jnp.finfo(dtype).eps > 1e-4
+    exact = np.linalg.norm(np.asarray(grads, complex))
+    np.testing.assert_allclose(info.norm, exact, rtol=1e-6)
+    after = np.linalg.norm(np.asarray(out, complex))
+    limit = float(info.limit)
+    assert limit * (1 - (0.01 if half else 1e-6)) <= after <= limit * (1 + 1e-12)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, float("inf")])
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1.0, 1e20, 1e37])
+def test_norms_of_any_order_and_size(p, size):
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32) * size
+    _, info = gc.clip(jnp.asarray(x, jnp.float32), gc.Norm(1.0, p=p))
+    exact = np.linalg.norm(x.astype(np.float64).ravel(), ord=p)
+    np.testing.assert_allclose(float(info.norm), exact, rtol=1e-6)
+
+
+def test_nothing_is_clipped_below_the_limit_to_the_bit():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=100), jnp.float32)
+    out, _ = jax.jit(lambda g: gc.clip(g, gc.Norm(1e6)))(x)
+    assert np.array_equal(out, x)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_policies_without_a_branch(value):
+    grads = {"a": jnp.array([3.0, value]), "b": jnp.array([4.0])}
+
+    def clip(policy):
+        run = jax.jit(lambda g: gc.clip(g, gc.Norm(1.0), on_nonfinite=policy))
+        out, info = run(grads)
+        assert not info.finite or policy == "zero"
+        return np.concatenate([out["a"], out["b"]])
+
+    assert clip("skip").tolist() == [0, 0, 0]
+    np.testing.assert_allclose(clip("zero"), [0.6, 0, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(clip("ignore"), [3, value, 4])
+
+
+def test_raise_reads_gradients_or_says_that_it_cannot():
+    bad = {"a": jnp.array([1.0, np.nan])}
+
+    def clip(grads):
+        return gc.clip(grads, gc.Norm(1.0), on_nonfinite="raise")[0]
+
+    with pytest.raises(gc.NonFiniteError, match=r"\['a'\] \(1 of 2 elements\)"):
+        clip(bad)
+    assert_close(clip({"a": jnp.array([0.6, 0.8])}), {"a": jnp.array([0.6, 0.8])})
+    with pytest.raises(TypeError, match="jit, vmap and scan cannot"):
+        jax.jit(clip)(bad)
+    with pytest.raises(ValueError, match="which jit cannot"):
+        as_optax(gc.Norm(1.0), on_nonfinite="raise")
+
+
+def test_a_clipper_under_jit_names_the_function_that_can():
+    clipper = gc.Clipper(gc.ZScore())
+    with pytest.raises(TypeError, match="as_optax"):
+        jax.jit(lambda g: clipper.clip(g)[0])(jnp.ones(3))
+    clipper.clip(jnp.ones(3))
+
+
+ORDINARY = [
+    tree(g) for g in [[np.full((3, 4), 0.2), np.arange(5.0)], [np.ones((2, 2)) * 9]]
+]
+
+
+@pytest.mark.parametrize("grads", ORDINARY)
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (gc.Norm(1.0), optax.clip_by_global_norm(1.0)),
+        (gc.Norm(1e3), optax.clip_by_global_norm(1e3)),
+        (gc.Value(0.5), optax.clip(0.5)),
+        (gc.Relative(0.1, eps=1e-3, axis=-1), optax.adaptive_grad_clip(0.1)),
+    ],
+)
+def test_equal_to_optax(ours, theirs, grads):
+    weights = jax.tree.map(lambda x: jnp.cos(1 + x), grads)
+    for transform in (as_optax(ours), as_optax(gc.chain(ours, gc.Norm(1e9)))):
+        a, _ = transform.update(grads, transform.init(weights), weights)
+        b, _ = theirs.update(grads, theirs.init(weights), weights)
+        assert_close(a, b, rtol=1e-6)
+
+
+def test_what_optax_does_otherwise():
+    assert DEVIATIONS
+    for grads in (
+        jnp.array([300, 400], jnp.float16),
+        jnp.array([1e20, 1e20], jnp.float32),
+    ):
+        theirs = optax.clip_by_global_norm(1.0)
+        lost, _ = theirs.update(grads, theirs.init(grads))
+        assert not np.any(lost)
+        ours, _ = as_optax(gc.Norm(1.0)).update(
+            grads, as_optax(gc.Norm(1.0)).init(grads)
+        )
+        assert 0.99 < np.linalg.norm(np.asarray(ours, float)) <= 1
+
+
+def loss(weights, x):
+    return jnp.sum(jnp.square(x @ weights["w"] + weights["b"]))
+
+
+WEIGHTS = {"w": jnp.full((3, 2), 0.5), "b": jnp.zeros(2)}
+BATCHES = jnp.asarray(np.random.default_rng(0).normal(size=(12, 4, 3)))
+
+
+def train(optimizer, steps=12, weights=None):
+    weights = WEIGHTS if weights is None else weights
+    state = optimizer.init(weights)
+
+    @jax.jit
+    def step(weights, state, x):
+        grads = jax.grad(loss)(weights, x)
+        updates, state = optimizer.update(grads, state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    for x in BATCHES[:steps]:
+        weights, state = step(weights, state, x)
+    assert step._cache_size() == 1
+    return weights, state
+
+
+CLIP, RULE = optax.clip_by_global_norm(0.5), gc.Norm(0.5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda clip: optax.chain(clip, optax.adam(0.1)),
+        lambda clip: optax.chain(
+            optax.masked(clip, {"w": True, "b": False}), optax.sgd(0.1)
+        ),
+        lambda clip: optax.multi_transform(
+            {"a": optax.chain(clip, optax.sgd(0.1)), "z": optax.set_to_zero()},
+            {"w": "a", "b": "z"},
+        ),
+        lambda clip: optax.MultiSteps(optax.chain(clip, optax.sgd(0.1)), 3),
+        lambda clip: optax.apply_if_finite(optax.chain(clip, optax.adam(0.1)), 3),
+    ],
+    ids=["chain", "masked", "multi_transform", "MultiSteps", "apply_if_finite"],
+)
+def test_optax_wrappers(wrap):
+    ours, state = train(wrap(as_optax(RULE)))
+    theirs, _ = train(wrap(CLIP))
+    assert_close(ours, theirs, rtol=1e-5)
+    assert float(optax.tree.get(state, "norm")) > 0
+
+
+@pytest.mark.parametrize("name", ["ZScore", "EMA", "Percentile"])
+@pytest.mark.parametrize("transform", ["chain", "masked", "MultiSteps"])
+def test_rules_with_memory_inside_wrappers(name, transform):
+    wrap = {
+        "chain": lambda clip: optax.chain(clip, optax.sgd(0.01)),
+        "masked": lambda clip: optax.chain(
+            optax.masked(clip, {"w": True, "b": False}), optax.sgd(0.01)
+        ),
+        "MultiSteps": lambda clip: optax.MultiSteps(
+            optax.chain(clip, optax.sgd(0.01)), 2
+        ),
+    }[transform]
+    _, state = train(wrap(as_optax(getattr(gc, name)())))
+    made = 6 if transform == "MultiSteps" else 12
+    assert int(optax.tree.get(state, "step")) == made
+
+
+def test_inject_hyperparams():
+    @optax.inject_hyperparams
+    def make(limit):
+        return optax.chain(as_optax(gc.Norm(limit)), optax.sgd(0.1))
+
+    ours, state = train(make(limit=0.5))
+    theirs, _ = train(optax.chain(CLIP, optax.sgd(0.1)))
+    assert_close(ours, theirs, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.get(state, "limit", filtering=is_info), 0.5)
+    schedule = optax.linear_schedule(1.0, 0.1, 9)
+    _, state = train(make(limit=schedule))
+    np.testing.assert_allclose(
+        optax.tree.get(state, "limit", filtering=is_info), schedule(11)
+    )
+
+
+def is_info(path, value):
+    return "info" in jax.tree_util.keystr(tuple(path)) or "Info" in str(path)
+
+
+def test_optax_schedules_are_limits():
+    schedule = optax.cosine_decay_schedule(1.0, 10)
+    transform = as_optax(gc.Norm(schedule))
+    state = transform.init(WEIGHTS)
+    for step in range(4):
+        _, state = transform.update(WEIGHTS, state)
+        np.testing.assert_allclose(state.info.limit, schedule(step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n in COMPILED])
+def test_scan_equals_a_loop_and_buffers_may_be_donated(name):
+    transform = as_optax(ROWS[name].make())
+    weights = tree(params())
+    run = [tree(g) for g in list(steps())[:20]]
+
+    def body(state, grads):
+        clipped, state = transform.update(grads, state, weights)
+        return state, clipped
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *run)
+    last, scanned = jax.lax.scan(body, transform.init(weights), stacked)
+    donating = jax.jit(transform.update, donate_argnums=1)
+    state = jax.tree.map(jnp.copy, transform.init(weights))
+    for i, grads in enumerate(run):
+        clipped, state = donating(grads, state, weights)
+        assert_close(clipped, jax.tree.map(lambda x, i=i: x[i], scanned), atol=1e-12)
+    assert_close(state.memory, last.memory)
+
+
+def test_many_models_at_once():
+    transform = as_optax(gc.ZScore(warmup=2))
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 4)))
+    states = jax.vmap(transform.init)(grads[0])
+    alone = [transform.init(x) for x in grads[0]]
+    for x in grads:
+        out, states = jax.vmap(transform.update)(x, states)
+        for i in range(3):
+            one, alone[i] = transform.update(x[i], alone[i])
+            assert_close(out[i], one)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_memory_goes_from_one_library_to_another(name):
+    rule, weights = ROWS[name].make(), params()
+    run = [g for g in list(steps())[:30] if finite(g)]
+    arrays = gc.Clipper(rule)
+    for grads in run[:20]:
+        arrays.clip(grads, params=weights)
+    eager = gc.Clipper(rule)
+    eager.load_state_dict(arrays.state_dict())
+    if name in COMPILED:
+        transform = as_optax(rule)
+        saved = arrays.state_dict()
+        state = transform.init(tree(weights))
+        state = gradclip.jax.load_state_dict(rule, state, saved)
+        back = gradclip.jax.state_dict(rule, state)
+        assert set(back) == set(saved)
+        for key in saved:
+            np.testing.assert_allclose(back[key], saved[key], rtol=1e-6)
+    for grads in run[20:]:
+        want, _ = arrays.clip(grads, params=weights)
+        got, _ = eager.clip(tree(grads), params=tree(weights))
+        assert_close(got, tree(want), 2e-5, 1e-12)
+        if name in COMPILED:
+            got, state = transform.update(tree(grads), state, tree(weights))
+            assert_close(got, tree(want), 2e-5, 1e-12)
+
+
+def test_a_state_of_another_rule_is_refused():
+    state = as_optax(gc.EMA()).init(jnp.zeros(2))
+    saved = gradclip.jax.state_dict(gc.EMA(), state)
+    other = as_optax(gc.ZScore()).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="belongs to EMA"):
+        gradclip.jax.load_state_dict(gc.ZScore(), other, saved)
+
+
+def test_a_dropped_step_is_zeros_and_counted():
+    transform = as_optax(gc.Skip(gc.Norm(1.0)))
+    state = transform.init(jnp.zeros(2))
+    for grads, kept in (([0.3, 0.4], True), ([3.0, 4.0], False), ([np.nan, 0], False)):
+        out, state = jax.jit(transform.update)(jnp.array(grads), state)
+        assert bool(state.info.kept) == kept
+        assert np.any(out) == kept
+    assert int(state.info.skipped) == 2
+
+
+def test_missing_parameters_are_asked_for():
+    transform = as_optax(gc.AGC())
+    with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
+        transform.update(WEIGHTS, transform.init(WEIGHTS))
+    with pytest.raises(ValueError, match="whole rows"):
+        as_optax(gc.AGC(), axis_name="data")
+
+
+SHARDED = """
+import functools, jax, jax.numpy as jnp, numpy as np
+import gradclip as gc
+from gradclip.jax import as_optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(jax.devices(), ("d",))
+rng = np.random.default_rng(0)
+whole = {"cut": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32),
+         "same": jnp.asarray(rng.normal(size=5), jnp.float32)}
+specs = {"cut": P("d"), "same": P()}
+places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+grads = jax.device_put(whole, places)
+broken = whole | {"cut": whole["cut"].at[7, 1].set(jnp.nan)}
+
+def close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
+
+rules = [gc.Norm(1.0), gc.Norm(1.0, p=3.0), gc.Norm(0.9, p=float("inf")),
+         gc.Norm(0.5, over="tensor"), gc.Value(0.3), gc.ZScore(warmup=1),
+         gc.EMA(warmup=1), gc.chain(gc.Value(0.5), gc.Norm(0.7))]
+for rule in rules:
+    plain, cut = as_optax(rule), as_optax(rule, axis_name="d")
+    start = plain.init(whole)
+    for given in (whole, broken):
+        want, ended = plain.update(given, start)
+        got, state = jax.jit(plain.update)(jax.device_put(given, places), start)
+        close((got, state.info.norm, state.memory), (want, ended.info.norm, ended.memory))
+        step = jax.shard_map(
+            cut.update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
+        got, state = jax.jit(step)(given, start)
+        close((got, state.info.norm, state.memory), (want, ended.info.norm, ended.memory))
+
+        pieces = {"cut": given["cut"].reshape(4, 2, 3)}
+        one = {"cut": given["cut"]}
+        want, ended = plain.update(one, plain.init(one))
+        got, state = jax.pmap(cut.update, axis_name="d", in_axes=(0, None))(
+            pieces, plain.init(one))
+        close(got["cut"].reshape(8, 3), want["cut"])
+        for x in np.asarray(state.info.norm):
+            close(x, ended.info.norm)
+print(len(jax.devices()), "devices,", len(rules), "rules")
+"""
+
+
+def test_sharded_gradients_equal_whole_ones():
+    flags = "--xla_force_host_platform_device_count=4"
+    result = in_process(SHARDED, XLA_FLAGS=flags)
+    assert result.stdout.strip() == "4 devices, 8 rules", result.stderr[-3000:]
