@@ -14,8 +14,8 @@ from gradclip.pipeline import (
     run,
 )
 from gradclip.rules import Limit, Norm, Rule, Value
-from gradclip.torch.gradients import collect, drop, named_parameters, tensors_only
-from gradclip.torch.verbs import InPlace
+from gradclip.torch.gradients import collect, distinct, drop, tensors_only
+from gradclip.torch.verbs import InPlace, dtype_of
 
 Tensors = Tensor | Iterable[Tensor]
 _VERBS = InPlace()
@@ -181,7 +181,7 @@ def clip_grads_with_norm_(
         tensor([0.6000, 0.8000])
     """
     rule = Norm(max_norm)
-    leaves = collect([p for _, p in named_parameters(tensors_only(parameters))]).leaves
+    leaves = collect(distinct(parameters)).leaves
     norm = torch.as_tensor(total_norm).double()
     scale = clip_scale(norm, rule.limit, torch)
     if _VERBS.known(scale == 1) is not True:
@@ -192,8 +192,7 @@ def clip_grads_with_norm_(
 def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
-    named = named_parameters(tensors_only(parameters))
-    params = [p for _, p in named]
+    params = distinct(parameters)
     found = collect(params)
     _, info, _ = run(
         _VERBS,
@@ -201,7 +200,7 @@ def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
         rule,
         [{}],
         policy=policy,
-        name_of=lambda i: named[found.present[i]][0],
+        name_of=lambda i: f"parameter [{found.present[i]}]",
     )
     if policy == "skip" and not only_records(rule):
         drop(params, info.kept)
@@ -210,5 +209,5 @@ def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
 
 def _report_type(leaves: list[Tensor]) -> torch.dtype:
     """Return float32, in which half-precision norms keep their digits, or float64."""
-    wide = any(t.dtype in (torch.float64, torch.complex128) for t in leaves)
+    wide = {torch.float64, torch.complex128} & set(map(dtype_of, leaves))
     return torch.float64 if wide else torch.float32

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -52,15 +53,23 @@ def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
             f"tensors are expected, not the module {type(params).__name__}; hand over "
             "module.parameters()."
         )
-    if isinstance(params, Tensor):
-        return [params]
-    tensors = [p for _, p in _enumerated(params)]
+    tensors = [params] if isinstance(params, Tensor) else list(params)
     if not tensors and isinstance(params, Iterator):
         raise ValueError(
             "the generator has no parameters left: it was used up; pass a list, or "
             "call module.parameters() again."
         )
+    if not all(isinstance(t, Tensor) for t in tensors):
+        tensors = [p for _, p in _enumerated(tensors)]
     return tensors
+
+
+def distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Return each parameter once: one that is tied would be scaled twice."""
+    tensors = tensors_only(params)
+    if not tensors:
+        raise ValueError("there are no parameters to clip.")
+    return list({id(t): t for t in tensors}.values())
 
 
 def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
@@ -81,6 +90,9 @@ def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
         yield str(name), p
 
 
+_layout = attrgetter("layout")
+
+
 @dataclass
 class Gradients:
     """The gradients that there are, in a form that the verbs can change in place."""
@@ -96,23 +108,24 @@ class Gradients:
 @torch.no_grad()
 def collect(params: list[Tensor], weights: bool = False) -> Gradients:
     """Return the gradients of parameters; sparse ones by their coalesced values."""
-    found = Gradients([], [], [])
-    for i, p in enumerate(params):
-        g = p.grad
-        if g is None:
-            continue
-        if g.layout != torch.strided or not g.is_contiguous():
-            g = plain(p, g)
-        found.leaves.append(g)
-        found.present.append(i)
-        if weights:
-            found.weights.append(_weight(p))
-    if not found.leaves:
+    grads = [p.grad for p in params]
+    present = [i for i, g in enumerate(grads) if g is not None]
+    leaves = [g for g in grads if g is not None]
+    if not leaves:
         raise ValueError(
             f"none of the {len(params)} parameters has a gradient; was backward() "
             "called, and the optimizer not yet zeroed?"
         )
-    return found
+    if not _all_plain(leaves):
+        leaves = [plain(params[i], g) for i, g in zip(present, leaves, strict=True)]
+    cut = [_weight(params[i]) for i in present] if weights else []
+    return Gradients(leaves, present, cut)
+
+
+def _all_plain(leaves: list[Tensor]) -> bool:
+    """Return whether all gradients can be changed as they are; quick for many."""
+    layouts = set(map(_layout, leaves))
+    return layouts == {torch.strided} and all(map(Tensor.is_contiguous, leaves))
 
 
 def plain(p: Tensor, g: Tensor) -> Tensor:

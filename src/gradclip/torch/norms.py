@@ -7,7 +7,10 @@ Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ ROW = 512
 """Elements summed in float32 before float64 takes over."""
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
+MIDDLE = 1 << 15
+"""Tensors up to this size are measured many at a time, for the same reason."""
 CHUNK = 1 << 18
 """Elements converted or gathered at a time; they stay in the cache."""
 BLOCK = 1 << 26
@@ -25,13 +30,14 @@ PROBES = 16
 BIAS = 6e-8
 """Half a unit in the last place of float32: a larger mean error is no accident."""
 
+_is_cpu = attrgetter("is_cpu")
 _gather = torch._C._nn.flatten_dense_tensors
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
     """Return whether numbers can be read without waiting for a device."""
-    return not torch.compiler.is_compiling() and all(t.is_cpu for t in tensors)
+    return not torch.compiler.is_compiling() and all(map(_is_cpu, tensors))
 
 
 def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -129,18 +135,34 @@ def _flat(t: Tensor) -> Tensor | None:
 
 def _fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return the 2-norm of all tensors, or None where float32 rows will not do."""
-    small: dict[torch.dtype, list[Tensor]] = {}
+    sizes = list(map(Tensor.numel, tensors))
+    small: dict[torch.dtype, tuple[list[Tensor], list[int]]] = {}
+    middle: list[Tensor] = []
     rows = Rows()
-    for t in tensors:
-        if t.numel() <= SMALL:
-            small.setdefault(t.dtype, []).append(t)
+    for t, size in zip(tensors, sizes, strict=True):
+        if size <= SMALL:
+            group, group_sizes = small.setdefault(t.dtype, ([], []))
+            group.append(t)
+            group_sizes.append(size)
+        elif size <= MIDDLE and t.dtype == torch.float32:
+            middle.append(t)
         else:
             rows.add(t)
-    for group in small.values():
-        # A gathered batch stays within a chunk, whatever the number of tensors.
-        for i in range(0, len(group), CHUNK // SMALL):
-            rows.add(_gather(group[i : i + CHUNK // SMALL]))
+    for group, group_sizes in small.values():
+        for batch in _batches(group, group_sizes):
+            rows.add(_gather(batch))
+    rows.add_many(middle)
     return rows.total()
+
+
+def _batches(tensors: list[Tensor], sizes: list[int]) -> Iterator[list[Tensor]]:
+    """Yield tensors in groups whose copies stay in the cache."""
+    ends = list(accumulate(sizes))
+    start = done = 0
+    while start < len(tensors):
+        stop = max(start + 1, bisect_right(ends, done + CHUNK))
+        yield tensors[start:stop]
+        start, done = stop, ends[stop - 1]
 
 
 class Rows:
@@ -159,20 +181,44 @@ class Rows:
         elif t.dtype in _HALF:
             for chunk in flat.split(CHUNK):
                 self._add(chunk.float())
+        elif t.numel() <= BLOCK:
+            self._add(flat)
         else:
             for block in flat.split(BLOCK):
                 self._add(block)
 
+    def add_many(self, tensors: list[Tensor]) -> None:
+        """Take the norms of many tensors of middle size, a call for all of them.
+
+        Each may be some units off; the largest, which decide the sum, are summed by
+        rows, and show whether the errors of the others are accidental.
+        """
+        if len(tensors) < 2 * PROBES:
+            for t in tensors:
+                self.add(t)
+            return
+        fast = torch.stack(torch._foreach_norm(tensors)).double()
+        top = fast.nan_to_num(math.inf).topk(PROBES).indices
+        probes = Rows()
+        for i in top.tolist():
+            probes.add(tensors[i])
+        exact = probes.total()
+        if exact is None or _differ(torch.linalg.vector_norm(fast[top]), exact):
+            self.norms.append(torch.stack([_fast_norm(t) for t in tensors]))
+            return
+        fast[top] = 0
+        self.norms += [fast, exact.reshape(1)]
+
     def _add(self, flat: Tensor) -> None:
-        size = flat.numel() // ROW * ROW
-        if size:
-            matrix = flat[:size].view(-1, ROW)
+        count, rest = divmod(flat.numel(), ROW)
+        if count:
+            matrix = (flat[:-rest] if rest else flat).view(count, ROW)
             norms = torch.linalg.vector_norm(matrix, dim=1)
             self.norms.append(norms)
             if flat.dtype == torch.float32:
                 self.matrices.append((matrix, norms))
-        if size < flat.numel():
-            self.norms.append(torch.linalg.vector_norm(flat[size:]).reshape(1))
+        if rest:
+            self.norms.append(torch.linalg.vector_norm(flat[-rest:]).reshape(1))
 
     def total(self) -> Tensor | None:
         """Return the norm of all rows, or None if it is in doubt."""
@@ -183,7 +229,7 @@ class Rows:
         total = torch.linalg.vector_norm(
             torch.cat([_gather(g).double() for g in groups])
         )
-        if _doubtful(total).item() or self.biased():
+        if not 1e-10 < total.item() < math.inf or self.biased():
             return None
         return total
 
@@ -196,9 +242,15 @@ class Rows:
         each = max(1, PROBES // len(probed))
         rows = torch.cat([m[:: max(1, len(m) // each)][:each] for m, _ in probed])
         fast = torch.cat([n[:: max(1, len(n) // each)][:each] for _, n in probed])
-        exact = torch.linalg.vector_norm(rows.double())
-        error = torch.linalg.vector_norm(fast.double()) - exact
-        return bool(error.abs() > BIAS * exact)
+        return _differ(
+            torch.linalg.vector_norm(fast.double()),
+            torch.linalg.vector_norm(rows.double()),
+        )
+
+
+def _differ(norm: Tensor, exact: Tensor) -> bool:
+    """Return whether a norm is further off than chance would have it."""
+    return abs(norm.item() - exact.item()) > BIAS * exact.item()
 
 
 def _fast_norm(t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from gradclip.backends import TorchArrays, inward
 from gradclip.rules import Scope
 from gradclip.torch import norms
+
+dtype_of = attrgetter("dtype")
 
 
 class InPlace(TorchArrays):
@@ -155,9 +158,12 @@ def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Tensor) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for t in leaves:
-        groups.setdefault((t.dtype, t.device), []).append(t)
+    dtypes, groups = list(map(dtype_of, leaves)), {}
+    if len(set(dtypes)) == 1 and norms.on_host(leaves):
+        groups[dtypes[0], scale.device] = list(leaves)
+    else:
+        for t, dtype in zip(leaves, dtypes, strict=True):
+            groups.setdefault((dtype, t.device), []).append(t)
     for (dtype, device), group in groups.items():
         for factor in factors(scale, dtype):
             torch._foreach_mul_(group, factor.to(device))
