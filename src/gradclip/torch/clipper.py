@@ -128,6 +128,7 @@ class Clipper:
         """Make the memory for all parameters, so that it can be saved and loaded."""
         device = self.params[0].device
         verbs = InPlace()
+        self._bound = self.rule.bind(self.names)
         self._memory.states = [
             stage.init(
                 torch.zeros(
@@ -137,7 +138,7 @@ class Clipper:
                 ),
                 verbs.xp,
             )
-            for stage in stages(self.rule)
+            for stage in stages(self._bound)
         ]
 
     def _collect(self) -> Gradients:
@@ -149,8 +150,8 @@ class Clipper:
     ) -> InPlace:
         """Return the verbs for this step; missing gradients matter to a memory."""
         missing = len(found.present) < len(self.params)
-        remembers = self.rule.stateful and missing
-        cells = (len(self.params), found.present) if remembers else None
+        minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
+        cells = (len(self.params), found.present) if minds and missing else None
         return InPlace(amplified, cells, fused)
 
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
@@ -163,7 +164,7 @@ class Clipper:
         _, info, memory.states = run(
             verbs,
             found.leaves,
-            self.rule,
+            self._bound,
             memory.states,
             step=memory.step,
             policy=policy,

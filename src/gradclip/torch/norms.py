@@ -121,8 +121,20 @@ def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
             yield from _wide_chunks(part)
         return
     flat = t.reshape(-1) if flat is None else flat
+    if flat.is_complex():
+        yield from (chunk.abs().double() for chunk in flat.split(CHUNK))
+    else:
+        yield from _converted(flat, torch.float64)
+
+
+def _converted(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield pieces of a vector in another type; each is gone when the next one comes.
+
+    One buffer serves all: a new one for each would leave the heap in pieces.
+    """
+    buffer = torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
     for chunk in flat.split(CHUNK):
-        yield (chunk.abs() if chunk.is_complex() else chunk).double()
+        yield buffer[: chunk.numel()].copy_(chunk)
 
 
 def _flat(t: Tensor) -> Tensor | None:
@@ -169,9 +181,9 @@ class Rows:
     """Norms of short rows of many tensors, to be combined in float64."""
 
     def __init__(self) -> None:
-        """Start with no rows; `matrices` are those whose float32 sums can be probed."""
-        self.matrices: list[tuple[Tensor, Tensor]] = []
+        """Start with no rows, and none of those that are summed twice as a probe."""
         self.norms: list[Tensor] = []
+        self.probes: list[tuple[Tensor, Tensor]] = []
 
     def add(self, t: Tensor) -> None:
         """Take the norms of the rows of one tensor."""
@@ -179,8 +191,8 @@ class Rows:
         if flat is None or t.is_complex():
             self.norms.append(exact_norm(t, 2.0).reshape(1))
         elif t.dtype in _HALF:
-            for chunk in flat.split(CHUNK):
-                self._add(chunk.float())
+            for chunk in _converted(flat, torch.float32):
+                self._add(chunk)
         elif t.numel() <= BLOCK:
             self._add(flat)
         else:
@@ -214,11 +226,20 @@ class Rows:
         if count:
             matrix = (flat[:-rest] if rest else flat).view(count, ROW)
             norms = torch.linalg.vector_norm(matrix, dim=1)
+            if flat.dtype == torch.float32 and len(self.probes) < 4 * PROBES:
+                self._probe(matrix, norms)
+            if count >= CHUNK // ROW:
+                norms = torch.linalg.vector_norm(norms.double()).reshape(1)
             self.norms.append(norms)
-            if flat.dtype == torch.float32:
-                self.matrices.append((matrix, norms))
         if rest:
             self.norms.append(torch.linalg.vector_norm(flat[-rest:]).reshape(1))
+
+    def _probe(self, matrix: Tensor, norms: Tensor) -> None:
+        """Sum some rows in float64 as well: enough of the first tensor for a mean."""
+        rows = len(norms)
+        step = max(1, rows // PROBES) if not self.probes else rows
+        exact = torch.linalg.vector_norm(matrix[::step].double(), dim=1)
+        self.probes.append((norms[::step].double(), exact))
 
     def total(self) -> Tensor | None:
         """Return the norm of all rows, or None if it is in doubt."""
@@ -235,17 +256,10 @@ class Rows:
 
     def biased(self) -> bool:
         """Return whether float32 rounds these values one way, as it does constants."""
-        if not self.matrices:
+        if not self.probes:
             return False
-        step = max(1, len(self.matrices) // PROBES)
-        probed = self.matrices[::step]
-        each = max(1, PROBES // len(probed))
-        rows = torch.cat([m[:: max(1, len(m) // each)][:each] for m, _ in probed])
-        fast = torch.cat([n[:: max(1, len(n) // each)][:each] for _, n in probed])
-        return _differ(
-            torch.linalg.vector_norm(fast.double()),
-            torch.linalg.vector_norm(rows.double()),
-        )
+        fast, exact = (torch.cat(part) for part in zip(*self.probes, strict=True))
+        return _differ(torch.linalg.vector_norm(fast), torch.linalg.vector_norm(exact))
 
 
 def _differ(norm: Tensor, exact: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Speed and memory against the incumbents, as ratios measured in one run."""
