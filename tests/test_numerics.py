@@ -320,6 +320,26 @@ def test_a_schedule_follows_the_steps():
     assert limits == [1.0, 0.5, 1 / 3]
 
 
+@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused", "clip_grad_norm_"])
+@pytest.mark.parametrize("limit", [-1.0, 0.0, math.nan])
+def test_a_schedule_is_held_to_what_a_limit_is(way, limit):
+    grads = [torch.tensor([3.0, 4.0])]
+    with pytest.raises(ValueError, match=rf"schedule.*limit {limit} at step 0"):
+        WAYS[way](grads, gc.Norm(lambda step: limit), "skip")
+    with pytest.raises(ValueError, match="Nothing was changed"):
+        gc.Clipper(gc.Value(lambda step: limit)).clip(np.ones(2))
+
+
+def test_a_schedule_gets_the_number_of_the_step():
+    seen = []
+    params = with_gradients([torch.tensor([3.0, 4.0])])
+    clipper = Clipper(params, gc.Norm(lambda step: seen.append(step) or 1.0), doctor=())
+    clipper.clip_()
+    clipper.clip_()
+    assert seen == [0, 1]
+    assert all(type(step) is int for step in seen)
+
+
 def test_moving_and_half_precision_limits_round_down():
     limit = 1.001
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

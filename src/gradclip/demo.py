@@ -56,6 +56,7 @@ FORMS = {
     "largest_norm": ".3g",
     "clip_rate": ".1%",
 }
+"""The numbers of the table, and how each is written."""
 CHARACTERS = 128
 """The network knows ASCII; any other character counts as a question mark."""
 
@@ -311,8 +312,8 @@ def progress(
     if not console.is_interactive:
         yield lambda run: print_tenth(run, console)
         return
-    columns = (BarColumn(None), MofNCompleteColumn(), "{task.fields[state]}")
-    with Progress("{task.description}", *columns, console=console, expand=True) as bars:
+    columns = (BarColumn(5), MofNCompleteColumn(), "{task.fields[state]}")
+    with Progress("{task.description}", *columns, console=console) as bars:
         tasks = {
             run.name: bars.add_task(
                 label(run.rule), total=run.setup.steps, state="starting"
@@ -336,7 +337,7 @@ def print_tenth(run: Run, console: Console) -> None:
 def state(run: Run) -> str:
     """Return where a run stands after its latest step."""
     step = run.steps[-1]
-    return f"loss {step.loss:6.3f}  norm {step.norm:8.3g}  clipped {run.clip_rate:4.0%}"
+    return f"loss {step.loss:6.3f} norm {step.norm:8.3g} clipped {run.clip_rate:4.0%}"
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

@@ -136,6 +136,7 @@ def run(
         seen = Measured(norm, weigh(engine, weights, stage), step, engine.xp)
         old.append(fitting(stage, states[i], norm, engine))
         info, state = decide(stage, seen, old[i], absent)
+        check_scheduled(engine, stage, info.limit, step)
         if skips:
             info = info._replace(kept=info.kept & info.finite)
         infos.append(info)
@@ -149,12 +150,19 @@ def run(
     total = summary(infos, engine.xp)
     if may_drop(rule, policy) and not engine.known(total.kept):
         leaves, total = dropped(engine, leaves, total)
-        if len(new) > 1 or stages(rule)[0].joint:
-            # A rule guards its own memory, but here another one may have dropped it.
-            new = [
-                held(a, b, total.kept, engine.xp) for a, b in zip(new, old, strict=True)
-            ]
+        # A dropped step teaches nothing, also where another norm has dropped it.
+        new = [held(a, b, total.kept, engine.xp) for a, b in zip(new, old, strict=True)]
     return leaves, total, [*new, *states[len(new) :]]
+
+
+def check_scheduled(engine: Backend, stage: Rule, limit: Array, step: Any) -> None:
+    """Refuse what a schedule says, where that can be seen, as a fixed limit would be."""
+    scheduled = callable(getattr(stage, "limit", None))
+    if scheduled and engine.known(engine.xp.all(limit > 0)) is False:
+        raise ValueError(
+            f"the schedule of {stage!r} gives the limit {float(engine.xp.min(limit))} at "
+            f"step {step}; a limit is above 0. Nothing was changed."
+        )
 
 
 def turned(

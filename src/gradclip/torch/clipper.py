@@ -74,6 +74,8 @@ class Clipper:
         device = self.params[0].device
         # Counts are arrays too: for numbers, a compiled step would be compiled again.
         self._memory = Memory(rule, torch.zeros((), dtype=torch.int64, device=device))
+        # This one stays on the host, where schedules ask for it.
+        self._memory.step = torch.zeros((), dtype=torch.int64)
         self._make_room()
         # Copied without waiting, and so read a few steps late on an accelerator.
         self._in_a_row = torch.zeros(
@@ -166,7 +168,7 @@ class Clipper:
             found.leaves,
             self._bound,
             memory.states,
-            step=memory.step,
+            step=int(memory.step) if watched else memory.step,
             policy=policy,
             weights=found.weights,
             name_of=lambda i: self.names[found.present[i]],

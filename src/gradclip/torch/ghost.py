@@ -1,0 +1,185 @@
+"""Per-sample clipping without per-sample gradients: two backward passes, ghost norms.
+
+The gradient of a linear layer is a sum of outer products, whose norm needs the factors
+only. The first pass finds the norms, the second one weighs the losses.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradclip.backends import TorchArrays
+from gradclip.per_sample import check_per_sample, decide_samples
+from gradclip.pipeline import Info
+from gradclip.rules import Rule
+
+
+class PerSample:
+    r"""Fill `grad` with the sum of clipped per-sample gradients, in O(batch) memory.
+
+    $\sum_i s_i \nabla \ell_i = \nabla \sum_i s_i \ell_i$, with
+    $s_i = \min(1, c / \lVert \nabla \ell_i \rVert)$
+
+    Linear and embedding layers need no per-sample gradients; those of other layers are
+    formed for one layer at a time. Samples must not influence each other (no batch
+    norm), and each layer may be called once.
+
+    Args:
+        model: The module; its inputs have the samples along their first axis.
+
+    Raises:
+        ValueError: For parameters that several layers share.
+
+    Example:
+        >>> import torch, gradclip as gc
+        >>> from gradclip.torch.ghost import PerSample
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> with PerSample(model) as samples:
+        ...     losses = model(torch.tensor([[3.0, 4.0], [0.3, 0.4]])).squeeze(1)
+        ...     info = samples.backward(losses, gc.Norm(1.0))
+        >>> model.weight.grad, info.norm.round(decimals=4)
+        (tensor([[0.9000, 1.2000]]), tensor([5.0000, 0.5000], dtype=torch.float64))
+
+    Reference:
+        Li, Tramèr, Liang, Hashimoto: Large language models can be strong differentially
+        private learners. arXiv 2110.05679, 2021.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the layers that own parameters."""
+        layers = {
+            layer: [p for p in layer.parameters(recurse=False) if p.requires_grad]
+            for layer in model.modules()
+        }
+        self._layers = {layer: owned for layer, owned in layers.items() if owned}
+        owned = [id(p) for params in self._layers.values() for p in params]
+        if len(set(owned)) < len(owned):
+            raise ValueError(
+                "PerSample: some layers share a parameter, so that their norms do not "
+                "add up; use torch.func.vmap with gradclip.per_sample.clipped_sum."
+            )
+        self._calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "PerSample":
+        """Watch the layers."""
+        self._calls = {}
+        self._hooks = [layer.register_forward_hook(self._saw) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of the layers and of what they saw."""
+        self._look_away()
+        self._calls = {}
+
+    def _look_away(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _saw(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if layer in self._calls or len(inputs) != 1 or not torch.is_tensor(output):
+            raise ValueError(
+                f"PerSample: {layer} is called twice, or with other than one tensor; "
+                "use torch.func.vmap with gradclip.per_sample.clipped_sum."
+            )
+        self._calls[layer] = inputs[0].detach(), output
+
+    def backward(self, losses: Tensor, rule: Rule) -> Info:
+        """Add the clipped gradients to `grad`, as `backward()` would.
+
+        Args:
+            losses: One loss per sample.
+            rule: A rule over `"all"` without memory, such as `Norm(1.0)`.
+
+        Returns:
+            What was done, with one norm per sample. Where `info.finite` is not true,
+            the sum is not finite either.
+
+        Raises:
+            TypeError: For a rule with memory.
+            ValueError: For another scope, or losses that were averaged already.
+        """
+        check_per_sample(rule)
+        if rule.over != "all" or losses.dim() != 1:
+            raise ValueError(
+                f"PerSample.backward(): {rule!r} and losses of shape "
+                f"{tuple(losses.shape)}; it takes a rule over 'all', and one loss per "
+                "sample, as from reduction='none'."
+            )
+        # Forming gradients calls some of the layers again.
+        self._look_away()
+        engine = TorchArrays()
+        info = decide_samples(engine, self._norms(losses), rule)
+        (losses * info.scale.to(losses.dtype)).sum().backward()
+        return info
+
+    def _norms(self, losses: Tensor) -> Tensor:
+        """Return the norm of the gradient of each sample."""
+        layers = list(self._calls)
+        outputs = [self._calls[layer][1] for layer in layers]
+        grads = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
+        with torch.no_grad():
+            squares = [
+                squared_norms(layer, self._calls[layer][0], grad).double()
+                for layer, grad in zip(layers, grads, strict=True)
+            ]
+        return torch.stack(squares).sum(0).sqrt()
+
+
+def squared_norms(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
+    """Return the squared norms of the gradients of one layer, for each sample."""
+    ghosts: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+        nn.Linear: _linear,
+        nn.Embedding: _embedding,
+    }
+    return ghosts.get(type(layer), _formed)(layer, inputs, grad)
+
+
+def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
+    a, g = (
+        x.double().flatten(1, -2) if x.dim() > 2 else x.double()[:, None]
+        for x in (inputs, grad)
+    )
+    total = a.new_zeros(len(a))
+    if layer.weight.requires_grad:
+        if a.shape[1] ** 2 <= layer.weight.numel():
+            total = total + ((a @ a.mT) * (g @ g.mT)).sum((1, 2))
+        else:
+            total = total + (g.mT @ a).square().sum((1, 2))
+    if layer.bias is not None and layer.bias.requires_grad:
+        total = total + g.sum(1).square().sum(1)
+    return total
+
+
+def _embedding(layer: nn.Embedding, inputs: Tensor, grad: Tensor) -> Tensor:
+    rows, g = inputs.flatten(1), grad.double().flatten(1, -2)
+    if inputs.dim() == 1:
+        rows, g = inputs[:, None], grad.double()[:, None]
+    same = rows[:, :, None] == rows[:, None, :]
+    if layer.padding_idx is not None:
+        same &= (rows != layer.padding_idx)[:, :, None]
+    return ((g @ g.mT) * same).sum((1, 2))
+
+
+def _formed(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
+    params = {n: p for n, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    fixed = {n: p.detach() for n, p in params.items()}
+
+    def one(x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        def output(own: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(layer, own, (x[None],))[0]
+
+        return torch.func.vjp(output, fixed)[1](g)[0]
+
+    each = torch.func.vmap(one)(inputs, grad)
+    return torch.stack(
+        [x.double().flatten(1).square().sum(1) for x in each.values()]
+    ).sum(0)
