@@ -156,12 +156,12 @@ def run(
 
 
 def check_scheduled(engine: Backend, stage: Rule, limit: Array, step: Any) -> None:
-    """Refuse what a schedule says, where that can be seen, as a fixed limit would be."""
+    """Refuse what a schedule says where it can be seen, like a fixed limit."""
     scheduled = callable(getattr(stage, "limit", None))
     if scheduled and engine.known(engine.xp.all(limit > 0)) is False:
         raise ValueError(
-            f"the schedule of {stage!r} gives the limit {float(engine.xp.min(limit))} at "
-            f"step {step}; a limit is above 0. Nothing was changed."
+            f"the schedule of {stage!r} gives the limit {float(engine.xp.min(limit))} "
+            f"at step {step}; a limit is above 0. Nothing was changed."
         )
 
 

@@ -15,7 +15,7 @@ from gradclip.pipeline import (
 )
 from gradclip.rules import Limit, Norm, Rule, Value
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
-from gradclip.torch.verbs import InPlace, dtype_of
+from gradclip.torch.verbs import InPlace
 
 Tensors = Tensor | Iterable[Tensor]
 _VERBS = InPlace()
@@ -209,5 +209,5 @@ def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
 
 def _report_type(leaves: list[Tensor]) -> torch.dtype:
     """Return float32, in which half-precision norms keep their digits, or float64."""
-    wide = {torch.float64, torch.complex128} & set(map(dtype_of, leaves))
+    wide = {torch.float64, torch.complex128} & {t.dtype for t in leaves}
     return torch.float64 if wide else torch.float32

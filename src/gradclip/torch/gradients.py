@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -90,9 +89,6 @@ def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
         yield str(name), p
 
 
-_layout = attrgetter("layout")
-
-
 @dataclass
 class Gradients:
     """The gradients that there are, in a form that the verbs can change in place."""
@@ -124,8 +120,8 @@ def collect(params: list[Tensor], weights: bool = False) -> Gradients:
 
 def _all_plain(leaves: list[Tensor]) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
-    layouts = set(map(_layout, leaves))
-    return layouts == {torch.strided} and all(map(Tensor.is_contiguous, leaves))
+    layouts = {t.layout for t in leaves}
+    return layouts == {torch.strided} and all(t.is_contiguous() for t in leaves)
 
 
 def plain(p: Tensor, g: Tensor) -> Tensor:

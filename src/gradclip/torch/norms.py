@@ -10,7 +10,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -30,14 +29,13 @@ PROBES = 16
 BIAS = 6e-8
 """Half a unit in the last place of float32: a larger mean error is no accident."""
 
-_is_cpu = attrgetter("is_cpu")
 _gather = torch._C._nn.flatten_dense_tensors
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def on_host(tensors: Iterable[Tensor]) -> bool:
     """Return whether numbers can be read without waiting for a device."""
-    return not torch.compiler.is_compiling() and all(map(_is_cpu, tensors))
+    return not torch.compiler.is_compiling() and all(t.is_cpu for t in tensors)
 
 
 def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:

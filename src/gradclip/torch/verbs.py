@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -10,8 +9,6 @@ from torch import Tensor
 from gradclip.backends import TorchArrays, inward
 from gradclip.rules import Scope
 from gradclip.torch import norms
-
-dtype_of = attrgetter("dtype")
 
 
 class InPlace(TorchArrays):
@@ -158,7 +155,7 @@ def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Tensor) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
-    dtypes, groups = list(map(dtype_of, leaves)), {}
+    dtypes, groups = [t.dtype for t in leaves], {}
     if len(set(dtypes)) == 1 and norms.on_host(leaves):
         groups[dtypes[0], scale.device] = list(leaves)
     else:
