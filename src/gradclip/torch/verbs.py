@@ -155,8 +155,9 @@ def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Tensor) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
-    dtypes, groups = [t.dtype for t in leaves], {}
-    if len(set(dtypes)) == 1 and norms.on_host(leaves):
+    dtypes = [t.dtype for t in leaves]
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    if len(set(dtypes)) == 1 and norms.on_host([scale]):
         groups[dtypes[0], scale.device] = list(leaves)
     else:
         for t, dtype in zip(leaves, dtypes, strict=True):
