@@ -15,7 +15,7 @@ test: .venv/ready
 	$(PYTEST) -n 2 $(ARGS)
 
 fuzz: .venv/ready
-	GRADCLIP_FUZZ_EXAMPLES=20000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)
+	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)

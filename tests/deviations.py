@@ -1,4 +1,4 @@
-"""Where gradclip answers otherwise than torch.nn.utils, on purpose, and why."""
+"""Where gradclip answers otherwise than torch.nn.utils and optax, and why."""
 
 DEVIATIONS = {
     "finite float64 gradients of 2e200 with error_if_nonfinite": (
@@ -21,4 +21,12 @@ DEVIATIONS = {
     "no gradient, or no parameters": "torch returns 0; ValueError",
     "a parameter listed twice": "torch scales it twice; it counts once",
     "sparse and complex gradients": "torch raises; they are clipped",
+}
+
+FROM_OPTAX = {
+    "norms": "optax sums in the type of the gradients; float32 or wider here",
+    "scale": "optax rounds to nearest; here at most the limit, so 3e-7 shorter",
+    "NaN and infinity": "optax returns NaN or zeros; here the step is dropped",
+    "kernels of three axes": "optax takes 3-D as many heads; one unit per row here",
+    "units": "optax takes units along the last axis; along the first one here",
 }

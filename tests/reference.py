@@ -109,7 +109,7 @@ class Relative:
 
 
 class Remembering:
-    """A rule with a memory for each cell; 0 and what is not finite never enter it."""
+    """A rule with a memory for each cell: 0 never enters it, nor a dropped step."""
 
     over = "all"
 
@@ -118,13 +118,15 @@ class Remembering:
 
     def step(self, grads, params=None):
         parts, join = cells(grads, self.over)
+        norms = [norm(part) for part in parts]
+        if not all(map(math.isfinite, norms)):
+            return grads
         clipped = []
-        for i, part in enumerate(parts):
-            n = norm(part)
+        for i, (part, n) in enumerate(zip(parts, norms, strict=True)):
             limit = math.inf
-            if math.isfinite(n) and n > 0:
+            if n > 0:
                 limit = self.limit(n, self.memories.setdefault(i, {}))
-            clipped.append(rescale(part, limit) if math.isfinite(n) else part)
+            clipped.append(rescale(part, limit))
         return join(clipped)
 
 
@@ -187,7 +189,7 @@ class EMA(Remembering):
 
     def step(self, grads, params=None):
         norms = [norm(part) for part in cells(grads, self.over)[0]]
-        total = norm([np.array([n for n in norms if math.isfinite(n)])])
+        total = norm([np.array(norms)])
         most = math.inf if self.warmup_limit is None else self.warmup_limit
         self.factor = min(1.0, most / total) if total > 0 else 1.0
         return super().step(grads)
@@ -253,24 +255,6 @@ class Skip:
             return grads
         self.rule = before
         return [np.zeros_like(g) for g in grads]
-
-
-class ByName:
-    """Groups of tensors by their place: `groups` are lists of places with a rule."""
-
-    def __init__(self, *groups):
-        self.groups = groups
-
-    def step(self, grads, params=None):
-        if not all(np.all(np.isfinite(g)) for g in grads):
-            return grads
-        clipped = list(grads)
-        for places, rule in self.groups:
-            some = None if params is None else [params[i] for i in places]
-            done = rule.step([grads[i] for i in places], some)
-            for i, g in zip(places, done, strict=True):
-                clipped[i] = g
-        return clipped
 
 
 class Chain:

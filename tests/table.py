@@ -105,6 +105,20 @@ ROWS |= {
     "skip-deviation": _skip("Deviation", 6.0, window=30, warmup=9),
     "skip-zscore-tensor": _skip("ZScore", 3.0, warmup=6, over="tensor"),
 }
+# One group that all tensors fall into is a rule over all of them.
+ROWS["groups"] = Row(
+    lambda: gc.by_name({"none": gc.Norm(0.1), "*": gc.Norm(1.0)}),
+    lambda: reference.Norm(1.0),
+    scales=lambda c: gc.by_name({"none": None, "*": gc.Norm(c)}),
+)
+ROWS["groups-zscore"] = Row(
+    lambda: gc.by_name({"none": gc.ZScore(), "*": gc.ZScore(1.5, warmup=5)}),
+    lambda: reference.ZScore(1.5, warmup=5),
+)
+ROWS["groups-ema-tensor"] = Row(
+    lambda: gc.by_name({"none": None, "*": gc.EMA(warmup=5)}),
+    lambda: reference.EMA(warmup=5),
+)
 ROWS["chain-skip"] = Row(
     lambda: gc.chain(gc.ZScore(2.0, warmup=4), gc.Skip(gc.Norm(4.0))),
     lambda: reference.Chain(

@@ -1,4 +1,4 @@
-"""Random gradients against an exact oracle; `make fuzz` runs 20,000 of them.
+"""Random gradients against an exact oracle; `make fuzz` runs 21,000 of them.
 
 The oracle sums squares of float64 numbers with math.fsum, after scaling by a power of
 two, and takes the root with mpmath, which does not overflow.

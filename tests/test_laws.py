@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import gradclip as gc
+from gradclip.rules import stages
 from gradclip.torch import Clipper, attach
 from table import ROWS, STATEFUL, STATELESS
 
@@ -48,7 +49,7 @@ def units(g, axis):
 
 
 def cell_norms(rule, grads):
-    last = rule.rules[-1] if hasattr(rule, "rules") else rule
+    last = stages(rule)[-1]
     flat = [np.ravel(g) for g in grads]
     cells = [np.concatenate(flat)]
     if last.over == "element":

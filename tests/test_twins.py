@@ -13,7 +13,7 @@ STEPS = 200
 
 
 def steps(seed=0):
-    """Yield the gradients of a run: noise, spikes, vanishing steps, NaN and infinity."""
+    """Yield the gradients of a run: noise, spikes, vanishing steps, NaN, infinity."""
     rng = np.random.default_rng(seed)
     for step in range(STEPS):
         grads = [np.asarray(rng.normal(size=shape)) for shape in SHAPES]

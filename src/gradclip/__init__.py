@@ -3,6 +3,7 @@
 from gradclip.advice import advise as advise
 from gradclip.arrays import Clipper as Clipper
 from gradclip.arrays import clip as clip
+from gradclip.carrying import UClip as UClip
 from gradclip.history import History as History
 from gradclip.pipeline import Info as Info
 from gradclip.pipeline import NonFiniteError as NonFiniteError

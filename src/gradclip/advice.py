@@ -1,54 +1,20 @@
 """Where the threshold belongs, told from the norms of a run, and how sure that is."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from gradclip.evidence import (
-    SPIKE,
-    drift_factor,
-    lost_from,
-    pile_up,
-    quantile_intervals,
-    share_above,
-    spike_scores,
-    tail_index,
-    transient_length,
-)
+from gradclip.evidence import share_above, tail_index
 from gradclip.history import History, is_finite
-from gradclip.record import Floats, Record
+from gradclip.judging import Expert as Expert
+from gradclip.judging import Facts, Spike, comparable, regime, warmup_of
+from gradclip.judging import find_spikes as find_spikes
+from gradclip.record import Floats
 from gradclip.replaying import Replay as Replay
 from gradclip.replaying import replay as replay
-from gradclip.rules import Norm, Percentile, Rule
-
-SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-FEWEST = 20
-INSURANCE, ALWAYS_ON = 0.1, 0.5
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step whose norm stands out from those around it."""
-
-    step: int
-    norm: float
-    score: float
-    """The robust z-score of the log norm; infinity for a norm that is not finite."""
-    tensors: tuple[tuple[str, float], ...] = ()
-    """The parameters that carried it, with their norms; where they were recorded."""
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A limit, or a range of them, by a published rule of thumb."""
-
-    name: str
-    limit: float
-    clip_rate: float
-    source: str
+from gradclip.rules import Rule, stages
 
 
 @dataclass(frozen=True)
@@ -78,6 +44,8 @@ class Advice:
     experts: tuple[Expert, ...]
     in_force: float
     """The limit that the run was clipped with; NaN where the log does not tell."""
+    lost: bool
+    """Whether the loss rose for good, so that the norms are those of a broken model."""
     _ordered: Floats = field(repr=False)
     _steady: Floats = field(repr=False)
 
@@ -89,7 +57,7 @@ class Advice:
     @property
     def regime(self) -> str:
         """What clipping at the recommended limit is: by how often it acts."""
-        if self.limit is None:
+        if self.limit is None or self.lost:
             return "unknown"
         return regime(self.clip_rate(self.limit, after_warmup=True))
 
@@ -138,11 +106,15 @@ _FACTS = (
     "drift",
     "tail",
     "in_force",
+    "lost",
 )
 
 
 def advise(history: History) -> Advice:
-    """Tell from a run's norms where to put the threshold, and how sure that is.
+    r"""Tell from a run's norms where to put the threshold, and how sure that is.
+
+    $c = \operatorname{quantile}_{0.9}(\lVert g_t \rVert)$ over the steps after the
+    warm-up, unless the log shows that this is wrong.
 
     Args:
         history: Norms before clipping, of one run or of several alike.
@@ -160,14 +132,17 @@ def advise(history: History) -> Advice:
         ('attach(optimizer, Norm(1.5))', [700])
         >>> round(advice.clip_rate(advice.limit), 2), advice.confidence
         (0.09, 'high')
+
+    Reference:
+        Godbole, Dahl, Gilmer, Shallue, Nado: Deep learning tuning playbook. 2023.
     """
     record = history.recorded
-    record, notes = _comparable(record)
+    record, notes = comparable(record)
     usable = is_finite(record.norm)
     norm = record.norm[usable]
-    warmup = _warmup(record, usable)
+    warmup = warmup_of(record, usable)
     steady = norm[warmup:]
-    facts = _Facts(record, norm, steady, warmup, notes)
+    facts = Facts(record, norm, steady, warmup, notes)
     limit, rule, confidence, reasons = facts.decide()
     return Advice(
         limit=limit,
@@ -185,294 +160,30 @@ def advise(history: History) -> Advice:
         tail=tail_index(steady),
         experts=facts.experts(),
         in_force=facts.in_force,
+        lost=bool(facts.healthy.size),
         _ordered=np.sort(record.norm[np.isfinite(record.norm)]),
         _steady=np.sort(steady),
     )
 
 
-def _comparable(record: Record) -> tuple[Record, list[str]]:
-    """Return the runs that can be judged together: all alike, or else the newest."""
-    notes = list(record.notes)
-    names = np.unique(record.run)
-    if names.size < 2:
-        return record, notes
-    medians = {}
-    for name in names:
-        norm = record.norm[record.run == name]
-        if is_finite(norm).sum() >= FEWEST:
-            medians[int(name)] = float(np.median(norm[is_finite(norm)]))
-    told = ", ".join(f"{x:.3g}" for x in medians.values())
-    if not medians:
-        return record, notes
-    if max(medians.values()) <= 2 * min(medians.values()):
-        notes.append(f"the runs are alike (median norms {told}) and count together.")
-        return record.take(np.isin(record.run, list(medians))), notes
-    newest = max(medians)
-    notes.append(
-        f"the runs differ (median norms {told}); the advice is for the newest, number "
-        f"{newest + 1} of {names.size}."
-    )
-    return record.take(record.run == newest), notes
-
-
-def _warmup(record: Record, usable: Any) -> int:
-    """Return how long the first run's warm-up is; more runs are not cut."""
-    if np.unique(record.run).size > 1:
-        return 0
-    return transient_length(record.norm[usable])
-
-
-@dataclass
-class _Facts:
-    """The evidence of one log, and the decision that follows from it."""
-
-    record: Record
-    norm: Floats
-    steady: Floats
-    warmup: int
-    notes: list[str]
-
-    def __post_init__(self) -> None:
-        self.drift = drift_factor(self.steady)
-        self.quantiles = dict(
-            zip(SHARES, quantile_intervals(self.steady, SHARES), strict=True)
-            if self.steady.size
-            else ()
-        )
-        self.in_force = _in_force(self.record.limit)
-        self.spikes = find_spikes(self.record)
-        self._note_gaps()
-        self._note_oddities()
-
-    def _note_gaps(self) -> None:
-        gaps = np.diff(self.record.step)
-        gaps = gaps[gaps > 0]
-        gap = int(np.median(gaps)) if gaps.size else 1
-        if gap > 1:
-            self.notes.append(
-                f"the log has every {gap}th step: spikes between them are not in it, "
-                "and some loggers write the mean since the last line."
-            )
-
-    def _note_oddities(self) -> None:
-        size = self.record.norm.size
-        if zeros := int((self.record.norm == 0).sum()):
-            self.notes.append(
-                f"{zeros} of {size} norms are exactly 0: steps without a signal, which "
-                "are left out of the quantiles."
-            )
-        if bad := int((~np.isfinite(self.record.norm)).sum()):
-            self.notes.append(f"{bad} of {size} norms are NaN or infinite.")
-        if self.warmup:
-            before = np.median(self.norm[: self.warmup])
-            self.notes.append(
-                f"the first {self.warmup} norms (median {before:.3g}) are a phase of "
-                f"their own and are set apart from the rest "
-                f"(median {np.median(self.steady):.3g})."
-            )
-
-    @property
-    def healthy(self) -> Floats:
-        """The norms before the loss rose for good; empty for a run that was not lost."""
-        cut = lost_from(self.record.loss)
-        if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
-            return self.norm[:0]
-        before = self.record.norm[:cut]
-        return before[is_finite(before)]
-
-    def refusal(self) -> str:
-        """Return why the log supports no limit; empty if it does."""
-        size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
-        if size and bad > size / 2 and not (self.record.norm == 0).sum() > size / 2:
-            return (
-                f"{bad} of {size} norms are 0, NaN or infinite: the run is broken, and "
-                "no limit mends that. Look at the loss and the data of the first bad one."
-            )
-        if self.norm.size < FEWEST:
-            return (
-                f"{self.norm.size} usable norms are too few; record at least {FEWEST}, "
-                "better a few hundred steps."
-            )
-        if self.norm.max() <= self.norm.min() * (1 + 1e-6):
-            return f"every norm is {self.norm[0]:.4g}: such a log says nothing."
-        if (share := pile_up(self.norm)) > 0.1:
-            return (
-                f"{share:.0%} of the norms sit at the largest, {self.norm.max():.4g}: "
-                "these are norms after clipping. Log the norm before it, which "
-                "clip_grad_norm_ returns."
-            )
-        return ""
-
-    def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
-        """Return limit, rule, confidence and the reasons."""
-        if self.healthy.size:
-            return self._before_the_loss()
-        if why := self.refusal():
-            return None, None, "none", [why]
-        limit, reason = self._limit()
-        reasons = [reason]
-        rule: Rule = Norm(limit)
-        if not 1 / 3 < self.drift < 3:
-            rule = Percentile(q=90.0)
-            reasons.append(
-                f"the norms drift by a factor of {self.drift:.2g} from the first fifth "
-                "to the last, so that no fixed limit fits the whole run: let it follow "
-                "the norms."
-            )
-        reasons += self._on_the_run()
-        return limit, rule, self._confidence(), reasons
-
-    def _before_the_loss(self) -> tuple[float, Rule, str, list[str]]:
-        """Return what little a run says that was lost: the norms before."""
-        limit = rounded_up(float(np.median(self.healthy)))
-        reason = (
-            "the loss rose early and never came back, so that the later norms are those "
-            f"of a broken model: {limit:g} is the median of the {self.healthy.size} "
-            "norms before. Run again with it, and ask again."
-        )
-        return limit, Norm(limit), "low", [reason]
-
-    def _limit(self) -> tuple[float, str]:
-        """Return a limit just above the typical norm, and why this one."""
-        if self._in_force_fits():
-            return self.in_force, (
-                f"{self.in_force:g} was in force and is just above the typical norm: "
-                "there is nothing to change."
-            )
-        limit = rounded_up(self.quantiles[0.9][0])
-        return limit, (
-            f"{limit:g} is the 90th percentile of the norms"
-            f"{' after the warm-up' if self.warmup else ''}: just above the typical "
-            "norm, so that clipping stays the exception."
-        )
-
-    def _in_force_fits(self) -> bool:
-        """Return whether the run's own limit was insurance, and not out of reach."""
-        rate = float(np.mean(self.steady > self.in_force))
-        return rate <= INSURANCE and self.in_force <= 3 * self.quantiles[0.5][0]
-
-    def _on_the_run(self) -> list[str]:
-        """Say how the run was clipped, where the log tells."""
-        if not math.isfinite(self.in_force):
-            return []
-        rate = float(np.mean(self.norm > self.in_force))
-        told = f"the run was clipped at {self.in_force:g} on {rate:.0%} of its steps"
-        if rate > ALWAYS_ON:
-            return [
-                f"{told}: there the limit only sets the length of the step, and the "
-                "learning rate is the lever. With a higher limit, lower the learning "
-                "rate unless the optimizer ignores scale, as Adam does."
-            ]
-        return [f"{told}, which is {regime(rate)}."]
-
-    def _confidence(self) -> str:
-        _, low, high = self.quantiles[0.9]
-        sure = high / low < 1.15 and 1 / 3 < self.drift < 3
-        # Runs that repeat each other do not add up to a longer one.
-        longest = int(np.bincount(self.record.run).max()) - self.warmup
-        if longest >= 1000 and sure:
-            return "high"
-        return "medium" if longest >= 100 and high / low < 2 else "low"
-
-    def experts(self) -> tuple[Expert, ...]:
-        """Return the published rules of thumb, with what they would clip."""
-        if not self.steady.size:
-            return ()
-        mean, ordered = float(np.mean(self.steady)), np.sort(self.steady)
-        median = float(np.median(self.steady))
-        rows = (
-            ("half the mean", mean / 2, "Pascanu 2013, lower end"),
-            ("ten times the mean", mean * 10, "Pascanu 2013, upper end"),
-            ("90th percentile", float(np.quantile(ordered, 0.9)), "tuning playbook"),
-            ("twice the median", 2 * median, "icefall"),
-            ("10th percentile", float(np.quantile(ordered, 0.1)), "AutoClip 2020"),
-        )
-        return tuple(
-            Expert(name, limit, float(share_above(ordered, limit)), source)
-            for name, limit, source in rows
-        )
-
-
-def _in_force(limit: Floats) -> float:
-    """Return the limit that was in force at most of the steps; NaN if unknown."""
-    known = limit[~np.isnan(limit)]
-    return float(np.median(known)) if known.size else math.nan
-
-
-def find_spikes(record: Record) -> tuple[Spike, ...]:
-    """Return the steps whose norm stands out from those around it.
-
-    Args:
-        record: A record; norms that are not finite are spikes, unless most are.
-
-    Returns:
-        The spikes in the order of the log.
-    """
-    norm, usable = record.norm, is_finite(record.norm)
-    scores = np.zeros(norm.shape)
-    if usable.sum() >= FEWEST:
-        cut = _warmup(record, usable)
-        parts = (norm[usable][:cut], norm[usable][cut:])
-        scores[usable] = np.concatenate([spike_scores(part) for part in parts])
-    if usable.sum() > norm.size / 2:
-        scores[~np.isfinite(norm)] = math.inf
-    return tuple(
-        Spike(
-            int(record.step[i]),
-            float(norm[i]),
-            float(scores[i]),
-            _carriers(record, int(record.step[i])),
-        )
-        for i in np.flatnonzero(scores > SPIKE)
-    )
-
-
-def _carriers(record: Record, step: int) -> tuple[tuple[str, float], ...]:
-    """Return the three largest parameters at a step, where they were recorded."""
-    tensors = record.tensors
-    if tensors is None:
-        return ()
-    at = np.flatnonzero(tensors.step == step)
-    if not at.size:
-        return ()
-    row = np.where(np.isnan(tensors.norm[at[0]]), math.inf, tensors.norm[at[0]])
-    largest = np.argsort(-row, kind="stable")[:3]
-    return tuple((tensors.names[i], float(tensors.norm[at[0], i])) for i in largest)
-
-
-def regime(rate: float) -> str:
-    """Return what clipping is, by the share of steps that it acts on."""
-    if rate <= INSURANCE:
-        return "insurance"
-    return "always on" if rate > ALWAYS_ON else "in between"
-
-
-def rounded_up(value: float) -> float:
-    """Return the next number with the two digits that a limit deserves.
+def call(rule: Any) -> str:
+    """Return the shortest call that makes a rule.
 
     Example:
-        >>> rounded_up(1.234), rounded_up(0.5), rounded_up(1961.0)
-        (1.3, 0.5, 2000.0)
+        >>> call(Norm(limit=1.0, p=1.0))
+        'Norm(1.0, p=1.0)'
     """
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
-
-
-def call(rule: Rule | None) -> str:
-    """Return the shortest call that makes a rule."""
-    from dataclasses import fields, is_dataclass
-
-    from gradclip.rules import stages
-
-    if rule is None or not is_dataclass(rule):
-        return repr(rule)
     if len(stages(rule)) > 1:
         return f"chain({', '.join(map(call, stages(rule)))})"
     given = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    told = [f for f in fields(rule) if given[f.name] != f.default]
+    told = [f for f in fields(rule) if f.init and given[f.name] != f.default]
     first = fields(rule)[0].name
+
+    def value(x: Any) -> str:
+        return call(x) if isinstance(x, Rule) else repr(x)
+
     parts = [
-        repr(given[f.name]) if f.name == first else f"{f.name}={given[f.name]!r}"
+        value(given[f.name]) if f.name == first else f"{f.name}={given[f.name]!r}"
         for f in told
     ]
     return f"{type(rule).__name__}({', '.join(parts)})"
@@ -484,6 +195,6 @@ def _jsonable(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(name): _jsonable(x) for name, x in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return [_jsonable(x) for x in value]
     return value

@@ -327,13 +327,19 @@ class Jax(Backend):
         """Return the `p`-norm of each row, in one pass where squares stay in range."""
         if p != 2 or 0 in x.shape:
             return self.scaled_norms(x, p)
+        squares = self.xp.sum(self.squared(x), axis=1)
+        return self.root(squares, lambda: self.scaled_norms(x, p))
+
+    def squared(self, x: Array) -> Array:
+        """Return the squares of the moduli, which may be out of range."""
+        return self.xp.square(self.xp.abs(x).astype(self.wide))
+
+    def root(self, squares: Array, safely: Callable[[], Array]) -> Array:
+        """Return the roots of sums of squares, or what is computed `safely` instead."""
         xp = self.xp
-        squares = xp.sum(xp.square(xp.abs(x).astype(self.wide)), axis=1)
         least = float(xp.finfo(self.wide).tiny) ** 0.5
         usable = xp.all(xp.isfinite(squares) & (squares > least))
-        return self.jax.lax.cond(
-            usable, lambda: xp.sqrt(squares), lambda: self.scaled_norms(x, p)
-        )
+        return self.jax.lax.cond(usable, lambda: xp.sqrt(squares), safely)
 
     def scaled_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each row, whatever its size."""
@@ -341,23 +347,35 @@ class Jax(Backend):
         x = xp.abs(x).astype(self.wide)
         if x.shape[1] == 0:
             return xp.sum(x, axis=1)
-        largest = xp.max(x, axis=1)
+        # A maximum over devices may lose a NaN, as sharded arrays show; a sum does not.
+        finite = xp.isfinite(x)
+        largest = xp.max(xp.where(finite, x, 0.0), axis=1)
         if math.isinf(p):
-            return largest
-        usable = xp.isfinite(largest) & (largest > 0)
+            return largest + xp.sum(xp.where(finite, 0.0, x), axis=1)
+        largest = xp.where(largest > 0, largest, 1.0)
         # Divided by the largest, 3e38 would be multiplied by 1 / 3e38, which is 0 here.
-        _, exponent = xp.frexp(xp.where(usable, largest, 1.0))
-        exponent = xp.clip(exponent, int(wide.minexp), -int(wide.minexp))
+        exponent = xp.clip(xp.frexp(largest)[1], int(wide.minexp), -int(wide.minexp))
         unit = xp.ldexp(xp.ones_like(largest), -exponent)
-        top = xp.where(usable, largest * unit, 1.0)
+        top = largest * unit
         sums = xp.sum((x * unit[:, None] / top[:, None]) ** p, axis=1)
-        return xp.where(usable, largest * sums ** (1 / p), largest)
+        return largest * sums ** (1 / p)
 
     def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
         """Return the norms of the scope; a masked optimizer may have no gradients."""
         if not leaves:
             return self.xp.zeros(() if over in ("all", "element") else 0, self.wide)
-        return super().measure(leaves, over, p)
+        if over in ("unit", "element") or p != 2:
+            return super().measure(leaves, over, p)
+        # One choice for all gradients: one for each would take XLA longer than sums.
+        squares = self.xp.stack([self.xp.sum(self.squared(x)) for x in leaves])
+        squares = squares if over == "tensor" else self.xp.sum(squares)
+        return self.root(squares, lambda: self.safe_measure(leaves, over, p))
+
+    def safe_measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of gradients and of all of them, whatever their size."""
+        flat = [self.xp.reshape(x, (1, -1)) for x in leaves]
+        norms = self.xp.concat([self.scaled_norms(x, p) for x in flat])
+        return norms if over == "tensor" else self.scaled_norms(norms[None], p)[0]
 
     def clamped(self, x: Array, limit: Array) -> Array:
         """Return one gradient with every modulus at most `limit`."""

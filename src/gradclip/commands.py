@@ -88,8 +88,9 @@ def replay(
 
 
 def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
-    """Return a row for each rule: clip rate, limits, and the largest norm let through."""
-    from gradclip.advice import call, find_spikes
+    """Return a row for each rule: clip rate, limits, the largest norm let through."""
+    from gradclip.advice import call
+    from gradclip.judging import find_spikes
     from gradclip.replaying import replay as replay_on
 
     at = np.isin(history.step, [spike.step for spike in find_spikes(history.recorded)])

@@ -41,6 +41,7 @@ def transient_length(norm: Floats) -> int:
     if size < 50:
         return 0
     logs = np.log(norm)
+    # One norm of 1e7 would otherwise be a phase of its own.
     logs = np.clip(logs, *np.quantile(logs, [0.005, 0.995]))
     cut = np.arange(1, size // 5)
     total = np.cumsum(logs)
@@ -75,6 +76,7 @@ def spike_scores(norm: Floats) -> Floats:
     logs = np.log(norm)
     rest = logs - running_median(logs)
     deviation = NORMAL_MAD * float(np.median(np.abs(rest)))
+    # Logs with two or three digits have a median deviation of 0.
     return rest / max(deviation, 0.02)
 
 
@@ -110,6 +112,7 @@ def quantile_intervals(
     """
     wanted = np.quantile(norm, shares)
     edges = np.unique(np.quantile(norm, np.linspace(0, 1, BINS)))
+    # Counts between fixed edges make 300 resamples of a million steps one product.
     counts = _block_counts(norm, edges)
     rng = np.random.default_rng(0)
     blocks = len(counts)
@@ -198,7 +201,7 @@ def lost_from(loss: Floats) -> int:
 
     Example:
         >>> import numpy as np
-        >>> lost_from(np.array([4.8, 3.9, 3.8, 15.0, 20.0, 12.0, 11.0, 12.0, 10.0, 10.0]))
+        >>> lost_from(np.array([4.8, 3.9, 3.8, 15.0, 20.0, 12, 11, 12, 10, 10]))
         3
     """
     size = loss.size
@@ -208,6 +211,25 @@ def lost_from(loss: Floats) -> int:
     if end <= 1.5 * loss[0]:
         return size
     return int(np.argmax(~(loss[1:] <= loss[0]))) + 1
+
+
+def stands_still(loss: Floats) -> bool:
+    """Return whether a loss is known, above 0, and ends no lower than it began.
+
+    Args:
+        loss: The loss at each step; NaN where not known.
+
+    Example:
+        >>> import numpy as np
+        >>> stands_still(np.full(100, 2.3)), stands_still(np.linspace(2.3, 1.0, 100))
+        (True, False)
+    """
+    known = loss[np.isfinite(loss)]
+    tenth = known.size // 10
+    if tenth < 3 or known.size < loss.size / 2:
+        return False
+    before, after = np.median(known[:tenth]), np.median(known[-tenth:])
+    return bool(before > 0 and after > 0.98 * before)
 
 
 def pile_up(norm: Floats) -> float:

@@ -15,7 +15,9 @@ from gradclip.rules import Rule
 
 
 class History:
-    """The norm, limit and scale of every step: append to a file, or read one.
+    r"""The norm, limit and scale of every step: append to a file, or read one.
+
+    $t,\; \lVert g_t \rVert,\; c_t,\; \min(1, c_t / \lVert g_t \rVert)$ is a line.
 
     Each line is JSON and complete by itself: a header with the rule and the facts about
     the run, then the steps. A crash loses the steps since the last flush, and never an

@@ -15,7 +15,7 @@ import optax
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, run
+from gradclip.pipeline import Info, Policy, check_policy, run, turned
 from gradclip.rules import Array, Rule, State, stages
 
 
@@ -61,23 +61,27 @@ def as_optax(
             norms over units.
 
     Example:
-        >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, optax
+        >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, numpy as np, optax
         >>> optimizer = optax.chain(gradclip.jax.as_optax(gc.Norm(1.0)), optax.sgd(1.0))
         >>> params = jnp.zeros(2)
         >>> state = optimizer.init(params)
         >>> updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
-        >>> print(updates.round(4), optax.tree.get(state, "norm"))
+        >>> print(np.asarray(updates).round(4), optax.tree.get(state, "norm"))
         [-0.6 -0.8] 5.0
     """
     _check(check_rule(rule), axis_name, on_nonfinite)
     engine = Jax() if axis_name is None else Shards(axis_name)
 
     def init(params: optax.Params) -> ClipState:
-        empty: list[None] = [None] * len(stages(rule))
-        # No rule learns from a norm of 0, so this is the state before the first step.
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, info, memory = _run(Jax(), rule, zeros, params, empty, 0, on_nonfinite)
-        return _settled(ClipState(jnp.zeros((), jnp.int32), tuple(memory), info))
+        # Shapes are all that is needed; zeros as large as the parameters are not.
+        grads = jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, params))
+        memory = _empty_memory(rule, grads)
+        info, _ = jax.eval_shape(
+            lambda g, p: _run(Jax(), rule, g, p, memory, 0, on_nonfinite)[1:],
+            grads,
+            params,
+        )
+        return ClipState(jnp.zeros((), jnp.int32), memory, _empty_info(info))
 
     def update(
         updates: optax.Updates,
@@ -175,6 +179,40 @@ def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
         )
 
 
+def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
+    """Return the memory before the first step, for gradients of these shapes."""
+    engine, names = Jax(), _names(grads)
+    parts = stages(rule.bind(names))
+
+    def measure(tree: Any) -> list[Array]:
+        leaves = [engine.prepare(x, "") for x in jax.tree.leaves(tree)]
+        return [
+            engine.measure(turned(leaves, part, jnp), part.over, part.p)
+            for part in parts
+        ]
+
+    norms = jax.eval_shape(measure, grads)
+    zeros = [jnp.zeros(norm.shape, norm.dtype) for norm in norms]
+    return tuple(part.init(n, jnp) for part, n in zip(parts, zeros, strict=True))
+
+
+def _empty_info(shapes: Info) -> Info:
+    """Return what there is to say before the first step."""
+    empty = Info(0.0, jnp.inf, 1.0, True, False, 0.0, 0, True)
+    return Info(
+        *(
+            jnp.full(getattr(shape, "shape", ()), value, jnp.asarray(value).dtype)
+            for shape, value in zip(shapes, empty, strict=True)
+        )
+    )
+
+
+def _names(tree: Any) -> list[str]:
+    """Return the paths to the leaves, joined by dots."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
 def _run(
     engine: Jax,
     rule: Rule,
@@ -185,8 +223,7 @@ def _run(
     policy: Policy,
 ) -> tuple[Any, Info, list[Any]]:
     """Take a tree of gradients through the rule."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(grads)
-    names = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in paths]
+    names, (given, tree) = _names(grads), jax.tree.flatten(grads)
     weighs = any(stage.needs_weight for stage in stages(rule))
     if weighs and params is None:
         raise ValueError(
@@ -195,7 +232,7 @@ def _run(
         )
     leaves, info, memory = run(
         engine,
-        [engine.prepare(x, name) for (_, x), name in zip(paths, names, strict=True)],
+        [engine.prepare(x, name) for x, name in zip(given, names, strict=True)],
         rule.bind(names),
         memory,
         step=step,

@@ -37,9 +37,9 @@ class Memory:
         """Raise after too many skipped steps in a row."""
         if in_a_row >= most:
             raise NonFiniteError(
-                f"{in_a_row} steps in a row had NaN or infinity in their gradients and "
-                "were skipped; training stands still. Look at the loss, or raise "
-                "max_consecutive_skips."
+                f"{in_a_row} steps in a row had NaN or infinity in their gradients, or "
+                "were beyond the limit of a Skip, and were skipped; training stands "
+                "still. Look at the loss, or raise max_consecutive_skips."
             )
 
     def state_dict(self, asarray: Callable[[Any], Array]) -> dict[str, Array]:

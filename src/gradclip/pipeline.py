@@ -53,6 +53,35 @@ class Info(NamedTuple):
     kept: Any = True
     """Whether the step goes ahead: not where a policy or `Skip` drops it."""
 
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        r"""Return the report as plain numbers, as loggers take them.
+
+        Several cells become one number: $\lVert (n_1, n_2, …) \rVert_2$ for norms and
+        limits, as in a history, and the smallest scale; a flag is 1 or 0.
+
+        Args:
+            prefix: Put before each name.
+
+        Returns:
+            `norm`, `limit`, `scale`, `norm_after`, `clipped`, `finite` and `kept`, and
+            `skipped`, the count of skipped steps. The host waits for an accelerator.
+
+        Example:
+            >>> import gradclip as gc, numpy as np
+            >>> _, info = gc.clip(np.array([6.0, 8.0]), gc.Norm(5.0))
+            >>> numbers = info.to_dict(prefix="grad/")
+            >>> numbers["grad/norm"], numbers["grad/scale"], numbers["grad/clipped"]
+            (10.0, 0.5, 1.0)
+        """
+        from gradclip.recorder import to_numpy, whole
+
+        host = {name: to_numpy([x])[0] for name, x in self._asdict().items()}
+        lengths = ("norm", "limit", "norm_after")
+        return {
+            prefix + name: whole(x) if name in lengths else float(x.min())
+            for name, x in host.items()
+        }
+
 
 def clip_scale(norm: Array, limit: Array, xp: Any, stretches: bool = False) -> Array:
     """Return `min(1, limit / norm)`; 1 for a norm that is 0 or not finite."""

@@ -59,6 +59,7 @@ class Recorder:
         """Write what is kept; of several processes, only the first one does."""
         steps, tensors = self._steps, self._tensors
         self._steps, self._tensors, self._flushed = [], [], time.monotonic()
+        # A forked data loader inherits the buffer, and must not write it a second time.
         if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
             return
         lines = [*self._tensor_lines(tensors), *step_lines(steps)]
@@ -79,6 +80,7 @@ class Recorder:
         return json.dumps(head, default=str) + "\n"
 
     def _warn(self, error: OSError) -> None:
+        # The line with the names may be among those that were lost.
         self._written_names = None
         if not self._warned:
             self._warned = True
@@ -108,6 +110,8 @@ def append(path: Path, text: str) -> None:
     next text does not continue it.
     """
     data = text.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened anew for each batch: nothing is left open to be copied, forked or rotated.
     with path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -142,8 +146,8 @@ def step_lines(
     return [
         _line(
             {"step": int(numbers[i]), **facts},
-            _whole(norms[i]),
-            _whole(limits[i]),
+            whole(norms[i]),
+            whole(limits[i]),
             float(np.min(scales[i])),
             bool(kept[i]),
         )
@@ -179,7 +183,7 @@ def _on_host(value: Any) -> Any:
     return value.detach().cpu() if hasattr(value, "detach") else value
 
 
-def _whole(cells: Floats) -> float:
+def whole(cells: Floats) -> float:
     """Return one norm for all cells of a scope; a missing gradient is a NaN cell."""
     if cells.ndim == 0:
         return float(cells)

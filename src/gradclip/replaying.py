@@ -12,8 +12,12 @@ from gradclip.arrays import check_rule
 from gradclip.history import History
 from gradclip.pipeline import Info, decide, summary
 from gradclip.record import Floats, Record, Steps
-from gradclip.rules import Measured, Rule, State, stages
+from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
 
+_XP: Any = xp_numpy
+_TRUE, _FALSE = np.bool_(True), np.bool_(False)
+PER_STEP = (Norm, Normalize)
+"""Rules that look at each norm by itself, so that all steps can be done at once."""
 PLAINLY = (
     "A replay takes the norms as they were. A run clipped in another way would have "
     "had other norms from its first clipped step on."
@@ -45,15 +49,17 @@ class Replay:
 def replay(
     history: History, rule: Rule, progress: Callable[[int], object] | None = None
 ) -> Replay:
-    """Tell what a rule would have done on the norms of a run.
+    r"""Tell what a rule would have done on the norms of a run.
+
+    $c_t, s_{t+1} = \text{rule}(\lVert g_t \rVert, s_t)$
 
     The rule sees the norms as they were recorded. A run clipped in another way would
     have had other norms from its first clipped step on.
 
     Args:
         history: Norms before clipping.
-        rule: A rule over `"all"` gradients, or over each `"tensor"` if the norms of the
-            parameters were recorded at every step.
+        rule: A rule over `"all"` gradients, or over each `"tensor"` if the norms of
+            the parameters were recorded at every step.
         progress: Called with the number of steps done since the last call.
 
     Returns:
@@ -75,7 +81,7 @@ def replay(
     norms = _norms(record, rule)
     limit, scale = np.empty(record.norm.size), np.empty(record.norm.size)
     with np.errstate(all="ignore"):
-        if not rule.stateful:
+        if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
             _all_at_once(norms, rule, limit, scale)
         else:
             for i, info in enumerate(_one_by_one(norms, rule)):
@@ -95,8 +101,8 @@ def _check(rule: Rule) -> None:
             )
         if stage.over in ("unit", "element"):
             raise ValueError(
-                f"replay: {stage!r} looks at each {stage.over}, and a history holds the "
-                "norm of all gradients; use over='all'."
+                f"replay: {stage!r} looks at each {stage.over}, and a history holds "
+                "the norm of all gradients; use over='all'."
             )
 
 
@@ -133,19 +139,30 @@ def _all_at_once(norms: Floats, rule: Rule, limit: Floats, scale: Floats) -> Non
 
 
 def _one_by_one(norms: Floats, rule: Rule) -> Iterator[Info]:
-    """Yield what a rule with a memory does at each step."""
+    """Yield what a rule does at each step that depends on other norms."""
     xp: Any = Scalars() if norms.ndim == 1 else xp_numpy
-    first = norms[0] if norms.size else np.float64(0)
-    states: list[State] = [stage.init(first * 0 + 1, xp) for stage in stages(rule)]
+    first = np.ones_like(norms[0]) if len(norms) else np.float64(1)
+    states: list[State] = [stage.init(first, xp) for stage in stages(rule)]
     for step, norm in enumerate(norms):
-        infos, seen = [], norm
-        for i, stage in enumerate(stages(rule)):
-            absent = None if norms.ndim == 1 else np.isnan(norm)
-            measured = Measured(seen, None, step, xp)
-            info, states[i] = decide(stage, measured, states[i], absent)
-            infos.append(info)
-            seen = info.norm_after
-        yield summary(infos, xp)
+        info, after = _one_step(norm, rule, step, states, xp)
+        # As in training: a step that is dropped leaves no trace in a chain.
+        if len(states) == 1 or bool(info.kept & info.finite):
+            states = after
+        yield info
+
+
+def _one_step(
+    norm: Any, rule: Rule, step: int, states: list[State], xp: Any
+) -> tuple[Info, list[State]]:
+    absent = None if np.ndim(norm) == 0 else np.isnan(norm)
+    infos, after = [], []
+    for stage, state in zip(stages(rule), states, strict=True):
+        seen = Measured(norm, None, step, xp)
+        info, new = decide(stage, seen, state, absent)
+        infos.append(info)
+        after.append(new)
+        norm = info.norm_after
+    return summary(infos, xp), after
 
 
 def _most(limit: Any) -> float:
@@ -155,27 +172,36 @@ def _most(limit: Any) -> float:
 class Scalars:
     """The array namespace for one number at a time, which NumPy is slow with.
 
-    Only the functions that rules spend their time in differ; the others are NumPy's.
+    The functions that rules spend their time in are quick for numbers here, and NumPy's
+    own for arrays; all others are those of `array_api_compat`.
     """
 
+    def __init__(self) -> None:
+        """Start with nothing counted."""
+        self._ones = self._counted = np.empty(0)
+
     def __getattr__(self, name: str) -> Any:
-        """Return NumPy's function, and keep it at hand."""
-        found = getattr(xp_numpy, name)
+        """Return the function, and keep it at hand."""
+        found = getattr(np, name, None) or getattr(xp_numpy, name)
         setattr(self, name, found)
         return found
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
         """Choose between two numbers, or places of arrays."""
-        if not isinstance(condition, (bool, np.bool_)) or np.ndim(a) or np.ndim(b):
+        chosen = a if condition is _TRUE else b
+        if condition is not _TRUE and condition is not _FALSE:
             return np.where(condition, a, b)
-        chosen = a if condition else b
+        if type(chosen) is np.float64:
+            return chosen
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return np.where(condition, a, b)
         return chosen if isinstance(chosen, np.generic) else np.float64(chosen)
 
     @staticmethod
     def isfinite(x: Any) -> Any:
         """Return whether a number is finite."""
-        return math.isfinite(x) if isinstance(x, float) else np.isfinite(x)
+        return np.bool_(math.isfinite(x)) if isinstance(x, float) else np.isfinite(x)
 
     @staticmethod
     def clip(x: Any, low: Any, high: Any) -> Any:
@@ -196,10 +222,22 @@ class Scalars:
         """Return whether any of them holds."""
         return np.bool_(x) if isinstance(x, (bool, np.bool_)) else np.any(x)
 
-    @staticmethod
-    def ones_like(x: Any) -> Any:
-        """Return 1 or true, or an array of them."""
-        return x.dtype.type(1) if isinstance(x, np.generic) else np.ones_like(x)
+    def ones_like(self, x: Any) -> Any:
+        """Return 1 or true, or an array of them: the same one each time."""
+        if isinstance(x, np.generic):
+            return x.dtype.type(1)
+        if self._ones.shape != x.shape or self._ones.dtype != x.dtype:
+            self._ones = np.ones_like(x)
+            self._counted = np.empty(0)
+        return self._ones
+
+    def cumulative_sum(self, x: Any, *, axis: int | None = None) -> Any:
+        """Return sums so far; rules count places with it, which is kept."""
+        if x is not self._ones:
+            return _XP.cumulative_sum(x, axis=axis)
+        if self._counted.shape != x.shape:
+            self._counted = _XP.cumulative_sum(x, axis=axis)
+        return self._counted
 
     @staticmethod
     def zeros_like(x: Any) -> Any:

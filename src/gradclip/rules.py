@@ -49,8 +49,8 @@ class Rule:
     """Whether the limit of a cell grows with its norm, so that elements differ."""
     drops: ClassVar[bool] = False
     """Whether passing the limit drops the whole step."""
-    joint: ClassVar[bool] = False
-    """Whether a norm that is not finite would reach the memory of other cells."""
+    by_place: ClassVar[bool] = False
+    """Whether it matters which tensor a norm belongs to, also without a memory."""
     needs_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -591,7 +591,7 @@ class EMA(Rule):
         warmup: How many steps come before the average is used, at least 1.
         over: Each `"tensor"` (the paper) or `"all"`.
         warmup_limit: The largest global norm during the warm-up, in the unit of the
-            gradient norm. (The authors' code uses 1.0.) None clips nothing then.
+            gradient norm. (Ports of the method use 1.0.) None clips nothing then.
 
     Raises:
         ValueError: For a number outside its range, named in the message.
@@ -886,7 +886,7 @@ class Groups(Rule):
     members: tuple[int, ...] = ()
     over: Scope = "tensor"
 
-    joint = True
+    by_place = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decided from the norms of tensors."""

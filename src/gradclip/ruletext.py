@@ -24,8 +24,9 @@ def rule_from(text: str) -> Rule:
         ValueError: For anything but constructors of rules with plain numbers and texts.
 
     Example:
-        >>> rule_from("Norm(1.0, over='tensor')")
-        Norm(limit=1.0, over='tensor', p=2.0)
+        >>> rule = rule_from("Norm(1.5, over='tensor')")
+        >>> rule.limit, rule.over
+        (1.5, 'tensor')
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")

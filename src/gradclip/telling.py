@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradclip.advice import Advice, Spike
+    from gradclip.advice import Advice
+    from gradclip.judging import Spike
 
 SHOWN = 10
 
@@ -27,6 +28,7 @@ def _lines(advice: "Advice") -> Iterator[str]:
         yield "No recommendation."
     else:
         yield f"Recommended: {advice.code}    confidence: {advice.confidence}"
+    if advice.limit is not None and not advice.lost:
         rate = advice.clip_rate(advice.limit)
         later = advice.clip_rate(advice.limit, after_warmup=True)
         apart = f", {later:.1%} of those after the warm-up" if advice.warmup else ""

@@ -8,8 +8,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from gradclip.advice import find_spikes
 from gradclip.history import History
+from gradclip.judging import find_spikes
 from gradclip.record import Floats, LogError, Record
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -33,6 +33,7 @@ def follow(path: Path, once: bool, every: float) -> None:
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
+                # Reading again is what takes time, looking at the size does not.
                 size = path.stat().st_size if path.exists() else -1
                 if size != seen:
                     seen = size

@@ -48,8 +48,8 @@ def read(path: Path, format: str | None = None, column: str | None = None) -> Re
         raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}.")
     path = _inside(path, format)
     format = format or guess(path)
-    if format == "gradclip":
-        return own.read(path, column)
+    if format == "gradclip" and column in (None, "norm"):
+        return own.read(path)
     columns, what = _columns(path, format, column)
     return assemble(columns, str(path), what)
 
@@ -65,7 +65,7 @@ def _columns(path: Path, format: str, column: str | None) -> tuple[Columns, str]
             return tabular.read_parquet(path, column), "Parquet"
         case "csv":
             return tabular.read_csv(lines_of(path), source, column), "CSV"
-        case "jsonl":
+        case "jsonl" | "gradclip":
             return documents.read_lines(lines_of(path), source, column), "JSON lines"
         case "console":
             return console.read(lines_of(path), source, column)
@@ -111,7 +111,8 @@ def guess(path: Path) -> str:
         return "tensorboard" if any(path.rglob(events.PATTERN)) else "mlflow"
     with path.open("rb") as file:
         start = file.read(HEAD)
-    if not start.strip():
+    head = start.decode("utf-8-sig", errors="replace")
+    if not head.strip():
         raise LogError(f"{path}: the file is empty.")
     if "tfevents" in path.name:
         return "tensorboard"
@@ -119,7 +120,7 @@ def guess(path: Path) -> str:
         return "parquet"
     if b"\0" in start[:4096]:
         raise LogError(f"{path}: a binary file of a kind that gradclip does not know.")
-    return _guess_text(start.decode("utf-8-sig", errors="replace"))
+    return _guess_text(head)
 
 
 def _guess_text(head: str) -> str:

@@ -11,7 +11,7 @@ from gradclip.readers.choice import (
     choose_step,
     known_limit,
 )
-from gradclip.readers.columns import Column, Columns
+from gradclip.readers.columns import WHOLE, Column, Columns
 from gradclip.readers.runs import split_runs
 from gradclip.record import Floats, Record, Steps, record_of, scale_under
 
@@ -112,16 +112,17 @@ def _whole_and_rising(step: Floats) -> bool:
 
 def _filled(step: Floats) -> Floats:
     """Return steps with the missing ones counted on from those before."""
-    known = np.isfinite(step)
+    known = np.abs(step) < WHOLE
     if known.all():
         return step
     places = np.maximum.accumulate(np.where(known, np.arange(step.size), 0))
-    base = np.where(np.isfinite(step[places]), step[places], 0)
+    base = np.where(known[places], step[places], 0)
     return base + (np.arange(step.size) - places)
 
 
 def _unrounded(step: Floats) -> tuple[Steps, list[str]]:
     """Return steps whose last digits were lost in printing, counted on evenly."""
+    # Three digits, as %.3g prints them, are exact below 1000.
     gaps = np.diff(step[step < 1000])
     gap = float(np.median(gaps)) if gaps.size else 1.0
     even = step[0] + gap * np.arange(step.size)

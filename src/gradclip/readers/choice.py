@@ -114,7 +114,9 @@ def _network(name: str) -> str:
     found = NORM.search(name)
     prefix = name[: found.start()] if found else ""
     prefix = re.sub(
-        r"(?i)\b(train(ing)?|debug|metrics?|optim(izer)?|grads?)\b", "", prefix
+        r"(?i)(?<![a-z])(train(ing)?|debug|metrics?|optim(izer)?|grads?)(?![a-z])",
+        "",
+        prefix,
     )
     return prefix.strip("/._- ").lower()
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
+WHOLE = 2.0**53
+"""From here on a float skips integers, so that it cannot be a step."""
 NAMED = {"nan", "inf", "infinity", "-inf", "-infinity", "+inf", "null", "none", "-nan"}
 
 

@@ -49,11 +49,21 @@ PATTERNS = (
         r"(?:\bloss (?P<loss>NUMBER) .*?)?grad_norm (?P<norm>NUMBER)",
     ),
     _pattern(
+        "OpenMMLab",
+        r"Epoch\s*(?:\(train\))?\s*\[(?P<epoch>\d+)\]\[\s*(?P<at>\d+)/(?P<of>\d+)\].*?"
+        r"grad_norm: (?P<norm>NUMBER)",
+    ),
+    _pattern(
+        "nanoGPT",
+        r"(?i:step|iter)\s*(?P<step>\d+)[/ :|].*?(?:loss:? (?P<loss>NUMBER).*?)?"
+        r"\|\s*norm:?\s+(?P<norm>NUMBER)",
+    ),
+    _pattern(
         "steps",
         r"(?i:num_updates|global[ _]step|train[ _]step|steps?|iter(?:ation)?s?|it)"
         r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b.*?"
-        r"(?<!max_)(?<!max )(?<!clip_)(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?\s*[=:|]?\s*"
-        r"['\"]?(?P<norm>NUMBER)",
+        r"(?<!max_)(?<!max )(?<!clip_)(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?"
+        r"\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
         "fairseq",
@@ -62,13 +72,14 @@ PATTERNS = (
     ),
     _pattern(
         "norms",
-        r"(?<!max_)(?<!max )(?<!clip_)(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*['\"]?"
-        r"(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
+        r"(?<!max_)(?<!max )(?<!clip_)(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*"
+        r"['\"]?(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
     ),
 )
-PAIR = re.compile(rf"([\w@./ -]*?[\w@])\s*[:=]\s*({NUMBER})(?=\s|,|$|\))")
 BOX = re.compile(r"^\s*\|\s*(?P<name>[^|]+?)\s*\|\s*(?P<value>[^|]*?)\s*\|\s*$")
 QUARTILES = re.compile(r"grad-norm quartiles")
+SUMMARY = re.compile(r"\|\s*train\s*\|")
+"""fairseq ends an epoch with the average of its norms."""
 
 
 def read(lines: Iterable[str], source: str, column: str | None) -> tuple[Columns, str]:
@@ -111,6 +122,7 @@ def _rows(
     lines: Iterable[str], columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     box: dict[str, Any] = {}
+    # A box ends with the first line that is no row of it; its rows are one step.
     for raw in lines:
         line = COLOURS.sub("", raw).replace("\u3000", " ")
         if cell := BOX.match(line):
@@ -120,7 +132,7 @@ def _rows(
             yield "boxed table", box
             box = {}
         _mind_limit(line, columns)
-        if "norm" in line.lower():
+        if "norm" in line.lower() and not SUMMARY.search(line):
             yield from _from_line(line)
     if box:
         yield "boxed table", box
@@ -163,6 +175,7 @@ def _dictionary(line: str) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
+    # Python prints nan and inf without quotes, and does not read them back.
     return ast.literal_eval(BARE.sub(r"'\g<0>'", text))
 
 

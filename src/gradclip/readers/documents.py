@@ -19,9 +19,8 @@ def read_document(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        cut = (
-            " The file seems to be cut off." if error.pos >= len(text.rstrip()) else ""
-        )
+        ended = error.pos >= len(text.rstrip()) or "Unterminated" in error.msg
+        cut = " The file seems to be cut off." if ended else ""
         raise LogError(f"{path}, line {error.lineno}: {error.msg}.{cut}") from None
     except RecursionError:
         raise LogError(f"{path}: nested too deeply for a log.") from None
@@ -42,11 +41,9 @@ def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, 
         return columns, "JSON list"
     lists = _lists(document)
     if not lists:
+        names = ", ".join(document) if isinstance(document, dict) else repr(document)
         raise LogError(
-            f"{path}: a JSON document that holds no list of steps; it has "
-            f"{', '.join(document) if isinstance(document, dict) else document!r}."[
-                :500
-            ]
+            f"{path}: JSON that holds no list of steps; it has {names[:200]}."
         )
     for values in zip(*lists.values(), strict=True):
         columns.add(dict(zip(lists, values, strict=True)))

@@ -1,5 +1,6 @@
 """TensorBoard event folders, through the tensorboard package."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +11,48 @@ from gradclip.readers.tabular import needs
 from gradclip.record import LogError
 
 PATTERN = "*tfevents*"
+FRAME = 16
+"""Bytes around each record: its length, and two checksums."""
 
 
 def read(path: Path, column: str | None) -> Columns:
     """Return the scalars of an event file, or of all those in a folder, as columns.
 
     Raises:
-        LogError: If nothing in it can be read.
+        LogError: If nothing in a file can be read.
         ModuleNotFoundError: If tensorboard is not installed.
     """
-    try:
-        from tensorboard.backend.event_processing.event_file_loader import (
-            LegacyEventFileLoader,
-        )
-    except ModuleNotFoundError as missing:
-        raise needs("tensorboard", path, missing) from None
     columns = Columns(column)
     rows: dict[int, dict[str, Any]] = {}
     for file in event_files(path):
-        try:
-            for event in LegacyEventFileLoader(str(file)).Load():
-                _take(event, rows, columns)
-        except Exception as error:
-            # Each of protobuf's versions has an exception of its own for bad bytes.
-            raise LogError(f"{file}: damaged event file: {error}") from None
+        for event in _events(file, columns):
+            _take(event, rows, columns)
     _finish(rows, columns)
     if not columns.count:
         raise LogError(f"{path}: the event files hold no scalars.")
     return columns
+
+
+def _events(file: Path, columns: Columns) -> Iterator[Any]:
+    """Yield the events of a file; tensorboard itself is silent about damage."""
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import (
+            RawEventFileLoader,
+        )
+        from tensorboard.compat.proto.event_pb2 import Event
+    except ModuleNotFoundError as missing:
+        raise needs("tensorboard", file, missing) from None
+    read, size = 0, file.stat().st_size
+    for record in RawEventFileLoader(str(file)).Load():
+        yield Event.FromString(record)
+        read += len(record) + FRAME
+    if read == 0:
+        raise LogError(f"{file}: no whole event in it.")
+    if read < size:
+        columns.notes.append(
+            f"{file.name} is damaged or cut off at byte {read} of {size}; what lies "
+            "behind was not read."
+        )
 
 
 def event_files(path: Path) -> list[Path]:
@@ -54,6 +69,7 @@ def _take(event: Any, rows: dict[int, dict[str, Any]], columns: Columns) -> None
         if number is None:
             continue
         row = rows.setdefault(event.step, {"step": event.step})
+        # A resumed run repeats its steps, and which of them count is decided later.
         if value.tag in row or len(rows) > 1000:
             _finish(rows, columns)
             row = rows.setdefault(event.step, {"step": event.step})

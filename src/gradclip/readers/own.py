@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradclip.readers.assemble import in_order
-from gradclip.readers.columns import number
+from gradclip.readers.columns import WHOLE, number
 from gradclip.record import LogError, Record, Tensors, record_of
 from gradclip.recorder import SCHEMA
 
@@ -41,7 +41,7 @@ class Found:
             numbers = np.array(rows, np.float64)
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
-        if not rows or np.isnan(numbers[:, 0]).any():
+        if not rows or not np.all(np.abs(numbers[:, 0]) < WHOLE):
             return False
         for name, values in zip(NAMES, numbers.T, strict=True):
             self.columns[name].frombytes(values.tobytes())
@@ -58,7 +58,7 @@ class Found:
             self.names = tuple(map(str, names))
             return True
         step = number(entry.get("step", ""))
-        if step is None or step != step:
+        if step is None or not abs(step) < WHOLE:
             return False
         return self._add_step(int(step), entry)
 
@@ -79,7 +79,7 @@ class Found:
         return True
 
 
-def read(path: Path, column: str | None) -> Record:
+def read(path: Path) -> Record:
     """Return the record of a file that gradclip wrote.
 
     Raises:
@@ -126,6 +126,7 @@ def _add_chunk(found: Found, start: int, lines: list[str]) -> None:
         entries: list[Any] = json.loads(f"[{','.join(lines)}]")
     except ValueError:
         entries = [_parsed(line) for line in lines]
+    # A torn line can still be two values with a comma, once it stands in a list.
     if len(entries) != len(lines):
         entries = [_parsed(line) for line in lines]
     others = entries if not found.add_steps(entries) else []
@@ -163,6 +164,7 @@ def _tensors(found: Found) -> Tensors | None:
     """Return the norms of the parameters under the names that came last."""
     if not found.tensors:
         return None
+    # Other names are those of another model, and cannot share a heat map.
     names, rows = list(found.tensors.items())[-1]
     newest = dict(rows)
     steps = sorted(newest)

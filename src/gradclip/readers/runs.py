@@ -57,8 +57,9 @@ def _without_repeats(step: Steps, norm: Floats) -> tuple[list[int], list[str]]:
 
 
 def _threads(step: Steps, rows: list[int]) -> list[Thread]:
-    gaps = np.diff(step[rows])
-    usual = int(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 1
+    # Sorted, since jobs that take turns jump back and forth from row to row.
+    gaps = np.diff(np.unique(step[rows]))
+    usual = int(np.median(gaps)) if gaps.size else 1
     threads: list[Thread] = []
     recent: list[Thread] = []
     for row in rows:

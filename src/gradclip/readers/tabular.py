@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from gradclip.readers.columns import Columns
+from gradclip.readers.columns import Columns, number
 from gradclip.record import LogError
 
 DELIMITERS = ",\t;"
@@ -19,7 +19,8 @@ def delimiter_of(head: str) -> str | None:
         names = next(csv.reader([lines[0]], delimiter=sign))
         cells = next(csv.reader([lines[1]], delimiter=sign))
         named = all(_is_name(name) for name in names)
-        if len(names) > 1 and len(names) == len(cells) and named:
+        numbers = sum(number(cell) is not None or not cell.strip() for cell in cells)
+        if len(names) > 1 and len(names) == len(cells) <= 2 * numbers and named:
             return sign
     return None
 
@@ -27,7 +28,7 @@ def delimiter_of(head: str) -> str | None:
 def _is_name(text: str) -> bool:
     """Return whether a cell may head a column: a word, not a piece of a dictionary."""
     worded = any(c.isalpha() for c in text) or not text.strip()
-    return worded and not any(c in text for c in "{}='")
+    return worded and not any(c in text for c in "{}[]='\x1b")
 
 
 def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:

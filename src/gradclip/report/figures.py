@@ -28,7 +28,10 @@ def thinned(values: Floats, points: int = POINTS) -> Any:
     if values.size <= points:
         return np.arange(values.size)
     finite = np.isfinite(values) & (values > 0)
-    logs = np.log(np.where(finite, values, np.median(values[finite] if finite.any() else 1)))
+    logs = np.log(
+        np.where(finite, values, np.median(values[finite] if finite.any() else 1))
+    )
+    # In logarithms, as it is drawn: a spike has to stand out from a falling curve.
     kept = MinMaxLTTBDownsampler().downsample(logs, n_out=points)
     extremes = [int(np.argmax(logs)), int(np.argmin(logs))]
     return np.union1d(np.asarray(kept, np.int64), extremes)
@@ -46,7 +49,9 @@ def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
         colour = COLOURS[i % len(COLOURS)]
         rows = thinned(record.norm)
         line = {"color": colour, "width": 1}
-        traces.append(_line(f"{name}: norm", record.step[rows], record.norm[rows], line))
+        traces.append(
+            _line(f"{name}: norm", record.step[rows], record.norm[rows], line)
+        )
         limit = record.limit[rows]
         if np.isfinite(limit).any():
             dashed = {"color": colour, "width": 2, "dash": "dash"}
@@ -54,7 +59,10 @@ def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
         clipped = rows[record.scale[rows] < 1]
         if clipped.size and clipped.size < rows.size / 2:
             traces.append(_clipped(name, record, clipped, colour))
-    axes = {"xaxis": {"title": "step"}, "yaxis": {"title": "gradient norm", "type": "log"}}
+    axes = {
+        "xaxis": {"title": "step"},
+        "yaxis": {"title": "gradient norm", "type": "log"},
+    }
     return {"data": traces, "layout": axes}
 
 
@@ -77,17 +85,20 @@ def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
 
 def histogram(norm: Floats) -> Figure:
     """Return how the norms are spread, on a logarithmic axis."""
-    norm = norm[np.isfinite(norm) & (norm > 0)]
-    counts, edges = np.histogram(np.log10(norm), bins=60) if norm.size else ([], [0])
+    logs = np.log10(norm[np.isfinite(norm) & (norm > 0)])
+    counts, edges = np.histogram(logs, bins=60, range=None if logs.size else (0, 1))
     bars = {
         "type": "bar",
         "name": "steps",
-        "x": digits(10 ** ((edges[1:] + edges[:-1]) / 2) if norm.size else []),
-        "y": [int(x) for x in counts],
-        "width": digits(np.diff(10.0**edges) if norm.size else []),
+        "x": digits(10 ** ((edges[1:] + edges[:-1]) / 2)),
+        "y": counts.tolist(),
+        "width": digits(np.diff(10**edges)),
         "marker": {"color": COLOURS[0]},
     }
-    axes = {"xaxis": {"title": "gradient norm", "type": "log"}, "yaxis": {"title": "steps"}}
+    axes = {
+        "xaxis": {"title": "gradient norm", "type": "log"},
+        "yaxis": {"title": "steps"},
+    }
     return {"data": [bars], "layout": {**axes, "showlegend": False}}
 
 
@@ -110,10 +121,14 @@ def clip_curve(norm: Floats) -> Figure:
 
 def heat_map(tensors: Tensors) -> Figure:
     """Return the norm of each parameter over the steps; the largest ones if many."""
-    norm = np.where(np.isfinite(tensors.norm) & (tensors.norm > 0), tensors.norm, np.nan)
+    norm = np.where(
+        np.isfinite(tensors.norm) & (tensors.norm > 0), tensors.norm, np.nan
+    )
     peak = np.nanmax(np.where(np.isnan(norm), 0, norm), axis=0)
     shown = np.sort(np.argsort(-peak, kind="stable")[:ROWS])
-    parts = np.array_split(np.arange(tensors.step.size), min(COLUMNS, tensors.step.size))
+    parts = np.array_split(
+        np.arange(tensors.step.size), min(COLUMNS, tensors.step.size)
+    )
     filled = np.where(np.isnan(norm), 0, norm)
     largest = np.array([filled[part].max(axis=0)[shown] for part in parts]).T
     with np.errstate(divide="ignore"):

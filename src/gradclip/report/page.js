@@ -40,8 +40,8 @@ function connect(slider) {
   const i = slider.dataset.run, run = data.runs[i];
   const first = Math.log(run.quantiles[0] / 2);
   const last = Math.log(run.quantiles[run.quantiles.length - 1] * 1.1);
-  const show = () => {
-    const limit = Number(Math.exp(first + (last - first) * slider.value / 1000).toPrecision(3));
+  const chosen = () => Number(Math.exp(first + (last - first) * slider.value / 1000).toPrecision(3));
+  const show = (limit) => {
     const rate = rateAbove(run.quantiles, limit);
     const told = `${limit} clips ${(100 * rate).toFixed(1)} % of the steps`;
     document.getElementById(`code-${i}`).textContent = `attach(optimizer, Norm(${limit}))`;
@@ -50,8 +50,8 @@ function connect(slider) {
     mark(`curve-${i}`, limit);
   };
   slider.value = Math.round(1000 * (Math.log(run.limit) - first) / (last - first));
-  slider.addEventListener("input", show);
-  show();
+  slider.addEventListener("input", () => show(chosen()));
+  show(run.limit);
 }
 
 function mark(id, limit) {

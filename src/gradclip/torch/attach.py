@@ -17,6 +17,7 @@ from gradclip.rules import Rule, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import named_parameters
+from gradclip.torch.sharded import SplitOver
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -33,6 +34,7 @@ def attach(
     max_consecutive_skips: int = 100,
     history: "History | None" = None,
     doctor: Collection[str] = CHECKS,
+    split_over: SplitOver = None,
 ) -> "Attached":
     r"""Clip the gradients of an optimizer inside its `step()`.
 
@@ -51,6 +53,7 @@ def attach(
         max_consecutive_skips: As for `Clipper`.
         history: As for `Clipper`.
         doctor: As for `Clipper`.
+        split_over: As for `Clipper`.
 
     Returns:
         The clipper, with the latest `info`; `detach()` ends the clipping.
@@ -80,7 +83,14 @@ def attach(
             f"attach(model=…) takes a module for the names, not {type(model).__name__}."
         )
     return Attached(
-        optimizer, rule, model, on_nonfinite, max_consecutive_skips, history, doctor
+        optimizer,
+        rule,
+        model,
+        on_nonfinite,
+        max_consecutive_skips,
+        history,
+        doctor,
+        split_over,
     )
 
 
@@ -96,9 +106,10 @@ class Attached(Clipper):
         max_consecutive_skips: int,
         history: "History | None",
         doctor: Collection[str],
+        split_over: SplitOver = None,
     ) -> None:
         """Find the names and register the hooks."""
-        self.optimizer = optimizer
+        self.optimizer, self._module = optimizer, model
         named = {} if model is None else {p: n for n, p in model.named_parameters()}
         self._model_names = {id(p): name for p, name in named.items()}
         super().__init__(
@@ -108,6 +119,7 @@ class Attached(Clipper):
             max_consecutive_skips,
             history,
             doctor,
+            split_over,
         )
         # Here the scale is known, and part of the step.
         self._doctor.checks.discard("scaled")
@@ -171,7 +183,7 @@ class Attached(Clipper):
         """Clip, or have the optimizer do it, or keep the gradients away from it."""
         self._restore_flags()
         self._take_up_new_parameters()
-        if all(p.grad is None for p in self.params):
+        if self._layout is None and all(p.grad is None for p in self.params):
             self._doctor.tell(
                 "missing",
                 f"step() was called while none of {len(self.params)} parameters has a "

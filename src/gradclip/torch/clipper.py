@@ -12,6 +12,7 @@ from gradclip.pipeline import Info, Policy, check_policy, may_drop, run
 from gradclip.rules import Rule, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
+from gradclip.torch.sharded import Sharded, SplitOver, layout_of
 from gradclip.torch.verbs import InPlace
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Clipper:
         history: Takes in every step, as `History("run.jsonl")` does.
         doctor: Which checks for misuse are made, of `"unchanged"`, `"consumed"`,
             `"scaled"`, `"missing"`, `"unheld"` and `"rate"`. Each warns once.
+        split_over: For parameters of which other processes have other parts, and that
+            are no DTensors: a process group, whose members have different tensors, or
+            a function of name and parameter that returns a group, `Pieces(group, dim)`
+            for a slice of a tensor, several of these with the outermost last, or None.
 
     Raises:
         TypeError: If the parameters are not tensors, or `rule` is not a rule.
@@ -53,6 +58,8 @@ class Clipper:
         (5.0, 1.0, tensor([[0.6000, 0.8000]]))
     """
 
+    _module: torch.nn.Module | None = None
+
     def __init__(
         self,
         params: Params,
@@ -61,6 +68,7 @@ class Clipper:
         max_consecutive_skips: int = 100,
         history: "History | None" = None,
         doctor: Collection[str] = CHECKS,
+        split_over: SplitOver = None,
     ) -> None:
         """Check everything before the first step."""
         self.rule = check_rule(rule)
@@ -70,6 +78,9 @@ class Clipper:
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
+        self.split_over = split_over
+        if isinstance(params, torch.nn.Module):
+            self._module = params
         self._doctor = Doctor(doctor, self.params, rule)
         device = self.params[0].device
         # Counts are arrays too: for numbers, a compiled step would be compiled again.
@@ -131,6 +142,8 @@ class Clipper:
         device = self.params[0].device
         verbs = InPlace()
         self._bound = self.rule.bind(self.names)
+        named = zip(self.names, self.params, strict=True)
+        self._layout = layout_of(named, self.split_over, self._module)
         self._memory.states = [
             stage.init(
                 torch.zeros(
@@ -145,12 +158,14 @@ class Clipper:
 
     def _collect(self) -> Gradients:
         weights = any(stage.needs_weight for stage in stages(self.rule))
-        return collect(self.params, weights=weights)
+        return collect(self.params, weights=weights, split=self._layout is not None)
 
     def _verbs(
         self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
     ) -> InPlace:
         """Return the verbs for this step; missing gradients matter to a memory."""
+        if self._layout is not None:
+            return Sharded(self._layout, self.rule, found.present, amplified, fused)
         missing = len(found.present) < len(self.params)
         minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
         cells = (len(self.params), found.present) if minds and missing else None
@@ -159,7 +174,7 @@ class Clipper:
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
         """Take the gradients through the rule and count the step."""
         memory, watched = self._memory, not torch.compiler.is_compiling()
-        if watched:
+        if watched and found.leaves:
             self._doctor.before(found.leaves)
         if self.history is not None and self.history.wants_tensors():
             self._record_tensors(self.history, found, verbs)
@@ -178,7 +193,8 @@ class Clipper:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)
         if watched:
-            self._doctor.after(found.leaves, info)
+            if found.leaves:
+                self._doctor.after(found.leaves, info)
             self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
             memory.check(int(self._in_a_row), self.max_consecutive_skips)
         self.info = info._replace(skipped=memory.skipped)
@@ -188,7 +204,11 @@ class Clipper:
         self, history: "History", found: Gradients, verbs: InPlace
     ) -> None:
         """Hand over the norm of each parameter as it was before the clip."""
-        every = InPlace(verbs.amplified, (len(self.params), found.present))
+        every = (
+            InPlace(verbs.amplified, (len(self.params), found.present))
+            if self._layout is None
+            else self._verbs(found, verbs.amplified)
+        )
         norms = every.measure(found.leaves, "tensor", 2.0)
         history.record_tensors(self._memory.step, self.names, norms)
 

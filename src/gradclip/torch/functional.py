@@ -15,6 +15,15 @@ from gradclip.pipeline import (
 )
 from gradclip.rules import Limit, Norm, Rule, Value
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
+from gradclip.torch.sharded import (
+    Layout,
+    Sharded,
+    SplitOver,
+    full_of,
+    holds_dtensor,
+    layout_of,
+    part_of,
+)
 from gradclip.torch.verbs import InPlace
 
 Tensors = Tensor | Iterable[Tensor]
@@ -29,6 +38,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     on_nonfinite: Policy = "ignore",
+    split_over: SplitOver = None,
 ) -> Tensor:
     r"""Clip the norm of all gradients together, in place.
 
@@ -44,6 +54,8 @@ def clip_grad_norm_(
         on_nonfinite: With NaN or infinity in a gradient, `"ignore"` leaves all of them
             as they are, `"skip"` sets them to None so that the optimizer takes no step,
             `"zero"` clears the bad elements and clips the rest, `"raise"` raises.
+        split_over: As for `Clipper`; parameters have the names `"[0]"`, `"[1]"` and so
+            on here. DTensors need nothing.
 
     Returns:
         The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
@@ -68,7 +80,7 @@ def clip_grad_norm_(
     """
     policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
     rule = Norm(max_norm, p=float(norm_type))
-    return _clip_parameters(parameters, rule, policy)
+    return _clip_parameters(parameters, rule, policy, split_over)
 
 
 def clip_grad_value_(
@@ -77,6 +89,7 @@ def clip_grad_value_(
     foreach: bool | None = None,
     *,
     on_nonfinite: Policy = "ignore",
+    split_over: SplitOver = None,
 ) -> None:
     r"""Clamp every element of the gradients, in place; complex ones by modulus.
 
@@ -88,6 +101,7 @@ def clip_grad_value_(
         foreach: Accepted for compatibility.
         on_nonfinite: As for `clip_grad_norm_`; `"ignore"` clamps infinity too, and
             leaves NaN.
+        split_over: As for `clip_grad_norm_`.
 
     Raises:
         TypeError: For what is not a tensor.
@@ -103,7 +117,7 @@ def clip_grad_value_(
         >>> w.grad
         tensor([-1.0000,  0.5000])
     """
-    _clip_parameters(parameters, Value(clip_value), on_nonfinite)
+    _clip_parameters(parameters, Value(clip_value), on_nonfinite, split_over)
 
 
 @torch.no_grad()
@@ -112,6 +126,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    split_over: SplitOver = None,
 ) -> Tensor:
     r"""Return the norm of all tensors together.
 
@@ -122,6 +138,7 @@ def get_total_norm(
         norm_type: $p$, the order of the norm, above 0.
         error_if_nonfinite: Whether NaN and infinity raise.
         foreach: Accepted for compatibility.
+        split_over: As for `clip_grad_norm_`.
 
     Returns:
         The norm, 0-d, in float32 (float64 if there is a float64 tensor).
@@ -137,11 +154,15 @@ def get_total_norm(
         >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    order = Norm(1.0, p=float(norm_type)).p
-    leaves = tensors_only(tensors)
+    rule = Norm(1.0, p=float(norm_type))
+    order, leaves = rule.p, tensors_only(tensors)
     if not leaves:
         return torch.tensor(0.0)
-    norm = _VERBS.measure(leaves, "all", order)
+    verbs, layout = _VERBS, _layout(leaves, split_over)
+    if layout is not None:
+        verbs = Sharded(layout, rule, list(range(len(leaves))))
+        leaves = [part_of(t) for t in leaves]
+    norm = verbs.measure(leaves, "all", order)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise NonFiniteError(
             f"the norm of order {order} of {len(leaves)} tensors is {norm.item()}; "
@@ -182,20 +203,24 @@ def clip_grads_with_norm_(
     """
     rule = Norm(max_norm)
     leaves = collect(distinct(parameters)).leaves
-    norm = torch.as_tensor(total_norm).double()
+    norm = full_of(torch.as_tensor(total_norm)).double()
     scale = clip_scale(norm, rule.limit, torch)
     if _VERBS.known(scale == 1) is not True:
         _VERBS.multiply(leaves, scale, "all")
 
 
 @torch.no_grad()
-def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
+def _clip_parameters(
+    parameters: Tensors, rule: Rule, policy: Policy, split_over: SplitOver
+) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
     params = distinct(parameters)
-    found = collect(params)
+    layout = _layout(params, split_over)
+    found = collect(params, split=layout is not None)
+    verbs = _VERBS if layout is None else Sharded(layout, rule, found.present)
     _, info, _ = run(
-        _VERBS,
+        verbs,
         found.leaves,
         rule,
         [{}],
@@ -205,6 +230,12 @@ def _clip_parameters(parameters: Tensors, rule: Rule, policy: Policy) -> Tensor:
     if policy == "skip" and not only_records(rule):
         drop(params, info.kept)
     return info.norm.to(_report_type(found.leaves))
+
+
+def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:
+    if split_over is None and not holds_dtensor(tensors):
+        return None
+    return layout_of([(f"[{i}]", t) for i, t in enumerate(tensors)], split_over)
 
 
 def _report_type(leaves: list[Tensor]) -> torch.dtype:

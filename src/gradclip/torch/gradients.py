@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.torch.norms import on_host
+from gradclip.torch.sharded import holds_dtensor, local_grad, local_of
 
 Params: TypeAlias = (
     torch.nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -58,7 +59,7 @@ def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
             "the generator has no parameters left: it was used up; pass a list, or "
             "call module.parameters() again."
         )
-    if not all(isinstance(t, Tensor) for t in tensors):
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         tensors = [p for _, p in _enumerated(tensors)]
     return tensors
 
@@ -68,6 +69,8 @@ def distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     tensors = tensors_only(params)
     if not tensors:
         raise ValueError("there are no parameters to clip.")
+    if len(set(map(id, tensors))) == len(tensors):
+        return tensors
     return list({id(t): t for t in tensors}.values())
 
 
@@ -102,16 +105,26 @@ class Gradients:
 
 
 @torch.no_grad()
-def collect(params: list[Tensor], weights: bool = False) -> Gradients:
-    """Return the gradients of parameters; sparse ones by their coalesced values."""
+def collect(
+    params: list[Tensor], weights: bool = False, split: bool = False
+) -> Gradients:
+    """Return the gradients of parameters; sparse ones by their coalesced values.
+
+    Of a DTensor it is what this process has. Where parameters are `split`, other
+    processes may have gradients, so that none here is no error.
+    """
     grads = [p.grad for p in params]
     present = [i for i, g in enumerate(grads) if g is not None]
     leaves = [g for g in grads if g is not None]
-    if not leaves:
+    if not (leaves or split):
         raise ValueError(
             f"none of the {len(params)} parameters has a gradient; was backward() "
             "called, and the optimizer not yet zeroed?"
         )
+    if holds_dtensor(leaves):
+        leaves = [
+            local_grad(params[i], g) for i, g in zip(present, leaves, strict=True)
+        ]
     if not _all_plain(leaves):
         leaves = [plain(params[i], g) for i, g in zip(present, leaves, strict=True)]
     cut = [_weight(params[i]) for i in present] if weights else []
@@ -146,7 +159,7 @@ def _weight(p: Tensor) -> Tensor:
     g = p.grad
     if g is not None and g.layout == torch.sparse_coo:
         return p.detach()[tuple(g.indices())]
-    return p.detach()
+    return local_of(p.detach())
 
 
 def drop(params: Iterable[Tensor], finite: Tensor) -> None:
@@ -160,4 +173,4 @@ def drop(params: Iterable[Tensor], finite: Tensor) -> None:
         if known is False:
             p.grad = None
         elif known is None and p.grad is not None:
-            p.grad.masked_fill_(~finite, 0)
+            local_of(p.grad).masked_fill_(~finite, 0)

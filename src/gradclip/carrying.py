@@ -1,0 +1,89 @@
+"""U-Clip: what a clip cuts off is added to the next gradient, so none of it is lost."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradclip.arrays import Clipper, Grads, flatten, rebuild
+from gradclip.backends import find_backend
+from gradclip.pipeline import Info
+from gradclip.rules import Array
+
+
+class UClip(Clipper):
+    r"""Clip with a memory of what was cut off, which removes the bias of clipping.
+
+    $u_t = \operatorname{clip}(g_t + \Delta_t)$, and
+    $\Delta_{t+1} = g_t + \Delta_t - u_t$
+
+    The memory is as large as the gradients. A step that is dropped leaves it as it was.
+
+    Args:
+        rule: Any rule that cuts something off.
+        on_nonfinite: As for `Clipper`.
+        max_consecutive_skips: As for `Clipper`.
+        history: As for `Clipper`.
+
+    Raises:
+        TypeError: If `rule` is not a rule.
+        ValueError: For an unknown policy.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> clipper = gc.UClip(gc.Value(1.0))
+        >>> [float(clipper.clip(np.array(g))[0]) for g in (2.5, 0.0, 0.0, 0.0)]
+        [1.0, 1.0, 0.5, 0.0]
+
+    Reference:
+        Elesedy, Hutter: U-Clip: on-average unbiased stochastic gradient clipping.
+        arXiv 2302.02971, 2023.
+    """
+
+    carried: list[Array] | None = None
+
+    def clip(
+        self, grads: Grads, *, params: Any = None, out: Any = None
+    ) -> tuple[Grads, Info]:
+        """Clip the gradients together with what was cut off so far.
+
+        Args:
+            grads: As for `Clipper.clip`.
+            params: As for `Clipper.clip`.
+            out: As for `Clipper.clip`.
+
+        Returns:
+            The clipped gradients and an `Info` about the sum that was clipped.
+        """
+        named = list(flatten(grads))
+        # A copy, since `out` may be the gradients themselves.
+        total = [x + 0 for _, x in named]
+        if self.carried is not None:
+            engine = find_backend(named)
+            carried = [
+                engine.adopt(d, x) for d, x in zip(self.carried, total, strict=True)
+            ]
+            total = [x + d for x, d in zip(total, carried, strict=True)]
+        clipped, info = super().clip(
+            rebuild(grads, iter(total)), params=params, out=out
+        )
+        if bool(info.kept & info.finite):
+            after = [x for _, x in flatten(clipped)]
+            self.carried = [x - u for x, u in zip(total, after, strict=True)]
+        return clipped, info
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the memory of the rule, and what is carried, as NumPy arrays."""
+        carried = enumerate(self.carried or [])
+        return super().state_dict() | {f"carried.{i}": d for i, d in carried}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Go on from a saved memory, exactly.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was saved by another rule; nothing is changed then.
+        """
+        super().load_state_dict(state)
+        count = sum(name.startswith("carried.") for name in state)
+        self.carried = [state[f"carried.{i}"] for i in range(count)] or None

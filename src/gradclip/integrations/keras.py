@@ -1,0 +1,223 @@
+"""Keras 3: an optimizer around an optimizer, as Keras's own `LossScaleOptimizer` is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradclip.arrays import check_rule
+from gradclip.backends import backend_of
+from gradclip.integrations import needed
+from gradclip.pipeline import Info, Policy, check_policy, run
+from gradclip.rules import Rule, stages
+from gradclip.ruletext import rule_from
+
+keras: Any = needed("keras", "keras")
+TAKEN = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+@keras.saving.register_keras_serializable(package="gradclip")
+class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
+    r"""Clip all gradients by a rule, then let the inner optimizer apply them.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
+
+    The memory of the rule consists of optimizer variables, so `model.save` keeps it.
+    It works with the torch and the JAX backend. With mixed precision, Keras puts its
+    `LossScaleOptimizer` around this one, and it belongs there.
+
+    Args:
+        inner_optimizer: A Keras optimizer that neither clips nor accumulates.
+        rule: Any rule whose memory does not grow, or the text of its constructor.
+        on_nonfinite: `"skip"` leaves the model and the inner optimizer as they are at
+            a step with NaN or infinity, `"zero"` clears those elements, `"ignore"`
+            applies them.
+        name: As for every Keras optimizer.
+
+    Raises:
+        TypeError: For what is not a rule.
+        ValueError: For a rule whose memory grows, an inner optimizer that clips too,
+            scales or accumulates, and for the TensorFlow backend.
+
+    Example:
+        >>> import keras
+        >>> from gradclip.keras import Clipped
+        >>> optimizer = Clipped(keras.optimizers.SGD(0.1), "Norm(1.0)")
+        >>> optimizer.rule.limit
+        1.0
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: Any,
+        rule: Rule | str,
+        on_nonfinite: Policy = "skip",
+        name: str | None = None,
+    ) -> None:
+        """Check everything before the first step."""
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.rule = rule_from(rule) if isinstance(rule, str) else check_rule(rule)
+        self.on_nonfinite = check_policy(on_nonfinite)
+        _check(inner_optimizer, self.rule, on_nonfinite)
+
+    @keras.src.utils.tracking.no_automatic_dependency_tracking
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the variables that the rule's memory and the report live in."""
+        # No rule learns from a norm of 0, so this is the memory before the first step.
+        zeros = [keras.ops.zeros_like(v.value) for v in variables]
+        empty = [None] * len(stages(self.rule))
+        _, _, states = self._run(zeros, variables, empty, 0)
+        self._memory = [
+            {name: self._keep(name, x) for name, x in (state or {}).items()}
+            for state in states
+        ]
+        for name in ("step", "clipped", "skipped"):
+            setattr(self, f"_{name}", self.add_variable((), dtype="int", name=name))
+        self._norm = self.add_variable((), name="norm")
+        self._limit = self.add_variable((), name="limit")
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    def _keep(self, name: str, value: Any) -> Any:
+        kind = keras.backend.standardize_dtype(value.dtype)
+        variable = self.add_variable(tuple(value.shape), dtype=kind, name=name)
+        variable.assign(value)
+        return variable
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Clip, and apply; a step that is dropped changes nothing but the counts."""
+        variables = list(trainable_variables or self._trainable_variables)
+        if not self.built:
+            self.build(variables)
+        pairs = [p for p in zip(grads, variables, strict=True) if p[0] is not None]
+        grads, variables = (list(part) for part in zip(*pairs, strict=True))
+        memory = [{k: v.value for k, v in state.items()} for state in self._memory]
+        step = self._step.value
+        grads, info, states = self._run(grads, variables, memory, step)
+        for kept, new in zip(self._memory, states, strict=True):
+            for name, value in (new or {}).items():
+                kept[name].assign(value)
+        self._report(info)
+        self._apply_if(info.kept, grads, variables)
+
+    def _run(
+        self, grads: Any, variables: Any, memory: Any, step: Any
+    ) -> tuple[list[Any], Info, list[Any]]:
+        """Take native gradients through the rule."""
+        engine = self._engine(grads[0])
+        return run(
+            engine,
+            [engine.prepare(g, "") for g in grads],
+            self.rule.bind([v.path for v in variables]),
+            memory,
+            step=step,
+            policy=self.on_nonfinite,
+            weights=[keras.ops.convert_to_tensor(v) for v in variables],
+        )
+
+    def _engine(self, grad: Any) -> Any:
+        return next(filter(None, map(backend_of, type(grad).__mro__)))
+
+    def _report(self, info: Info) -> None:
+        """Keep the numbers of this step where saving and `metrics` find them."""
+        engine, ops = self._engine(info.norm), keras.ops
+        self._step.assign_add(1)
+        self._clipped.assign_add(ops.cast(info.clipped, self._clipped.dtype))
+        self._skipped.assign_add(ops.cast(~info.kept, self._skipped.dtype))
+        self._norm.assign(engine.norm(info.norm, 2.0))
+        self._limit.assign(engine.norm(info.limit, 2.0))
+
+    def _apply_if(self, kept: Any, grads: Any, variables: Any) -> None:
+        """Let the inner optimizer apply the gradients, unless the step is dropped."""
+        known = self._engine(grads[0]).known(kept)
+        if known is not None:
+            if known:
+                self.inner_optimizer.apply(grads, variables)
+            return
+        held = [*self.inner_optimizer.variables, *variables]
+        before = [keras.ops.copy(v.value) for v in held]
+        self.inner_optimizer.apply(grads, variables)
+        for v, old in zip(held, before, strict=True):
+            v.assign(keras.ops.where(kept, v.value, old))
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a log shows: the latest norm and limit, and the clip rate."""
+        steps = max(int(self._step), 1)
+        return {
+            "grad_norm": float(self._norm),
+            "grad_limit": float(self._limit),
+            "clip_rate": int(self._clipped) / steps,
+        }
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables, those of the inner optimizer too."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's."""
+        return self.inner_optimizer.iterations
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """Leave it to the inner optimizer, which may keep averages."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` makes an equal optimizer from."""
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return {
+            "name": self.name,
+            "inner_optimizer": inner,
+            "rule": repr(self.rule),
+            "on_nonfinite": self.on_nonfinite,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Make an optimizer from a config, without its variables."""
+        inner = keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects=custom_objects
+        )
+        return cls(**{**config, "inner_optimizer": inner})
+
+
+def _check(inner: Any, rule: Rule, policy: Policy) -> None:
+    """Refuse what would clip twice, or clip something else than whole gradients."""
+    if keras.backend.backend() not in ("torch", "jax"):
+        raise ValueError(
+            f"Clipped works with the torch and jax backends of Keras, not with "
+            f"{keras.backend.backend()!r}."
+        )
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "gradients have to be unscaled before a clip: use "
+            "LossScaleOptimizer(Clipped(optimizer, rule))."
+        )
+    taken = [name for name in TAKEN if getattr(inner, name, None) is not None]
+    if taken:
+        raise ValueError(
+            f"the inner optimizer has {', '.join(taken)} set; leave that out, since "
+            "Clipped has to see whole gradients, and clip them alone."
+        )
+    if policy == "raise":
+        raise ValueError("on_nonfinite='raise': use 'skip', 'zero' or 'ignore' here.")
+    if rule.grows:
+        raise ValueError(
+            f"{rule!r} remembers more norms at every step, and variables have one "
+            "size; give it a window."
+        )

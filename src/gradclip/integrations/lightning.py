@@ -1,0 +1,114 @@
+"""Lightning: a callback that clips inside the step of each optimizer of a trainer."""
+
+from typing import TYPE_CHECKING, Any
+
+from gradclip.arrays import check_rule
+from gradclip.integrations import needed
+from gradclip.integrations.tracking import Tracked
+from gradclip.rules import Rule
+from gradclip.torch.doctor import CHECKS
+
+if TYPE_CHECKING:
+    from gradclip.history import History
+
+Callback: Any = needed("lightning", "lightning.pytorch", "pytorch_lightning").Callback
+
+
+class GradientClipping(Callback):  # type: ignore[misc]
+    r"""Clip by a rule in automatic and manual optimization, with any precision.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
+
+    The memory of the rule is part of the checkpoints. `grad_norm`, `grad_limit` and
+    `clip_rate` are logged with the trainer's own metrics; of several optimizers each
+    has its own, as in `grad_norm/0`.
+
+    Args:
+        rule: Any rule.
+        history: Takes in every step; of several optimizers each needs one: a list.
+        options: As for `gradclip.torch.attach`, such as `on_nonfinite`.
+
+    Raises:
+        TypeError: For what is not a rule.
+        ValueError: When training starts, if the trainer clips too, if the strategy
+            does not use the optimizers it is given, or if histories are missing.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> import gradclip as gc
+        >>> from gradclip.integrations.lightning import GradientClipping
+        >>> trainer = Trainer(callbacks=[GradientClipping(gc.ZScore())], logger=False)
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        history: "History | list[History] | None" = None,
+        **options: Any,
+    ) -> None:
+        """Keep the choice; the optimizers are made later."""
+        self.rule, self.options = check_rule(rule), options
+        self.histories = history if isinstance(history, list) else [history]
+        self.tracked: list[Tracked] = []
+        self._saved: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse to clip twice, or where the clip would do nothing."""
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) clips too; "
+                "leave it out, GradientClipping does all of it."
+            )
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise ValueError(
+                "DeepSpeed steps with gradients of its own, which this callback never "
+                "sees; use gradclip.integrations.deepspeed."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to every optimizer, and go on from a checkpoint."""
+        optimizers = trainer.optimizers
+        several = len(optimizers) > 1
+        histories = (
+            [None] * len(optimizers) if self.histories == [None] else self.histories
+        )
+        if len(histories) != len(optimizers):
+            raise ValueError(
+                f"{len(histories)} histories for {len(optimizers)} optimizers; hand "
+                "over a list with one for each."
+            )
+        # One of several optimizers never holds the whole model.
+        checks = [c for c in CHECKS if c != "unheld"] if several else CHECKS
+        options = {"doctor": checks, "model": pl_module, **self.options}
+        self.teardown(trainer, pl_module, "fit")
+        self.tracked = [
+            Tracked(optimizer, self.rule, history=history, **options)
+            for optimizer, history in zip(optimizers, histories, strict=True)
+        ]
+        for key, state in self._saved.items():
+            self.tracked[int(key)].load_state_dict(state)
+        self._saved = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log at the trainer's logging steps; only then is a number waited for."""
+        if not trainer._logger_connector.should_update_logs:
+            return
+        for i, tracked in enumerate(self.tracked):
+            suffix = f"/{i}" if len(self.tracked) > 1 else ""
+            found = {f"{k}{suffix}": x for k, x in tracked.metrics().items()}
+            pl_module.log_dict(found, on_step=True, on_epoch=False)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the clipping out of the optimizers again, and write the histories."""
+        for tracked in self.tracked:
+            tracked.detach()
+            if tracked.clipper.history is not None:
+                tracked.clipper.history.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of each optimizer's clipper."""
+        return {str(i): tracked.state_dict() for i, tracked in enumerate(self.tracked)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved memory until the optimizers are there."""
+        self._saved = dict(state_dict)

@@ -1,0 +1,69 @@
+"""What the adapters for torch trainers share: an attached clipper that is counted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.rules import Rule
+from gradclip.torch import attach
+
+
+class Tracked:
+    """A clipper inside an optimizer's step, and how many of its steps were clipped.
+
+    Args:
+        optimizer: A torch optimizer.
+        rule: Any rule.
+        options: As for `attach`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rule: Rule, **options: Any
+    ) -> None:
+        """Attach, and count behind every step."""
+        self.clipper = attach(optimizer, rule, **options)
+        self.clipped: Any = torch.zeros((), dtype=torch.int64)
+        self._counted: Any = None
+        self._hook = optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        info = self.clipper.info
+        if info is not None and info is not self._counted:
+            self.clipped = self.clipped.to(info.clipped.device) + info.clipped
+            self._counted = info
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a log shows: the latest norm and limit, and the clip rate."""
+        info = self.clipper.info
+        if info is None:
+            return {}
+        numbers = info.to_dict()
+        steps = int(self.clipper.state_dict()["step"])
+        return {
+            "grad_norm": numbers["norm"],
+            "grad_limit": numbers["limit"],
+            "clip_rate": int(self.clipped) / steps,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the memory of the clipper, and the count."""
+        return self.clipper.state_dict() | {"clipped": self.clipped.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved memory, exactly.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it belongs to another rule or other parameters.
+        """
+        self.clipper.load_state_dict(state)
+        self.clipped = torch.as_tensor(state["clipped"])
+
+    def detach(self) -> None:
+        """Take everything out of the optimizer again."""
+        self.clipper.detach()
+        self._hook.remove()

@@ -1,0 +1,114 @@
+"""Hugging Face's Trainer: a callback that clips inside the optimizer's step."""
+
+from typing import Any
+
+import torch
+
+from gradclip.arrays import check_rule
+from gradclip.history import History
+from gradclip.integrations import needed
+from gradclip.integrations.tracking import Tracked
+from gradclip.rules import Rule
+from gradclip.ruletext import rule_from
+
+Base: Any = needed("transformers", "transformers.trainer_callback")
+
+
+class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # type: ignore[misc]
+    r"""Clip by a rule in a `Trainer` whose own clip is off: `max_grad_norm=0`.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
+
+    The memory of the rule is saved with each checkpoint, in `trainer_state.json`, and
+    `train(resume_from_checkpoint=…)` goes on from it. `grad_norm`, `grad_limit` and
+    `clip_rate` are added to the logs.
+
+    Args:
+        rule: Any rule, or the text of its constructor.
+        history: Takes in every step; a history, or the path of one.
+        options: As for `gradclip.torch.attach`, such as `on_nonfinite`.
+
+    Raises:
+        TypeError: For what is not a rule.
+        ValueError: When training starts, if the trainer clips too, or uses DeepSpeed.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from gradclip.integrations.transformers import GradientClippingCallback
+        >>> args = TrainingArguments("out", max_grad_norm=0)  # doctest: +SKIP
+        >>> callback = GradientClippingCallback("ZScore()")
+        >>> trainer = Trainer(model, args, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, rule: Rule | str, history: History | str | None = None, **options: Any
+    ) -> None:
+        """Keep the choice; the optimizer is made later."""
+        self.rule = rule_from(rule) if isinstance(rule, str) else check_rule(rule)
+        self.history = History(history) if isinstance(history, str) else history
+        self.options = options
+        self.tracked: Tracked | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer, and go on from a checkpoint."""
+        _check(args)
+        # Accelerate's wrapper steps through the optimizer inside, and has no hooks.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        options = {"model": kwargs.get("model"), "history": self.history}
+        self.on_train_end(args, state, control)
+        self.tracked = Tracked(optimizer, self.rule, **options, **self.options)
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        if memory := saved.get("attributes", {}).get("memory"):
+            self.memory = memory
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Add to the logs of a training step; the trainer's history has a copy."""
+        if self.tracked and logs and "loss" in logs:
+            found = self.tracked.metrics()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the clipping out of the optimizer again, and write the history."""
+        if self.tracked:
+            self.tracked.detach()
+        if self.history:
+            self.history.flush()
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the clipper remembers, as JSON can hold it."""
+        state = self.tracked.state_dict() if self.tracked else {}
+        return {name: x.tolist() for name, x in state.items()}
+
+    @memory.setter
+    def memory(self, saved: dict[str, Any]) -> None:
+        if self.tracked:
+            # JSON has lost the types, and float32 would round a memory in float64.
+            kinds = {name: x.dtype for name, x in self.tracked.state_dict().items()}
+            tensors = {k: torch.tensor(x, dtype=kinds[k]) for k, x in saved.items()}
+            self.tracked.load_state_dict(tensors)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, and what a restored callback is made from."""
+        path = str(self.history.path) if self.history else None
+        args = {"rule": repr(self.rule), "history": path, **self.options}
+        return {"args": args, "attributes": {"memory": self.memory}}
+
+
+def _check(args: Any) -> None:
+    """Refuse to clip twice, or where the clip would do nothing."""
+    if args.max_grad_norm:
+        raise ValueError(
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm!r}) clips too; set "
+            "max_grad_norm=0, GradientClippingCallback does all of it."
+        )
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            "DeepSpeed steps with gradients of its own, which this callback never "
+            "sees; use gradclip.integrations.deepspeed."
+        )

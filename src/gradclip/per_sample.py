@@ -1,0 +1,101 @@
+"""Per-sample clipping: the sum of gradients that were clipped one sample at a time.
+
+This is the sum of DP-SGD, without its noise and without its accounting, which stay with
+libraries made for them.
+"""
+
+from typing import Any, TypeVar
+
+from gradclip.arrays import check_rule, flatten, rebuild
+from gradclip.backends import Backend, find_backend, inward
+from gradclip.pipeline import Info, decide
+from gradclip.rules import Array, Measured, Rule
+
+Grads = TypeVar("Grads")
+
+
+def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
+    r"""Clip the gradient of each sample by a rule, and add them up.
+
+    $g \leftarrow \sum_i g_i \cdot \min(1, c / \lVert g_i \rVert)$
+
+    Args:
+        grads: Arrays with the samples along their first axis, from `jax.vmap(jax.grad)`
+            or `torch.func.vmap(torch.func.grad)`; or a list, tuple or dict of them.
+        rule: `Norm(c)` is flat clipping, `Norm(c / K**0.5, over="tensor")` is per layer
+            for K arrays, and `Normalize(eps=0.01)` is AUTO-S.
+
+    Returns:
+        The sums, arranged like `grads`, and an `Info` with one norm per sample; over
+        each `"tensor"` it has a row per array. A sample whose gradient is not finite
+        adds nothing; `info.finite` tells.
+
+    Raises:
+        TypeError: For a rule with memory, and for what is not an array.
+        ValueError: For another scope, or arrays with other numbers of samples.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> from gradclip.per_sample import clipped_sum
+        >>> grads = np.array([[3.0, 4.0], [0.3, 0.4]])
+        >>> total, info = clipped_sum(grads, gc.Norm(1.0))
+        >>> total.round(4).tolist(), info.norm.tolist()
+        ([0.9, 1.2], [5.0, 0.5])
+
+    Reference:
+        Abadi et al.: Deep learning with differential privacy. arXiv 1607.00133, 2016.
+        Bu, Wang, Zha, Karypis: Automatic clipping: differentially private deep learning
+        made easier and stronger. arXiv 2206.07136, 2022.
+    """
+    check_per_sample(rule)
+    named = list(flatten(grads))
+    engine = find_backend(named)
+    leaves = [engine.prepare(x, where) for where, x in named]
+    if len({tuple(x.shape)[:1] for x in leaves}) != 1 or leaves[0].ndim == 0:
+        shapes = ", ".join(str(tuple(x.shape)) for x in leaves)
+        raise ValueError(
+            f"clipped_sum(): the arrays have shapes {shapes}; their first axis has to "
+            "be that of the samples, of one length."
+        )
+    info = decide_samples(engine, sample_norms(engine, leaves, rule), rule)
+    rows = engine.spread(info.scale, leaves, "tensor" if info.scale.ndim > 1 else "all")
+    fine = engine.xp.isfinite(info.norm)
+    kept = engine.spread(fine, leaves, "tensor" if fine.ndim > 1 else "all")
+    sums = [_sum(engine, *parts) for parts in zip(leaves, rows, kept, strict=True)]
+    return rebuild(grads, iter(sums)), info
+
+
+def check_per_sample(rule: Rule) -> None:
+    """Refuse rules that need more than the norms of one sample."""
+    if check_rule(rule).stateful:
+        raise TypeError(f"{rule!r} remembers steps; per-sample rules have no memory.")
+    if rule.over not in ("all", "tensor") or rule.needs_weight or rule.by_place:
+        raise ValueError(
+            f"{rule!r}: per-sample clipping takes a rule over 'all' or each 'tensor', "
+            "such as Norm(1.0)."
+        )
+
+
+def sample_norms(engine: Backend, leaves: list[Array], rule: Rule) -> Array:
+    """Return the norm of each sample, in a row for each array or over all of them."""
+    xp = engine.xp
+    flat = [xp.reshape(x, (x.shape[0], -1)) for x in leaves]
+    norms = xp.stack([engine.row_norms(x, rule.p) for x in flat])
+    if rule.over == "tensor":
+        return norms
+    return engine.row_norms(xp.permute_dims(norms, (1, 0)), rule.p)
+
+
+def decide_samples(engine: Backend, norms: Array, rule: Rule) -> Info:
+    """Return what a rule makes of the norms of samples."""
+    info, _ = decide(rule, Measured(norms, None, 0, engine.xp), {})
+    return info
+
+
+def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
+    """Return the sum of the rows of an array, each times its scale."""
+    xp = engine.xp
+    scale = inward(scale, float(xp.finfo(x.dtype).eps), xp)
+    flat = xp.reshape(x, (x.shape[0], -1))
+    flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
+    return xp.reshape(xp.astype(scale, x.dtype) @ flat, tuple(x.shape)[1:])

@@ -1,0 +1,148 @@
+"""Keras 3: real fits on the torch backend and, in a process of its own, on JAX."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from common import BATCH, RATE, RULE, STEPS, Data, Net, plain_norms
+
+import gradclip as gc
+from gradclip.keras import Clipped
+
+
+def network():
+    net = Net().body
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(1)]
+    )
+    weights = [x.detach().numpy().copy() for x in net.parameters()]
+    model.set_weights([w.T if w.ndim == 2 else w for w in weights])
+    return model
+
+
+def sgd():
+    # Keras puts the rate into its velocity; without momentum it is torch's SGD.
+    return keras.optimizers.SGD(RATE, momentum=0.5)
+
+
+def fit(model, start=0, stop=STEPS):
+    seen = []
+
+    def note(batch, logs):
+        if keras.backend.backend() == "jax":
+            # JAX keeps the variables to itself until an epoch is over.
+            model.jax_state_sync()
+        seen.append(model.optimizer.metrics())
+
+    data, rows = Data(), slice(start * BATCH, stop * BATCH)
+    model.fit(
+        data.x[rows].numpy(),
+        data.y[rows].numpy(),
+        batch_size=BATCH,
+        shuffle=False,
+        verbose=0,
+        callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)],
+    )
+    return np.array([[x["grad_norm"], x["grad_limit"]] for x in seen])
+
+
+def compiled(rule=RULE, **options):
+    model = network()
+    model.compile(Clipped(sgd(), rule, **options), "mse")
+    return model
+
+
+def assert_same(found, expected):
+    norm, limit = expected
+    worst = np.abs(found[:, 0] / norm[-len(found) :] - 1).max()
+    print(f"{len(found)} steps, norms agree to {worst:.1e}")
+    np.testing.assert_allclose(found[:, 0], norm[-len(found) :], rtol=1e-5)
+    np.testing.assert_allclose(found[:, 1], limit[-len(found) :], rtol=1e-5)
+
+
+def test_it_equals_plain_torch(tmp_path):
+    assert_same(fit(compiled()), plain_norms(tmp_path / "plain.jsonl"))
+
+
+@pytest.mark.parametrize("rule", [RULE, gc.EMA(warmup=5)], ids=["ZScore", "EMA"])
+def test_a_saved_model_goes_on(rule, tmp_path):
+    whole = compiled(rule)
+    expected = fit(whole)
+    model = compiled(rule)
+    fit(model, stop=37)
+    model.save(tmp_path / "half.keras")
+    again = keras.saving.load_model(tmp_path / "half.keras")
+    assert again.optimizer.rule == rule
+    np.testing.assert_allclose(fit(again, start=37), expected[37:], rtol=1e-6)
+    assert again.optimizer.metrics() == whole.optimizer.metrics()
+
+
+def test_the_config_makes_an_equal_optimizer():
+    optimizer = Clipped(sgd(), gc.chain(gc.Value(1.0), gc.Norm(2.0)), "zero")
+    config = keras.saving.serialize_keras_object(optimizer)
+    again = keras.saving.deserialize_keras_object(config)
+    assert again.get_config() == optimizer.get_config()
+    assert again.rule == optimizer.rule
+
+
+def values(model):
+    """Everything but what is only shown: the counts, the latest norm and limit."""
+    optimizer = model.optimizer
+    shown = {id(getattr(optimizer, f"_{x}")) for x in ("step", "norm", "limit")}
+    shown.add(id(optimizer._skipped))
+    every = (*model.weights, *optimizer.variables)
+    return [keras.ops.convert_to_numpy(v) for v in every if id(v) not in shown]
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model = compiled()
+    fit(model, stop=20)
+    before = [x.copy() for x in values(model)]
+    data = Data().x[:BATCH].numpy() * np.nan
+    model.train_on_batch(data, data[:, :1])
+    assert int(model.optimizer._skipped) == 1
+    for a, b in zip(values(model), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_belongs_inside_of_loss_scaling():
+    model = network()
+    scaled = keras.optimizers.LossScaleOptimizer(Clipped(sgd(), gc.Norm(1.0)), 64.0)
+    model.compile(scaled, "mse")
+    data = Data()
+    model.fit(data.x.numpy(), data.y.numpy(), batch_size=BATCH, verbose=0)
+    assert 0 < scaled.inner_optimizer.metrics()["grad_norm"] < 1e3
+    with pytest.raises(ValueError, match="unscaled before a clip"):
+        Clipped(scaled, gc.Norm(1.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clipnorm": 1.0}, {"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 2}],
+    ids=str,
+)
+def test_what_would_clip_twice_is_refused(options):
+    message = re.escape(f"the inner optimizer has {next(iter(options))} set")
+    with pytest.raises(ValueError, match=message):
+        Clipped(keras.optimizers.SGD(0.1, **options), gc.Norm(1.0))
+
+
+def test_a_memory_that_grows_is_refused():
+    with pytest.raises(ValueError, match="give it a window"):
+        Clipped(sgd(), gc.Percentile(window=None))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="this is the process")
+def test_the_same_on_jax():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "default", Path(__file__)],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

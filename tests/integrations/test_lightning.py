@@ -1,0 +1,170 @@
+"""Lightning: real fits, compared with plain torch, also after a resume."""
+
+import re
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+from common import RULE, STEPS, Net, assert_same, batches, plain_norms, sgd
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+
+import gradclip as gc
+from gradclip.integrations.lightning import GradientClipping
+
+
+def module_for(pl, optimizers=1, manual=False, make=sgd):
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch, _):
+            loss = self.net(**batch)["loss"]
+            if not manual:
+                return loss
+            for optimizer in self.several():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.several():
+                optimizer.step()
+            return None
+
+        def several(self):
+            found = self.optimizers()
+            return found if isinstance(found, list) else [found]
+
+        def configure_optimizers(self):
+            if optimizers == 1:
+                return make(self)
+            return [make(self.net.body[0]), make(self.net.body[2])]
+
+    return Module()
+
+
+class Killed(Callback):
+    """The end of a run that nobody planned."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.at:
+            raise RuntimeError("killed")
+
+
+def fit(module, callbacks, pl=lightning.pytorch, ckpt_path=None, **options):
+    data = options.pop("data", batches())
+    options = {"logger": False, "enable_checkpointing": False} | options
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks if isinstance(callbacks, list) else [callbacks],
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("pl", [lightning.pytorch, pytorch_lightning])
+def test_it_equals_plain_torch(pl, manual, tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    fit(module_for(pl, manual=manual), GradientClipping(RULE, history), pl)
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
+
+
+def test_a_resumed_run_goes_on(tmp_path):
+    saver = ModelCheckpoint(tmp_path, "half", every_n_train_steps=37, save_top_k=-1)
+    callbacks = [GradientClipping(RULE), saver, Killed(at=50)]
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(module_for(lightning.pytorch), callbacks, enable_checkpointing=True)
+    history = gc.History(tmp_path / "run.jsonl")
+    # Lightning counts on from the batch it was at, and begins with the first one.
+    options = {"data": batches(start=37), "ckpt_path": tmp_path / "half.ckpt"}
+    again = GradientClipping(RULE, history)
+    fit(module_for(lightning.pytorch), again, **options)
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"), STEPS - 37)
+    assert history.step[0] == 37
+
+
+def test_it_logs(tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=10)
+    callback = GradientClipping(gc.Norm(1.0))
+    fit(module_for(lightning.pytorch), callback, logger=logger, log_every_n_steps=10)
+    found = gc.History.load(tmp_path / "lightning_logs/version_0/metrics.csv")
+    norms, _ = plain_norms(tmp_path / "plain.jsonl", gc.Norm(1.0))
+    assert found.norm.tolist() == pytest.approx(norms[9::10], rel=1e-5)
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert {"clip_rate", "grad_norm", "grad_limit"} <= set(
+        text.splitlines()[0].split(",")
+    )
+
+
+def test_accumulated_gradients_are_clipped_once(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClipping(gc.Norm(1.0), history)
+    fit(module_for(lightning.pytorch), callback, accumulate_grad_batches=4)
+    assert len(history) == STEPS / 4
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaling(manual, fused, tmp_path):
+    def make(module):
+        return torch.optim.SGD(module.parameters(), lr=0.05, fused=fused)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=10**6)
+    history = gc.History(tmp_path / "run.jsonl")
+    module = module_for(lightning.pytorch, manual=manual, make=make)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(module, GradientClipping(gc.Norm(1.0), history), plugins=[plugin])
+    exact = gc.History(tmp_path / "exact.jsonl")
+    module = module_for(lightning.pytorch, manual=manual, make=make)
+    fit(module, GradientClipping(gc.Norm(1.0), exact))
+    # In half precision, but not 256 times as large.
+    assert history.norm[:20] == pytest.approx(exact.norm[:20], rel=0.02)
+
+
+def test_several_optimizers(tmp_path):
+    histories = [gc.History(tmp_path / f"{i}.jsonl") for i in range(2)]
+    callback = GradientClipping(gc.Norm(1.0), histories)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=10)
+    module = module_for(lightning.pytorch, optimizers=2, manual=True)
+    fit(module, callback, logger=logger, log_every_n_steps=10)
+    assert [len(history) for history in histories] == [STEPS, STEPS]
+    assert histories[0].norm[0] != histories[1].norm[0]
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert "grad_norm/0" in text
+    assert "clip_rate/1" in text
+
+
+def test_one_history_for_two_optimizers_is_refused(tmp_path):
+    callback = GradientClipping(gc.Norm(1.0), gc.History(tmp_path / "run.jsonl"))
+    with pytest.raises(ValueError, match="1 histories for 2 optimizers"):
+        fit(module_for(lightning.pytorch, optimizers=2, manual=True), callback)
+
+
+def test_clipping_twice_is_refused():
+    message = re.escape("Trainer(gradient_clip_val=1.0) clips too; leave it out")
+    with pytest.raises(ValueError, match=message):
+        fit(
+            module_for(lightning.pytorch),
+            GradientClipping(RULE),
+            gradient_clip_val=1.0,
+        )
+
+
+def test_a_second_fit_is_clipped_once():
+    module, callback = module_for(lightning.pytorch), GradientClipping(gc.Norm(1.0))
+    optimizer = sgd(module)
+    module.configure_optimizers = lambda: optimizer
+    for _ in range(2):
+        trainer = fit(module, callback, max_steps=3)
+        assert len(optimizer._optimizer_step_pre_hooks) == 0
+        assert trainer.global_step == 3

@@ -1,0 +1,121 @@
+"""Hugging Face's Trainer and TRL's: real runs, compared with plain torch."""
+
+import json
+import re
+
+import pytest
+import torch
+from common import BATCH, RATE, RULE, STEPS, Data, Net, assert_same, plain_norms
+from transformers import Trainer, TrainingArguments
+
+import gradclip as gc
+from gradclip.integrations.transformers import GradientClippingCallback
+
+
+class InOrder(Trainer):
+    """The batches in their own order, and the optimizer of the other trainers."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *_):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=0.5)
+        return self.optimizer
+
+
+def trainer_for(out, callback, **options):
+    arguments = {
+        "max_grad_norm": 0,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    args = TrainingArguments(str(out), **(arguments | options))
+    return InOrder(Net(), args, train_dataset=Data(), callbacks=[callback])
+
+
+def test_it_equals_plain_torch(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    trainer_for(tmp_path / "out", GradientClippingCallback(RULE, history)).train()
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("rule", [RULE, gc.Percentile(q=50.0)], ids=repr)
+def test_a_resumed_run_goes_on(rule, restored, tmp_path):
+    out = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 37}
+    trainer_for(out, GradientClippingCallback(rule), max_steps=37, **saving).train()
+    path = tmp_path / "run.jsonl"
+    again = trainer_for(
+        out,
+        GradientClippingCallback(rule, str(path)),
+        restore_callback_states_from_checkpoint=restored,
+    )
+    again.train(resume_from_checkpoint=str(out / "checkpoint-37"))
+    if restored:
+        # Hugging Face replaced the callback by the saved one, which had no history.
+        callback = again.callback_handler.callbacks[-1]
+        assert callback.rule == rule
+        assert int(callback.tracked.clipper.state_dict()["step"]) == STEPS
+    else:
+        history = gc.History.load(path)
+        assert_same(history, plain_norms(tmp_path / "plain.jsonl", rule), STEPS - 37)
+
+
+def test_it_logs(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": STEPS}
+    callback = GradientClippingCallback(gc.Norm(1.0))
+    trainer = trainer_for(tmp_path / "out", callback, **saving)
+    trainer.train()
+    saved = tmp_path / "out" / f"checkpoint-{STEPS}" / "trainer_state.json"
+    logs = [x for x in json.loads(saved.read_text())["log_history"] if "loss" in x]
+    norms, _ = plain_norms(tmp_path / "plain.jsonl", gc.Norm(1.0))
+    assert [x["grad_norm"] for x in logs] == pytest.approx(norms[9::10], rel=1e-5)
+    assert {x["grad_limit"] for x in logs} == {1.0}
+    assert logs[-1]["clip_rate"] == pytest.approx((norms > 1).mean())
+
+
+def test_accumulated_gradients_are_clipped_once(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClippingCallback(gc.Norm(1.0), history)
+    trainer_for(tmp_path / "out", callback, gradient_accumulation_steps=4).train()
+    assert len(history) == STEPS / 4
+
+
+def test_bfloat16_autocast(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClippingCallback(gc.Norm(1.0), history)
+    trainer_for(tmp_path / "out", callback, bf16=True).train()
+    norms, _ = plain_norms(tmp_path / "plain.jsonl", gc.Norm(1.0))
+    assert history.norm[:10] == pytest.approx(norms[:10], rel=0.05)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path):
+    callback = GradientClippingCallback(gc.Norm(1.0))
+    trainer = trainer_for(tmp_path / "out", callback)
+    trainer.train_dataset.x[BATCH * 50] = torch.nan
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert int(callback.tracked.clipper.info.skipped) == 1
+
+
+def test_clipping_twice_is_refused(tmp_path):
+    message = re.escape("TrainingArguments(max_grad_norm=1.0) clips too; set")
+    trainer = trainer_for(
+        tmp_path / "out", GradientClippingCallback(RULE), max_grad_norm=1.0
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_the_optimizer_is_left_as_it_was(tmp_path):
+    trainer = trainer_for(tmp_path / "out", GradientClippingCallback(RULE), max_steps=2)
+    trainer.train()
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks

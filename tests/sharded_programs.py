@@ -1,0 +1,624 @@
+"""What runs in every process of a test of split parameters, and how it is started."""
+
+import faulthandler
+import logging
+import math
+import os
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import gradclip as gc
+from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm, sharded
+from gradclip.torch.sharded import Pieces
+
+TIMEOUT = 240
+CPU = torch.device("cpu")
+
+
+def _enter(rank, world, folder, program, given):
+    # A process that hangs says where, and ends.
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=90),
+    )
+    torch.manual_seed(0)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    try:
+        result = program(rank, world, *given)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start(world, program, *given):
+    """Run a program in several processes; return what each of them returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _enter,
+            (world, folder, program, given),
+            nprocs=world,
+            join=False,
+            start_method="spawn",
+        )
+        while not context.join(timeout=TIMEOUT + 30):
+            alive = [p for p in context.processes if p.is_alive()]
+            if len(alive) == world:
+                for p in alive:
+                    p.kill()
+                raise TimeoutError(f"{program.__name__} hangs on {world} processes")
+        saved = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        return [torch.load(path, weights_only=False) for path in saved]
+
+
+def placed(full, mesh, placements, grad_placements=None):
+    """Return a DTensor parameter of ones with a gradient, given whole."""
+    weight = distribute_tensor(torch.ones_like(full), mesh, placements)
+    p = torch.nn.Parameter(weight)
+    p.grad = distribute_tensor(full.clone(), mesh, grad_placements or placements)
+    return p
+
+
+def plain(full):
+    p = torch.nn.Parameter(torch.ones_like(full))
+    p.grad = full.clone()
+    return p
+
+
+def whole(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def meshes(world):
+    shapes = {"line": (world,), "grid": (2, world // 2), "cube": (2, world // 2, 1)}
+    return {
+        name: init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
+        for name, shape in shapes.items()
+    }
+
+
+def gradients(count=6, shape=None, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(5, 3), (1, 3), (4, 6), (7,), (3, 2, 4), (8, 4)]
+    return [
+        torch.randn(shape or shapes[i % 6], generator=generator).to(dtype) * (i + 1)
+        for i in range(count)
+    ]
+
+
+def layouts(world):
+    """Return parameters in every layout, as functions of six whole gradients."""
+    m = meshes(world)
+    line, grid, cube = m["line"], m["grid"], m["cube"]
+    sub = grid["a"]
+
+    def each(*places):
+        def make(grads):
+            pairs = zip(grads, places, strict=True)
+            return [plain(g) if at is None else placed(g, *at) for g, at in pairs]
+
+        return make
+
+    s0, s1, copy = Shard(0), Shard(1), Replicate()
+    return {
+        "rows": each(*[(line, [s0])] * 6),
+        "columns": each(*[(line, [s1 if i != 3 else s0]) for i in range(6)]),
+        "copies": each(*[(line, [copy])] * 6),
+        "hybrid": each(*[(grid, [copy, s0])] * 6),
+        "twice": each(*[(grid, [s0, s0])] * 6),
+        "crossed": each(*[(grid, [s0, s1 if i != 3 else s0]) for i in range(6)]),
+        "cube": each(*[(cube, [s0, copy, s0])] * 6),
+        "partial": each(*[(line, [copy], [copy])] * 5, (line, [copy], [copy])),
+        "beside": each((line, [s0]), None, (line, [s1]), None, (line, [copy]), None),
+        "mixed": each(
+            (line, [s0]),
+            (grid, [s0, copy]),
+            (grid, [s0, s1]),
+            None,
+            (sub, [s0]),
+            (cube, [copy, s0, copy]),
+        ),
+    }
+
+
+def make_partial(params, world):
+    """Turn gradients of copies into sums that are not carried out yet."""
+    for p in params:
+        local = p.grad.to_local() / world
+        p.grad = DTensor.from_local(local, p.device_mesh, [Partial()])
+
+
+def error(params, expected):
+    pairs = zip(params, expected, strict=True)
+    return max(
+        float(((whole(p.grad) - e).abs() / e.abs().max().clamp(1e-30)).max())
+        for p, e in pairs
+    )
+
+
+def every_layout(rank, world):
+    """Clip in every layout and order of the norm; return what came out."""
+    found = {}
+    for name, make in layouts(world).items():
+        for order in (0.5, 1.0, 2.0, 3.0, math.inf):
+            for dtype in (torch.float32, torch.float64):
+                grads = gradients(dtype=dtype)
+                params = make(grads)
+                if name == "partial":
+                    make_partial(params, world)
+                counter = CommDebugMode()
+                with counter:
+                    norm = clip_grad_norm_(params, 0.5, order)
+                flat = torch.cat([g.flatten().double() for g in grads])
+                true = torch.linalg.vector_norm(flat, order)
+                expected = [(g.double() * (0.5 / true)).to(dtype) for g in grads]
+                found[name, order, dtype] = {
+                    "norm": norm,
+                    "true": float(true),
+                    "error": error(params, expected),
+                    "messages": messages(counter),
+                    "again": get_total_norm([p.grad for p in params], order),
+                }
+    return found
+
+
+def messages(counter):
+    """Return how many messages there were, those of gradients themselves aside."""
+    counts = {str(k): n for k, n in counter.get_comm_counts().items()}
+    return sum(n for name, n in counts.items() if "gather" in name)
+
+
+def extremes(rank, world):
+    """Measure what overflows, underflows or is not a number, on one process only."""
+    line = meshes(world)["line"]
+    found = {}
+    for value in (1e20, 2e38, 1e-30, math.nan, math.inf):
+        full = torch.zeros(world, 3)
+        full[world - 1, 0] = value
+        full[0, 1] = value if math.isfinite(value) else 1.0
+        for order in (1.0, 2.0, math.inf):
+            params = [placed(full, line, [Shard(0)])]
+            norm = clip_grad_norm_(params, math.inf, order)
+            true = torch.linalg.vector_norm(full.double(), order)
+            found[value, order] = norm, true.float()
+    return found
+
+
+def messages_by_count(rank, world):
+    """Count messages for more and more tensors."""
+    grid, found = meshes(world)["grid"], {}
+    for scope in ("all", "tensor", "unit", "element"):
+        for count in (10, 100, 1000):
+            params = [piece(i + 1.0, grid) for i in range(count)]
+            clipper = Clipper(params, gc.Norm(0.5, over=scope), doctor=())
+            with CommDebugMode() as counter:
+                clipper.clip_()
+            found[scope, count] = messages(counter)
+    return found
+
+
+def piece(value, mesh):
+    """Return a parameter cut both ways; quicker than cutting a whole one."""
+    at = [Shard(0), Shard(1)]
+    weight, grad = torch.ones(2, 2), torch.full((2, 2), value)
+    p = torch.nn.Parameter(DTensor.from_local(weight, mesh, at, run_check=False))
+    p.grad = DTensor.from_local(grad, mesh, at, run_check=False)
+    return p
+
+
+SCOPED = {
+    "tensor": lambda: gc.Norm(0.5, over="tensor"),
+    "tensor-p1": lambda: gc.Norm(0.5, over="tensor", p=1.0),
+    "tensor-inf": lambda: gc.Norm(0.5, over="tensor", p=math.inf),
+    "unit": lambda: gc.Norm(0.5, over="unit"),
+    "unit-last": lambda: gc.Norm(0.5, over="unit", axis=-1),
+    "agc": lambda: gc.Relative(0.01),
+    "agc-last": lambda: gc.Relative(0.01, axis=-1),
+    "agc-tensor": lambda: gc.Relative(0.01, over="tensor"),
+    "element": lambda: gc.Norm(0.5, over="element"),
+    "value": lambda: gc.Value(0.5),
+    "sign": lambda: gc.Normalize(1.0, over="element"),
+    "normalize": lambda: gc.Normalize(1.0, over="unit"),
+    "smooth": lambda: gc.Smooth(0.5, over="unit"),
+    "ema": lambda: gc.EMA(1.05, warmup=1),
+    "groups": lambda: gc.by_name({"*": gc.Norm(1.0)}),
+    "chain": lambda: gc.chain(gc.Norm(0.5, over="unit"), gc.Norm(0.7)),
+    "chain-tensor": lambda: gc.chain(gc.Norm(0.5, over="tensor"), gc.Value(0.1)),
+}
+
+
+def every_scope(rank, world):
+    """Clip by every kind of rule, and compare with the same rule on whole tensors."""
+    found = {}
+    for name, make in layouts(world).items():
+        for kind, rule in SCOPED.items():
+            grads = gradients()
+            params, alone = make(grads), [plain(g) for g in grads]
+            ours, theirs = (Clipper(ps, rule(), doctor=()) for ps in (params, alone))
+            for _ in range(2):
+                info, expected = ours.clip_(), theirs.clip_()
+            found[name, kind] = {
+                "error": error(params, [p.grad for p in alone]),
+                "flags": (bool(info.finite), bool(info.clipped), bool(info.kept)),
+                "expected": tuple(
+                    map(bool, (expected.finite, expected.clipped, expected.kept))
+                ),
+                "norm": None if "unit" in kind else info.norm,
+                "true": expected.norm,
+            }
+    return found
+
+
+def policies(rank, world):
+    """Put a NaN, or nothing, where one process has its part; see who does what."""
+    line, found = meshes(world)["line"], {}
+    for kind in ("nan", "copy", "missing", "none"):
+        for policy in ("skip", "zero", "raise", "ignore"):
+            for name, rule in SCOPED.items():
+                found[kind, policy, name] = fault(rank, world, line, kind, policy, rule)
+    return found
+
+
+def fault(rank, world, line, kind, policy, rule):
+    full = torch.ones(world, 4)
+    params = [placed(full, line, [at]) for at in (Shard(0), Shard(1), Replicate())]
+    params += [plain(full)]
+    if rank == world - 1:
+        if kind == "nan":
+            params[0].grad.to_local()[0, 0] = math.nan
+        elif kind == "copy":
+            params[2].grad.to_local()[0, 0] = math.nan
+        else:
+            for p in params[1:] if kind == "missing" else params:
+                p.grad = None
+    clipper = Clipper(params, rule(), on_nonfinite=policy, doctor=())
+    try:
+        info = clipper.clip_()
+    except gc.NonFiniteError:
+        return "raised"
+    return tuple(map(bool, (info.finite, info.clipped, info.kept)))
+
+
+def callers(rank, world):
+    """Clip what only the caller knows to be split; return ours and what is right."""
+    return (
+        {f"stages {k}": v for k, v in stages_of_pipeline(rank, world).items()}
+        | {f"experts {k}": v for k, v in experts(rank, world).items()}
+        | {f"slices {k}": v for k, v in slices(rank, world).items()}
+        | {f"crossed {k}": v for k, v in crossed(rank, world).items()}
+    )
+
+
+def stages_of_pipeline(rank, world):
+    """Each process has other tensors, and another number of them; one is tied."""
+    tied = torch.full((2, 2), 3.0)
+    everything = [torch.full((r + 2,), r + 1.0) for r in range(world) for _ in range(r)]
+    total = torch.linalg.vector_norm(
+        torch.cat([t.flatten() for t in [*everything, tied]])
+    )
+    mine = [
+        (f"own.{i}", plain(torch.full((rank + 2,), rank + 1.0))) for i in range(rank)
+    ]
+    if rank in (0, world - 1):
+        mine.append(("tied", plain(tied)))
+    if not mine:
+        mine = [("idle", torch.nn.Parameter(torch.ones(1)))]
+
+    def split(name, p):
+        return None if name == "tied" else dist.group.WORLD
+
+    clipper = Clipper(mine, gc.Norm(0.5), split_over=split)
+    found = {"norm": (float(clipper.clip_().norm), float(total))}
+    largest = max(float(torch.linalg.vector_norm(t)) for t in [*everything, tied])
+    for limit, kept in ((largest * 1.01, True), (largest * 0.99, False)):
+        for _, p in mine:
+            p.grad = (
+                None
+                if p.shape == (1,)
+                else p.detach() * 0 + (3.0 if p.dim() == 2 else rank + 1.0)
+            )
+        rule = gc.Skip(gc.Norm(limit, over="tensor"))
+        info = Clipper(mine, rule, split_over=split, doctor=()).clip_()
+        found[f"kept {kept}"] = bool(info.kept), kept
+    return found
+
+
+def experts(rank, world):
+    """The experts differ, the dense weights are the same everywhere."""
+    dense, own = (
+        torch.full((3, 3), 2.0),
+        [torch.full((4,), r + 1.0) for r in range(world)],
+    )
+    flat = torch.cat([dense.flatten(), *own])
+    found = {}
+    for order in (1.0, 2.0, 3.0, math.inf):
+        params = {"dense": plain(dense), "expert": plain(own[rank])}
+        clipper = Clipper(
+            params,
+            gc.Norm(0.5, p=order),
+            split_over=lambda n, p: dist.group.WORLD if n == "expert" else None,
+        )
+        true = float(torch.linalg.vector_norm(flat, order))
+        found[f"norm {order}"] = float(clipper.clip_().norm), true
+        after = params["dense"].grad[0, 0].item() / 2, params["expert"].grad[0].item()
+        found[f"dense {order}"] = after[0], 0.5 / true
+        found[f"expert {order}"] = after[1] / (rank + 1), 0.5 / true
+    return found
+
+
+def slices(rank, world):
+    """Plain tensors are slices of larger ones, as in Megatron's layers."""
+    wholes = {"columns": torch.randn(8, 4), "rows": torch.randn(4, 8)}
+    wholes |= {"bias": torch.randn(8), "norm": torch.randn(4)}
+    cut = {"columns": 0, "rows": 1, "bias": 0}
+    found = {}
+    for name, rule in SCOPED.items():
+        if "last" in name:
+            continue
+        parts = {
+            n: plain(t.chunk(world, cut[n])[rank].contiguous() if n in cut else t)
+            for n, t in wholes.items()
+        }
+        alone = {n: plain(t) for n, t in wholes.items()}
+
+        def split(n, p):
+            return Pieces(dist.group.WORLD, cut[n]) if n in cut else None
+
+        Clipper(parts, rule(), split_over=split, doctor=()).clip_()
+        Clipper(alone, rule(), doctor=()).clip_()
+        for n, p in alone.items():
+            full = p.grad.chunk(world, cut[n])[rank] if n in cut else p.grad
+            found[f"{name} {n}"] = float((parts[n].grad - full).abs().max()), 0.0
+    return found
+
+
+def crossed(rank, world):
+    """Two stages of a pipeline, each cut in rows over its own processes."""
+    grid = meshes(world)["grid"]
+    stage = grid.get_local_rank("a")
+    full = [torch.randn(5, 3), torch.randn(3, 7)]
+    params = [placed(full[stage], grid["b"], [Shard(0)])]
+    if stage == 1:
+        params.append(placed(torch.ones(3), grid["b"], [Replicate()]))
+    clipper = Clipper(params, gc.Norm(0.5), split_over=grid.get_group("a"))
+    flat = torch.cat([*(t.flatten() for t in full), torch.ones(3)])
+    return {
+        "norm": (float(clipper.clip_().norm), float(torch.linalg.vector_norm(flat)))
+    }
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.up = torch.nn.Linear(6, 10)
+        self.norm = torch.nn.LayerNorm(10)
+        self.down = torch.nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.down(self.norm(torch.tanh(self.up(x))))
+
+
+def batch(step, world):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(2 * world, 6, generator=generator) * (30 if step == 7 else 1)
+
+
+def sharded_net(kind, world):
+    net, m = Net(), meshes(world)
+    mesh = m["grid"] if kind == "hybrid" else m["line"]
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(net)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(net, use_orig_params=True, device_id=CPU)
+    if kind == "fsdp1-flat":
+        return FullyShardedDataParallel(net, use_orig_params=False, device_id=CPU)
+    if kind in ("tensor", "both"):
+        plan = {
+            "up": ColwiseParallel(output_layouts=Replicate()),
+            "down": RowwiseParallel(),
+        }
+        plan["down"] = RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(net, m["grid"]["b"] if kind == "both" else mesh, plan)
+        mesh = m["grid"]["a"]
+    if kind == "sequence":
+        plan = {"norm": SequenceParallel(sequence_dim=0)}
+        plan["up"] = ColwiseParallel(output_layouts=Shard(0), use_local_output=False)
+        plan["down"] = ColwiseParallel(
+            input_layouts=Shard(0), output_layouts=Replicate()
+        )
+        parallelize_module(net, mesh, plan)
+    if kind in ("tensor", "sequence"):
+        return net
+    options = {}
+    if kind == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if kind == "precision":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for layer in (net.up, net.down):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(net, mesh=mesh, **options)
+
+
+SPLIT_DATA = {"rows", "hybrid", "offload", "precision", "accumulate", "both", "ddp"}
+SPLIT_DATA |= {"fsdp1", "fsdp1-flat"}
+KINDS = [*sorted(SPLIT_DATA), "tensor", "sequence"]
+
+
+def training(rank, world):
+    """Train twenty steps on split and on whole parameters; return how far they part."""
+    return {
+        (kind, name, fused, order): train(rank, world, kind, name, fused, order)
+        for kind in KINDS
+        for name, fused in (("AdamW", True), ("SGD", True), ("SGD", False))
+        for order in ((1.0, 2.0, 3.0, math.inf) if name == "SGD" else (2.0,))
+        if fused or order == 2.0
+    }
+
+
+def train(rank, world, kind, name, fused, order):
+    net, alone = sharded_net(kind, world), Net()
+    rule, make = gc.Norm(0.2, p=order), getattr(torch.optim, name)
+    nets = net, alone
+    both = [make(n.parameters(), lr=0.05, fused=fused) for n in nets]
+    clippers = [attach(o, rule, model=n) for o, n in zip(both, nets, strict=True)]
+    worst = clipped = 0.0
+    for step in range(20):
+        norms = []
+        for n, optimizer, clipper in zip(nets, both, clippers, strict=True):
+            optimizer.zero_grad()
+            backward(n, batch(step, world), rank, world, kind, n is net)
+            optimizer.step()
+            norms.append(float(clipper.info.norm))
+            clipped += float(clipper.info.clipped)
+        worst = max(worst, abs(norms[0] / norms[1] - 1))
+    apart = 0.0
+    if "fsdp1" not in kind:
+        pairs = zip(net.parameters(), alone.parameters(), strict=True)
+        apart = max(float((whole(p) - q).abs().max()) for p, q in pairs)
+    return {"norm": worst, "apart": apart, "clipped": clipped}
+
+
+def backward(net, x, rank, world, kind, ours):
+    """Run backward on the part of the data that is this process's, or on all of it."""
+    parts = world // 2 if kind == "both" else world
+    if kind == "both":
+        parts, rank = 2, rank // (world // 2)
+    if not ours:
+        return net(x).square().mean().backward()
+    if kind not in SPLIT_DATA:
+        return net(x).square().mean().backward()
+    x = x.chunk(parts)[rank]
+    if kind != "accumulate":
+        return net(x).square().mean().backward()
+    for i, piece in enumerate(x.chunk(2)):
+        net.set_requires_gradient_sync(i == 1)
+        (net(piece).square().mean() / 2).backward()
+    return None
+
+
+RULES = {
+    "zscore": lambda: gc.ZScore(2.0, warmup=10),
+    "ema": lambda: gc.EMA(1.05, warmup=10),
+    "percentile": lambda: gc.Percentile(50.0, window=20),
+    "deviation": lambda: gc.Deviation(3.0, window=20, warmup=5),
+    "skip": lambda: gc.Skip(gc.ZScore(4.0, warmup=10)),
+}
+
+
+def adaptive(rank, world, folder=None):
+    """Feed rules 300 steps, some spoilt on one process only; return their memory."""
+    found = {}
+    for name, rule in RULES.items():
+        params = [torch.ones(world, 3), torch.ones(2, 5), torch.ones(3)]
+        line = meshes(world)["line"]
+        at = [Shard(0)], [Shard(1)], [Replicate()]
+        params = [placed(t, line, a) for t, a in zip(params, at, strict=True)]
+        clipper = Clipper(params, rule(), doctor=())
+        for step in range(300):
+            spoil(params, step, rank, world)
+            clipper.clip_()
+        found[name] = clipper.state_dict()
+        if folder:
+            dcp.save(found[name], checkpoint_id=f"{folder}/{name}")
+    return found
+
+
+def spoil(params, step, rank, world):
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(step * 10 + i)
+        full = torch.randn(p.shape, generator=generator)
+        p.grad = distribute_tensor(full, p.device_mesh, p.placements)
+    hurt = params[step % 2].grad.to_local()
+    if rank == step % world and hurt.numel():
+        if step % 17 == 5:
+            hurt.view(-1)[0] = 1e6
+        if step % 23 == 4:
+            hurt.view(-1)[0] = math.nan
+
+
+def loading(rank, world, folder):
+    """Load what another number of processes saved."""
+    found = {}
+    for name, rule in RULES.items():
+        params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+        clipper = Clipper(params, rule(), doctor=())
+        saved = {}
+        for key, x in clipper.state_dict().items():
+            saved[key] = x
+        dcp.load(saved, checkpoint_id=f"{folder}/{name}")
+        clipper.load_state_dict(saved)
+        found[name] = clipper.state_dict()
+    return found
+
+
+def counted_twice(rank, world):
+    """Take copies for pieces: what a test has to notice."""
+    right, sharded._placed = sharded._placed, lambda at: sharded.Way("piece", 0)
+    full = torch.ones(4, 4)
+    params = [placed(full, meshes(world)["line"], [Replicate()])]
+    norm = clip_grad_norm_(params, 1.0)
+    sharded._placed = right
+    return float(norm)
+
+
+PROGRAMS = [
+    every_layout,
+    extremes,
+    messages_by_count,
+    every_scope,
+    policies,
+    callers,
+    training,
+    adaptive,
+    counted_twice,
+]
+
+
+def everything(rank, world, folder):
+    """Run all programs in processes that are started once."""
+    found = {}
+    for program in PROGRAMS:
+        given = (folder if world == 4 else None,) if program is adaptive else ()
+        found[program.__name__] = program(rank, world, *given)
+    if world == 2:
+        found["loading"] = loading(rank, world, folder)
+    return found

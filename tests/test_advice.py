@@ -1,0 +1,399 @@
+"""Advice: right where the data are clear, and silent where they are not."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import gradclip as gc
+from gradclip.cli import app
+from gradclip.evidence import quantile_intervals, spike_scores, tail_index
+from gradclip.ruletext import known, rule_from
+from table import ROWS
+
+
+def norms(size=2000, seed=0, sigma=0.3):
+    return np.random.default_rng(seed).lognormal(sigma=sigma, size=size)
+
+
+def advise(norm, **more):
+    return gc.advise(gc.History.of(norm, **more))
+
+
+def test_a_plain_run_gets_the_90th_percentile_and_says_how_sure():
+    norm = norms()
+    advice = advise(norm)
+    assert advice.limit == pytest.approx(np.quantile(norm, 0.9), rel=0.05)
+    assert advice.clip_rate(advice.limit) <= 0.1
+    assert advice.regime == "insurance"
+    assert advice.rule == gc.Norm(advice.limit)
+    assert advice.code == f"attach(optimizer, Norm({advice.limit}))"
+    assert advice.confidence == "high"
+    assert advise(norm[:400]).confidence == "medium"
+    assert advise(norm[:40]).confidence == "low"
+
+
+def test_the_clip_rate_is_the_share_of_norms_above_the_limit():
+    norm = norms()
+    advice = advise(norm)
+    for limit in (0.5, 1.0, 2.0, 1e9):
+        assert advice.clip_rate(limit) == np.mean(norm > limit)
+
+
+def test_spikes_are_found_where_they_were_put():
+    norm = norms()
+    places = [17, 500, 501, 1234, 1999]
+    norm[places] *= 40
+    assert [spike.step for spike in advise(norm).spikes] == places
+    assert advise(norms(sigma=0.1)).spikes == ()
+
+
+def test_a_spike_names_the_parameters_that_carried_it(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
+    history.begin(gc.Norm(1.0))
+    for step, norm in enumerate(norms(300)):
+        parts = np.array([norm, 90.0 if step == 200 else 0.1])
+        history.record_tensors(step, ("quiet", "loud"), parts)
+        whole = float(np.hypot(*parts))
+        history.record(step, gc.Info(whole, 1.0, 1 / whole, True, True, 1.0))
+    (spike,) = gc.advise(history).spikes
+    assert spike.step == 200
+    assert spike.tensors[0][0] == "loud"
+
+
+def test_a_few_infinities_are_spikes_and_a_whole_run_of_them_is_broken():
+    norm = norms()
+    norm[[100, 700, 900]] = math.inf
+    advice = advise(norm)
+    assert advice.nonfinite == 3
+    assert [spike.step for spike in advice.spikes] == [100, 700, 900]
+    assert advice.limit is not None
+    broken = advise(np.full(500, math.inf))
+    assert broken.limit is None
+    assert "the run is broken" in broken.reasons[0]
+
+
+def test_the_warm_up_is_set_apart():
+    norm = norms()
+    norm[:60] *= 20
+    advice = advise(norm)
+    assert advice.warmup == 60
+    assert advice.limit == pytest.approx(np.quantile(norm[60:], 0.9), rel=0.05)
+    assert any("60 norms" in note for note in advice.notes)
+
+
+def test_norms_after_clipping_get_no_advice():
+    norm = np.minimum(norms(), 1.0) * (1 - 1e-6 * np.arange(2000) % 1e-6)
+    advice = advise(norm)
+    assert advice.limit is None
+    assert advice.rule is None
+    assert advice.code == ""
+    assert "norms after clipping" in advice.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (norms(5), "5 usable norms are too few"),
+        ([], "0 usable norms are too few"),
+        (np.full(100, 2.5), "every norm is 2.5"),
+        (np.full(100, math.nan), "100 of 100 norms are 0, NaN or infinite"),
+    ],
+)
+def test_what_says_nothing_gets_no_advice(norm, reason):
+    advice = advise(norm)
+    assert advice.limit is None
+    assert advice.confidence == "none"
+    assert reason in advice.reasons[0]
+
+
+def test_zeros_do_not_drag_the_quantiles_down():
+    norm = norms()
+    norm[::7] = 0.0
+    advice = advise(norm)
+    assert advice.zeros == 286
+    assert advice.quantiles[0.05][0] > 0.5
+    assert any("exactly 0" in note for note in advice.notes)
+
+
+def test_drift_asks_for_a_rule_that_follows():
+    norm = norms() * np.geomspace(1, 100, 2000)
+    advice = advise(norm)
+    assert advice.drift > 10
+    assert advice.rule == gc.Percentile(q=90.0)
+    assert advice.code == "attach(optimizer, Percentile(90.0))"
+
+
+def test_a_run_clipped_at_every_step_is_told_about_the_learning_rate():
+    advice = advise(norms() * 10, limit=1.0)
+    assert any("the learning rate is the lever" in reason for reason in advice.reasons)
+
+
+def test_a_limit_that_changed_is_not_taken_for_one():
+    limit = np.linspace(1.5, 2.5, 2000)
+    advice = advise(norms(), limit=limit)
+    assert math.isnan(advice.in_force)
+    assert not any("nothing to change" in reason for reason in advice.reasons)
+    assert any("the run was clipped on" in reason for reason in advice.reasons)
+
+
+def recorded_by(tmp_path, rule):
+    with gc.History(tmp_path / "run.jsonl") as history:
+        clipper = gc.Clipper(rule, history=history)
+        for norm in norms(300):
+            clipper.clip(np.array([norm, norm]))
+    return gc.advise(history)
+
+
+def test_advice_is_about_the_norm_that_was_measured(tmp_path):
+    advice = recorded_by(tmp_path, gc.Norm(math.inf, p=1.0))
+    assert advice.rule == gc.Norm(advice.limit, p=1.0)
+    assert advice.code.endswith(", p=1.0))")
+
+
+def test_largest_moduli_are_no_norms(tmp_path):
+    advice = recorded_by(tmp_path, gc.Value(0.5))
+    assert advice.limit is None
+    assert "each element" in advice.reasons[0]
+
+
+def test_a_limit_that_already_fits_is_kept():
+    advice = advise(norms(), limit=2.0)
+    assert advice.limit == 2.0
+    assert "nothing to change" in advice.reasons[0]
+
+
+def test_a_sparse_log_is_noticed():
+    advice = advise(norms(), step=np.arange(2000) * 100)
+    assert any("every 100th step" in note for note in advice.notes)
+
+
+def test_a_run_that_was_lost_is_judged_by_what_came_before():
+    norm = np.concatenate([[0.4, 0.3, 0.5], norms(500) * 50])
+    loss = np.concatenate([[4.8, 4.0, 4.5], np.full(500, 12.0)])
+    advice = advise(norm, loss=loss)
+    assert advice.lost
+    assert advice.limit == 0.4
+    assert advice.confidence == "low"
+
+
+def test_a_run_that_did_not_learn_lowers_the_confidence():
+    advice = advise(norms(), loss=np.full(2000, 2.3))
+    assert advice.confidence == "low"
+    assert any("the loss ended where it began" in note for note in advice.notes)
+    assert advise(norms(), loss=np.linspace(2.3, 1, 2000)).confidence == "high"
+
+
+def two_runs(factor):
+    step = np.concatenate([np.arange(500), np.arange(300)])
+    norm = np.concatenate([norms(500), norms(300, seed=1) * factor])
+    from gradclip.readers.assemble import in_order
+
+    record = in_order(gc.History.of(norm, step=step).recorded)
+    return gc.advise(gc.History.from_record(record, None))
+
+
+def test_runs_that_are_alike_count_together_and_others_do_not():
+    assert two_runs(1.0).steps == 800
+    other = two_runs(100.0)
+    assert other.steps == 300
+    assert any("the newest, number 2 of 2" in note for note in other.notes)
+
+
+def test_advice_is_the_same_every_time_and_is_json():
+    norm = norms()
+    norm[5] = math.nan
+    one, other = advise(norm), advise(norm)
+    assert str(one) == str(other)
+    told = json.loads(json.dumps(one.to_dict(), allow_nan=False))
+    assert told["limit"] == one.limit
+    assert told["rule"] == f"Norm({one.limit})"
+    assert told["spikes"][0]["norm"] is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.floats(width=32) | st.sampled_from([0.0, math.inf, math.nan]), max_size=80
+    )
+)
+def test_any_norms_get_advice_or_a_reason(values):
+    advice = advise(np.abs(values))
+    assert (advice.limit is None) == (advice.confidence == "none")
+    assert advice.limit is None or advice.limit > 0
+    assert advice.reasons
+    json.dumps(advice.to_dict(), allow_nan=False)
+    assert str(advice)
+
+
+def test_intervals_hold_the_true_quantile_as_often_as_they_say():
+    truth = np.exp(0.3 * 1.2815515)
+    held = 0
+    for seed in range(100):
+        _, low, high = quantile_intervals(norms(600, seed), [0.9])[0]
+        held += low <= truth <= high
+    assert held >= 88
+
+
+def test_the_tail_index_is_that_of_the_distribution():
+    rng = np.random.default_rng(0)
+    for alpha in (1.0, 2.0, 4.0):
+        assert tail_index(rng.pareto(alpha, 50_000) + 1) == pytest.approx(
+            alpha, rel=0.1
+        )
+
+
+def test_scores_do_not_depend_on_the_unit():
+    norm = norms(500)
+    np.testing.assert_allclose(
+        spike_scores(1e-20 * norm), spike_scores(norm), atol=1e-9
+    )
+
+
+REPLAYABLE = [
+    name
+    for name, row in ROWS.items()
+    if {getattr(s, "over", "all") for s in gc.rules.stages(row.make())} == {"all"}
+    and not any(s.needs_weight for s in gc.rules.stages(row.make()))
+]
+
+
+@pytest.mark.parametrize("name", REPLAYABLE)
+def test_a_replay_is_what_the_clipper_does_to_gradients_of_these_norms(name):
+    norm = norms(300)
+    norm[[50, 51, 120]] *= 30
+    norm[200], norm[201] = math.nan, 0.0
+    clipper = gc.Clipper(ROWS[name].make())
+    infos = [clipper.clip(np.array([x]))[1] for x in norm]
+    again = gc.replay(gc.History.of(norm), ROWS[name].make())
+    known_steps = np.isfinite(norm)
+    expected = [[x.limit, x.scale] for x in infos]
+    got = np.stack([again.limit, again.scale], axis=1)
+    np.testing.assert_allclose(
+        got[known_steps], np.array(expected, float)[known_steps], rtol=1e-9
+    )
+    assert again.clip_rate == np.mean(again.scale < 1)
+
+
+def test_a_replay_over_tensors_uses_their_norms(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
+    history.begin(gc.Norm(1.0))
+    parts = np.array([[1.0, 9.0], [3.0, 0.5]])
+    for step, part in enumerate(parts):
+        history.record_tensors(step, ("a", "b"), part)
+        history.record(
+            step, gc.Info(float(np.hypot(*part)), 1.0, 1.0, True, False, 1.0)
+        )
+    again = gc.replay(history, gc.Norm(2.0, over="tensor"))
+    np.testing.assert_allclose(again.scale, [2 / 9, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (gc.Relative(), "compares gradients with parameters"),
+        (gc.Value(1.0), "looks at each element"),
+        (gc.Norm(1.0, over="tensor"), "tensors_every=1"),
+    ],
+)
+def test_what_norms_cannot_tell_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        gc.replay(gc.History.of([1.0, 2.0]), rule)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ROWS if "by" not in n and "group" not in n]
+)
+def test_every_rule_is_made_from_its_own_text(name):
+    rule = ROWS[name].make()
+    if any(callable(getattr(s, "limit", None)) for s in gc.rules.stages(rule)):
+        pytest.skip("a schedule has no text")
+    if "<" in repr(rule) or "Groups" in repr(rule) or "by_name" in repr(rule):
+        pytest.skip("groups are made from a dictionary")
+    assert rule_from(repr(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "Norm(__import__('os'))",
+        "Norm(limit=open('x'))",
+        "Norm(1.0).limit",
+        "lambda: 1",
+        "Norm(*[1.0])",
+        "Norm(1.0",
+        "1.0",
+        "Unknown(1.0)",
+        "Norm(bogus=1)",
+        "",
+        "(" * 500,
+    ],
+)
+def test_other_text_is_refused_and_never_run(text):
+    with pytest.raises(ValueError, match=r"rule|only rules"):
+        rule_from(text)
+
+
+def test_known_rules_are_those_of_the_library():
+    assert {"Norm", "ZScore", "ZClip", "chain", "AutoClip", "AGC"} <= set(known())
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "run.jsonl"
+    rows = [{"step": i, "grad_norm": x} for i, x in enumerate(norms(300))]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_advise(log, tmp_path):
+    result = run("advise", log)
+    assert result.exit_code == 0
+    assert "attach(optimizer, Norm(" in result.stdout
+    (told,) = json.loads(run("advise", log, "--json").stdout)
+    assert told["code"] == gc.advise(gc.History.load(log)).code
+    assert told["format"] == "JSON lines"
+    short = tmp_path / "short.csv"
+    short.write_text("step,grad_norm\n1,2.0\n2,3.0\n")
+    assert run("advise", short).exit_code == 3
+
+
+def test_commands_say_in_one_line_what_is_wrong(tmp_path):
+    result = run("advise", tmp_path / "missing.log")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "there is no such file" in result.stderr
+
+
+def test_the_command_replay(log):
+    words = ("replay", log, "--rule", "ZScore(z=2.0)", "--rule", "Norm(1.0)")
+    result = run(*words)
+    assert result.exit_code == 0
+    assert "A replay takes the norms as they were" in result.stdout
+    rows = json.loads(run(*words, "--json").stdout)["rules"]
+    assert [row["rule"] for row in rows] == ["ZScore(2.0)", "Norm(1.0)"]
+    assert rows[1]["clip_rate"] == np.mean(norms(300) > 1.0)
+    assert run("replay", log, "--rule", "open('x')").exit_code == 2
+
+
+def test_the_command_watch(log):
+    result = run("watch", log, "--once")
+    assert result.exit_code == 0
+    assert "step 299" in result.stdout
+    assert "█" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["advise", "replay", "report", "watch"])
+def test_every_command_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: gradclip {command}" in result.stdout

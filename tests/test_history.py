@@ -1,0 +1,288 @@
+"""A history survives what training runs go through: kills, full disks, restarts."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gradclip as gc
+from gradclip.record import LogError
+from gradclip.torch import Clipper, attach
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def info_of(norm, limit=1.0):
+    scale = min(1.0, limit / norm) if norm > 0 else 1.0
+    return gc.Info(norm, limit, scale, math.isfinite(norm), scale < 1, norm)
+
+
+def write(path, norms, first=0, **options):
+    with gc.History(path, **options) as history:
+        history.begin(gc.Norm(1.0))
+        for i, norm in enumerate(norms):
+            history.record(first + i, info_of(norm))
+    return path
+
+
+def test_what_was_recorded_is_what_is_read(tmp_path):
+    path = write(tmp_path / "run.jsonl", [0.5, 2.0, math.inf], run={"lr": 0.1})
+    history = gc.History.load(path)
+    assert history.step.tolist() == [0, 1, 2]
+    assert history.norm.tolist() == [0.5, 2.0, math.inf]
+    assert history.limit.tolist() == [1.0, 1.0, 1.0]
+    assert history.scale.tolist() == [1.0, 0.5, 0.0]
+    assert len(history) == 3
+    assert history.recorded.facts == {"lr": 0.1}
+    assert history.recorded.rule == repr(gc.Norm(1.0))
+
+
+def test_a_history_that_is_written_can_be_read_meanwhile(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    assert len(history) == 0
+    history.record(0, info_of(2.0))
+    assert history.norm.tolist() == [2.0]
+    history.record(1, info_of(3.0))
+    assert history.norm.tolist() == [2.0, 3.0]
+
+
+def test_every_line_is_json_that_other_tools_can_read(tmp_path):
+    path = write(tmp_path / "run.jsonl", [math.nan, math.inf, 1.0])
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    head = json.loads(path.read_text().splitlines()[0])
+    assert head == {"gradclip": 1, "rule": repr(gc.Norm(1.0)), "run": {}}
+
+
+def linear():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def backward(model, factor=1.0):
+    model.zero_grad()
+    (model(torch.full((3, 4), factor)) ** 2).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["attach", "Clipper"])
+def test_torch_records_what_it_did(tmp_path, way):
+    model, optimizer = linear()
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=2)
+    if way == "attach":
+        clipper = attach(optimizer, gc.Norm(1.0), model, history=history)
+        step = optimizer.step
+    else:
+        clipper = Clipper(model, gc.Norm(1.0), history=history)
+        step = clipper.clip_
+    told = []
+    for i in range(5):
+        backward(model)
+        if i == 3:
+            model.weight.grad[0, 0] = math.nan
+        step()
+        told.append(clipper.info)
+    np.testing.assert_array_equal(history.norm, [float(x.norm) for x in told])
+    np.testing.assert_array_equal(history.scale, [float(x.scale) for x in told])
+    actions = [json.loads(x).get("action") for x in lines(history.path)]
+    assert [x for x in actions if x][3] == "skip"
+    assert history.tensors.names == ("weight", "bias")
+    assert history.tensors.step.tolist() == [0, 2, 4]
+    whole = np.hypot(*history.tensors.norm.T)
+    np.testing.assert_allclose(whole, history.norm[::2], rtol=1e-4)
+
+
+def test_a_rule_over_each_tensor_records_the_norm_of_all(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    clipper = gc.Clipper(gc.Norm(1.0, over="tensor"), history=history)
+    clipper.clip([np.array([3.0]), np.array([4.0])])
+    assert history.norm.tolist() == [5.0]
+    assert history.scale.tolist() == [0.25]
+
+
+def test_a_resumed_clipper_goes_on_counting_its_steps(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = gc.Clipper(gc.ZScore(), history=gc.History(path))
+    for norm in (1.0, 2.0, 3.0):
+        first.clip(np.array([norm]))
+        if norm == 2.0:
+            saved = first.state_dict()
+    first.history.close()
+    second = gc.Clipper(gc.ZScore(), history=gc.History(path))
+    second.load_state_dict(saved)
+    second.clip(np.array([30.0]))
+    second.history.close()
+    history = gc.History.load(path)
+    assert history.step.tolist() == [0, 1, 2]
+    assert history.norm.tolist() == [1.0, 2.0, 30.0]
+    assert any("resumed 1 times" in note for note in history.notes)
+
+
+def test_reopening_goes_on_behind_the_earlier_steps(tmp_path):
+    path = write(tmp_path / "run.jsonl", [1.0, 2.0])
+    write(path, [3.0, 4.0], first=2)
+    assert gc.History.load(path).norm.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_starting_afresh_makes_a_run_of_its_own(tmp_path):
+    path = write(tmp_path / "run.jsonl", [1.0, 2.0])
+    write(path, [5.0, 6.0, 7.0])
+    runs = gc.History.load(path).runs
+    assert [run.norm.tolist() for run in runs] == [[1.0, 2.0], [5.0, 6.0, 7.0]]
+
+
+def test_a_file_torn_at_any_byte_loses_the_torn_line_only(tmp_path):
+    data = write(tmp_path / "whole.jsonl", [1.0, 2.0, 3.0]).read_bytes()
+    ends = [i for i, byte in enumerate(data) if byte == ord("\n")]
+    torn = tmp_path / "torn.jsonl"
+    for size in range(ends[1], len(data) + 1):
+        torn.write_bytes(data[:size])
+        # The last brace makes a line whole, with or without the end of it.
+        whole = sum(end <= size for end in ends) - 1
+        assert gc.History.load(torn).norm.tolist() == [1.0, 2.0, 3.0][:whole]
+
+
+def test_reopening_a_torn_file_starts_a_new_line(tmp_path):
+    data = write(tmp_path / "run.jsonl", [1.0, 2.0, 3.0]).read_bytes()
+    for cut in range(1, 40):
+        path = tmp_path / f"{cut}.jsonl"
+        path.write_bytes(data[:-cut])
+        write(path, [9.0], first=3)
+        kept = [1.0, 2.0, 3.0, 9.0] if cut == 1 else [1.0, 2.0, 9.0]
+        assert gc.History.load(path).norm.tolist() == kept
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_random_damage_gives_a_record_or_the_error_for_logs(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damage")
+    path = write(folder / "run.jsonl", [1.0, 2.0, 3.0, 4.0])
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(
+            st.binary(max_size=4)
+        )
+    path.write_bytes(content)
+    history = None
+    with contextlib.suppress(LogError):
+        history = gc.History.load(path, format="gradclip")
+    if history:
+        assert 0 < len(history) <= 8
+        assert len(history) == history.step.size == history.limit.size
+
+
+KILLED = """
+import sys, numpy as np, gradclip as gc
+history = gc.History(sys.argv[1], flush_every=7)
+clipper = gc.Clipper(gc.Norm(1.0), history=history)
+for step in range(10**9):
+    clipper.clip(np.array([float(step)]))
+    if (step + 1) % 7 == 0:
+        print(step + 1, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
+    rng = np.random.default_rng(int(os.environ.get("GRADCLIP_KILLS", "0")))
+    for attempt in range(int(os.environ.get("GRADCLIP_KILLS", "3"))):
+        path = tmp_path / f"{attempt}.jsonl"
+        command = [sys.executable, "-c", KILLED, str(path)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        child.send_signal(signal.SIGKILL)
+        # What it still told before it died was flushed before it told so.
+        told = child.stdout.read().splitlines(keepends=True)
+        child.stdout.close()
+        child.wait()
+        flushed = int(told[-1]) if told and told[-1].endswith("\n") else 7
+        norm = gc.History.load(path).norm
+        assert norm.size >= flushed
+        np.testing.assert_array_equal(norm, np.arange(norm.size))
+
+
+def test_the_last_steps_are_written_when_the_program_ends(tmp_path):
+    path = tmp_path / "run.jsonl"
+    code = (
+        "import numpy as np, gradclip as gc\n"
+        f"clipper = gc.Clipper(gc.Norm(1.0), history=gc.History({str(path)!r}))\n"
+        "clipper.clip(np.array([3.0]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert gc.History.load(path).norm.tolist() == [3.0]
+
+
+def test_a_place_that_cannot_be_written_warns_once_and_training_goes_on(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    history = gc.History(blocked / "run.jsonl", flush_every=1)
+    clipper = gc.Clipper(gc.Norm(1.0), history=history)
+    with pytest.warns(RuntimeWarning, match=r"run\.jsonl.*the training goes on"):
+        grads, _ = clipper.clip(np.array([2.0]))
+    np.testing.assert_allclose(grads, [1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clipper.clip(np.array([2.0]))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_warns_once(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.symlink_to("/dev/full")
+    history = gc.History(path, flush_every=1)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        history.record(0, info_of(1.0))
+    history.record(1, info_of(1.0))
+
+
+@pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
+def test_only_the_first_process_writes(tmp_path, monkeypatch, rank, written):
+    monkeypatch.setenv("RANK", rank)
+    path = write(tmp_path / "run.jsonl", [1.0])
+    assert path.exists() == written
+
+
+def test_steps_are_written_after_a_while_even_if_few(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", flush_seconds=0.0)
+    history.record(0, info_of(1.0))
+    time.sleep(0.01)
+    history.record(1, info_of(1.0))
+    assert len((tmp_path / "run.jsonl").read_text().splitlines()) >= 2
+
+
+def test_numbers_stay_on_the_device_until_a_flush(tmp_path, monkeypatch):
+    history = gc.History(tmp_path / "run.jsonl", flush_every=10)
+    model, _ = linear()
+    clipper = Clipper(model, gc.Norm(1.0), history=history)
+    backward(model)
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: reads.append(1) or t)
+    clipper.clip_()
+    assert not reads
+    history.flush()
+    assert 0 < len(reads) <= 5
+
+
+def test_what_cannot_be_done_is_said(tmp_path):
+    with pytest.raises(ValueError, match="flush_every=0"):
+        gc.History(tmp_path / "run.jsonl", flush_every=0)
+    with pytest.raises(TypeError, match="loaded, and takes no new steps"):
+        gc.History.of([1.0]).record(0, info_of(1.0))
+    later = tmp_path / "later.jsonl"
+    later.write_text('{"gradclip": 2}\n{"step": 0, "norm": 1.0}\n')
+    with pytest.raises(LogError, match=r"schema 2.*upgrade"):
+        gc.History.load(later)

@@ -1,0 +1,169 @@
+"""Sums of clipped per-sample gradients equal a loop over samples, optax, and ghosts."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import gradclip as gc
+from gradclip.per_sample import clipped_sum
+from gradclip.torch.ghost import PerSample
+
+SAMPLES = 6
+RULES = {
+    "flat": gc.Norm(1.5),
+    "tight": gc.Norm(1e-3),
+    "loose": gc.Norm(1e3),
+    "per layer": gc.Norm(1.5 / 3**0.5, over="tensor"),
+    "AUTO-S": gc.Normalize(eps=0.01),
+    "smooth": gc.Smooth(1.0),
+}
+MAKE = {"numpy": np.asarray, "torch": torch.tensor, "jax": jnp.asarray}
+
+
+def batch(size=1.0):
+    rng = np.random.default_rng(0)
+    shapes = [(SAMPLES, 3, 4), (SAMPLES, 5), (SAMPLES,)]
+    grads = [rng.normal(size=shape).astype(np.float32) * size for shape in shapes]
+    return [
+        g
+        * np.logspace(-2, 1, SAMPLES, dtype=np.float32)[(...,) + (None,) * (g.ndim - 1)]
+        for g in grads
+    ]
+
+
+def by_hand(grads, rule):
+    """Return the sum of gradients that were clipped one sample at a time."""
+    samples = [[np.asarray(g[i], np.float64) for g in grads] for i in range(SAMPLES)]
+    clipped = [gc.clip(sample, rule)[0] for sample in samples]
+    return [np.sum([c[k] for c in clipped], axis=0) for k in range(len(grads))]
+
+
+@pytest.mark.parametrize("library", MAKE)
+@pytest.mark.parametrize("name", RULES)
+def test_equal_to_a_loop_over_samples(library, name):
+    grads = batch()
+    got, info = clipped_sum([MAKE[library](g) for g in grads], RULES[name])
+    for a, b in zip(got, by_hand(grads, RULES[name]), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=1e-6)
+    assert info.norm.shape[-1] == SAMPLES
+
+
+@pytest.mark.parametrize("limit", [0.01, 1.5, 1e3])
+def test_equal_to_optax(limit):
+    grads = [jnp.asarray(g) for g in batch()]
+    want, clipped = optax.per_example_global_norm_clip(grads, limit)
+    got, info = clipped_sum(grads, gc.Norm(limit))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert int((info.scale < 1).sum()) == int(clipped)
+    want, _ = optax.per_example_layer_norm_clip(grads, limit, uniform=True)
+    got, _ = clipped_sum(grads, gc.Norm(limit / 3**0.5, over="tensor"))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", MAKE)
+@pytest.mark.parametrize("over", ["all", "tensor"])
+def test_a_broken_sample_adds_nothing(library, over):
+    grads = batch()
+    grads[1][2, 0] = np.nan
+    total, info = clipped_sum(
+        [MAKE[library](g) for g in grads], gc.Norm(1.0, over=over)
+    )
+    assert not bool(info.finite)
+    others = [np.delete(g, 2, axis=0) for g in grads]
+    want, _ = clipped_sum(others, gc.Norm(1.0, over=over))
+    np.testing.assert_allclose(np.asarray(total[1]), want[1], rtol=1e-5)
+
+
+def test_samples_of_any_size():
+    for size in (1e-30, 1e20):
+        grads = [jnp.asarray(g) for g in batch(size)]
+        _, info = clipped_sum(grads, gc.Norm(1.0))
+        exact = np.sqrt(
+            sum((g.astype(float).reshape(SAMPLES, -1) ** 2).sum(1) for g in batch(size))
+        )
+        np.testing.assert_allclose(info.norm, exact, rtol=1e-5)
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match="no memory"):
+        clipped_sum(np.ones((2, 3)), gc.ZScore())
+    with pytest.raises(ValueError, match="such as"):
+        clipped_sum(np.ones((2, 3)), gc.Value(1.0))
+    with pytest.raises(ValueError, match=r"shapes \(2, 3\), \(3,\)"):
+        clipped_sum([np.ones((2, 3)), np.ones(3)], gc.Norm(1.0))
+
+
+class Bag(torch.nn.Module):
+    """Embedding, normalisation, a layer on sequences and one on vectors."""
+
+    def __init__(self, padding_idx=None):
+        super().__init__()
+        self.words = torch.nn.Embedding(7, 4, padding_idx=padding_idx)
+        self.norm = torch.nn.LayerNorm(4)
+        self.inner = torch.nn.Linear(4, 3)
+        self.outer = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(self.norm(self.words(x)))).mean(1))
+
+
+class Picture(torch.nn.Module):
+    """A convolution, whose per-sample gradients are formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 2, 3)
+        self.head = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x[:, None].double()).mean((2, 3)))
+
+
+def data(kind):
+    torch.manual_seed(0)
+    shape = {"bag": (5, 9), "short": (5, 2), "picture": (5, 6, 6)}[kind]
+    return torch.randint(0, 7, shape), torch.randint(0, 2, (5,))
+
+
+@pytest.mark.parametrize("kind", ["bag", "short", "picture"])
+@pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize("rule", [gc.Norm(0.1), gc.Norm(1e3), gc.Normalize(eps=0.01)])
+def test_ghosts_equal_per_sample_gradients(kind, padding, rule):
+    x, y = data(kind)
+    torch.manual_seed(1)
+    model = Picture() if kind == "picture" else Bag(padding)
+    model.double()
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+
+    def one(params, x, y):
+        out = torch.func.functional_call(model, params, (x[None],))
+        return loss(out, y[None])[0]
+
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    rows = [torch.func.grad(one)(params, a, b) for a, b in zip(x, y, strict=True)]
+    each = {n: torch.stack([row[n] for row in rows]) for n in params}
+    want, exact = clipped_sum(each, rule)
+    with PerSample(model) as samples:
+        info = samples.backward(loss(model(x), y), rule)
+    torch.testing.assert_close(info.norm, exact.norm, rtol=1e-9, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-12)
+
+
+def test_ghosts_refuse_what_they_cannot_do():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with PerSample(model) as samples:
+        losses = model(torch.ones(3, 2)).sum(1)
+        with pytest.raises(ValueError, match="one loss per sample"):
+            samples.backward(losses.mean(), gc.Norm(1.0))
+        with pytest.raises(ValueError, match="over 'all'"):
+            samples.backward(losses, gc.Norm(1.0, over="tensor"))
+    with PerSample(model), pytest.raises(ValueError, match="called twice"):
+        model[0](model(torch.ones(3, 2)))
+    model[0].weight = model[1].weight
+    with pytest.raises(ValueError, match="share a parameter"):
+        PerSample(model)

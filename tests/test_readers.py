@@ -1,0 +1,422 @@
+"""Logs as they are in the wild: every quirk is handled, or named in a message."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gradclip as gc
+from gradclip.readers.runs import split_runs
+from gradclip.record import LogError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MEGATRON = (
+    " iteration {step:8d}/     500 | consumed samples: {step:12d} | elapsed time per "
+    "iteration (ms): 6779.2 | learning rate: 4.687E-08 | global batch size:    32 | lm "
+    "loss: 3.010825E+00 | loss scale: 1.0 | grad norm: {norm:.3f} | number of skipped "
+    "iterations:   0 | number of nan iterations:   0 |"
+)
+TITAN = (
+    "\x1b[31mstep: {step:2d}  \x1b[38;2;180;60;0mloss: -1.00000  \x1b[33mgrad_norm: "
+    "{norm:7.4f}  \x1b[36mmemory: 35.61GiB(37.49%)  tps: 7,718  mfu: 12.5%\x1b[39m"
+)
+FAIRSEQ = (
+    "[2024-01-02 03:04:05,678][train_inner][INFO] - "
+    '{{"epoch": 1, "update": 0.5, "loss": "8.1", "gnorm": "{norm}", '
+    '"num_updates": "{step}", "lr": "1e-05"}}'
+)
+VERL = (
+    "(TaskRunner pid=1) step:{step} - critic/grad_norm:377.5 - "
+    "actor/grad_norm:{norm} - actor/lr:1e-06 - perf/throughput:1,234.5"
+)
+SWIN = (
+    "[2021 swin] (main.py 212): INFO Train: [0/300][{step}/1251]\teta 1:02 lr 0.1\t"
+    "time 0.5 (0.6)\tloss 6.9 (6.9)\tgrad_norm {norm} (inf)\tmem 100MB"
+)
+DEEPSPEED = (
+    "[2024-01-02 03:04:05,678] [INFO] [logging.py:96:log_dist] [Rank 0] step={step}, "
+    "skipped=0, lr=[1e-05], mom=[(0.9, 0.95)], grad_norm: {norm}"
+)
+MMDET = (
+    "2022-01-01 00:00:00,123 - mmdet - INFO - Epoch [0][{step}/7330]\tlr: 1.9e-03, "
+    "eta: 1 day, time: 0.3, loss_cls: 1.2, loss: 3.9, grad_norm: {norm}"
+)
+HF = "Hugging Face console"
+NORMS = [2.5, 1.25, 4.0]
+
+
+def load(path, text, **options):
+    path.write_text(text, "utf-8")
+    return gc.History.load(path, **options)
+
+
+def printed(form, norms=NORMS, first=1, end="\n"):
+    return end.join(form.format(step=i, norm=n) for i, n in enumerate(norms, first))
+
+
+@pytest.mark.parametrize(
+    ("form", "tool"),
+    [
+        (MEGATRON, "Megatron-LM console"),
+        (TITAN, "torchtitan console"),
+        (FAIRSEQ, "fairseq console"),
+        (SWIN, "Swin console"),
+        (DEEPSPEED, "steps console"),
+        ("it {step}: loss 3.1, grad norm {norm}", "steps console"),
+        (MMDET, "OpenMMLab console"),
+        (
+            "step {step:4d}/19 | train loss 10.9 | norm {norm} | lr 1e-6",
+            "nanoGPT console",
+        ),
+        ("step  {step} | loss: 10.9 | norm: {norm:.4f} | dt: 9ms", "nanoGPT console"),
+        ("{{'grad_norm': '{norm}', 'global_step/max_steps': '{step}/294'}}", HF),
+        ("grad_norm={norm} loss=2.0 step={step}", "norms console"),
+        (
+            "{{'grad_norm': {norm}, 'loss': nan, 'step': {step}}}",
+            HF,
+        ),
+    ],
+)
+def test_what_trainers_print(tmp_path, form, tool):
+    history = load(tmp_path / "out.log", f"starting\n{printed(form)}\ndone\n")
+    assert history.norm.tolist() == NORMS
+    assert history.step.tolist() == [1, 2, 3]
+    assert history.recorded.format == tool
+
+
+@pytest.mark.parametrize(
+    ("line", "limit"),
+    [
+        ("  clip_grad ....................................... 1.0", 1.0),
+        ("Namespace(lr=0.1, max_grad_norm=0.5, seed=1)", 0.5),
+        ("python train.py --clip-grad 2.0 --lr 1e-5", 2.0),
+        ("cmd: ['--clip-grad', '1.5', '--optimizer', 'adam']", 1.5),
+        ('  "gradient_clipping": 0.25,', 0.25),
+        ("max_grad_norm: 0.0", math.inf),
+    ],
+)
+def test_the_limit_in_force_is_read_and_is_no_norm(tmp_path, line, limit):
+    history = load(tmp_path / "out.log", f"{line}\n{printed(MEGATRON)}\n")
+    assert history.norm.tolist() == NORMS
+    assert history.limit.tolist() == [limit] * 3
+    np.testing.assert_allclose(history.scale, [min(1, limit / n) for n in NORMS])
+
+
+def test_hugging_face_between_carriage_returns_of_a_progress_bar(tmp_path):
+    bar = "\r".join(
+        f"{i:3d}%|██        | {i}/100 [00:01<00:09, 9.9it/s]" for i in range(99)
+    )
+    row = "{{'loss': '2.029', 'grad_norm': '{norm}', 'epoch': '0.0{step}'}}"
+    text = "\r".join(
+        f"{bar}\r{row.format(norm=n, step=i)}" for i, n in enumerate(NORMS)
+    )
+    history = load(tmp_path / "out.log", text)
+    assert history.norm.tolist() == NORMS
+    assert history.step.tolist() == [0, 1, 2]
+    assert any("epochs but no steps" in note for note in history.notes)
+
+
+def test_the_averages_that_fairseq_ends_an_epoch_with_are_left_out(tmp_path):
+    inner = "epoch 001: {step} / 9 loss=9.1, num_updates={step}, gnorm={norm}, clip=0"
+    total = "2021 | INFO | train | epoch 001 | num_updates 3 | gnorm 99.0 | clip 0"
+    history = load(tmp_path / "train.log", f"{printed(inner)}\n{total}\n")
+    assert history.norm.tolist() == NORMS
+    assert history.notes == ()
+    rows = [{"gnorm": "2.5", "num_updates": "1"}, {"train_gnorm": "99.0"}]
+    lines = "\n".join(f"[train][INFO] - {json.dumps(row)}" for row in rows)
+    assert load(tmp_path / "hydra.log", lines).norm.tolist() == [2.5]
+
+
+def test_global_step_of_max_steps_and_a_last_step_repeated_with_null(tmp_path):
+    rows = [
+        {"grad_norm": n, "global_step/max_steps": f"{i}/294"}
+        for i, n in enumerate(NORMS, 1)
+    ]
+    rows.append({"grad_norm": None, "global_step/max_steps": "3/294"})
+    history = load(tmp_path / "log.jsonl", "\n".join(map(json.dumps, rows)))
+    assert history.step.tolist() == [1, 2, 3]
+    assert history.norm.tolist() == NORMS
+    assert any("1 rows repeat" in note for note in history.notes)
+
+
+def test_two_networks_on_a_line_are_read_one_by_one(tmp_path):
+    path = tmp_path / "out.log"
+    history = load(path, printed(VERL))
+    assert {history.recorded.column, *history.recorded.networks} == {
+        "critic/grad_norm",
+        "actor/grad_norm",
+    }
+    actor = gc.History.load(path, column="actor/grad_norm")
+    assert actor.norm.tolist() == NORMS
+
+
+def test_boxed_tables_whose_steps_are_rounded(tmp_path):
+    rows = ("-----", "| grad_norm | {norm:.3g} |", "| step      | {step:.3g} |", "")
+    box = "\n".join(rows)
+    norms = np.linspace(1, 2, 400)
+    text = "".join(box.format(norm=n, step=10.0 * i) for i, n in enumerate(norms))
+    history = load(tmp_path / "log.txt", text)
+    assert history.step.tolist() == list(range(0, 4000, 10))
+    np.testing.assert_allclose(history.norm, norms, rtol=5e-3)
+    assert any("printed rounded" in note for note in history.notes)
+
+
+def test_crlf_and_wide_spaces(tmp_path):
+    path = tmp_path / "out.log"
+    path.write_bytes("step:\u30001\u3000loss: 2.0\u3000grad_norm: 2.5\r\n".encode() * 1)
+    assert gc.History.load(path).norm.tolist() == [2.5]
+
+
+def test_not_a_number_is_kept_in_every_spelling(tmp_path):
+    words = ["nan", "inf", "NaN", "Infinity", "-inf", "null"]
+    lines = "\n".join(
+        f'{{"step": {i}, "grad_norm": "{w}"}}' for i, w in enumerate(words)
+    )
+    bare = '\n{"step": 6, "grad_norm": NaN}\n{"step": 7, "grad_norm": Infinity}'
+    history = load(tmp_path / "log.jsonl", f"{lines}{bare}\n{{'damaged'")
+    expected = [math.nan, math.inf, math.nan, math.inf, -math.inf, math.nan]
+    np.testing.assert_array_equal(history.norm, [*expected, math.nan, math.inf])
+    assert any("1 damaged lines" in note for note in history.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("grad_norm_avg", "grad_norm_val"), "grad_norm_val"),
+        (("grad/AFTER_clip", "grad/BEFORE_clip"), "grad/BEFORE_clip"),
+        (("max_grad_norm", "train/grad_norm"), "train/grad_norm"),
+        (("param_norm", "gnorm"), "gnorm"),
+        (("grad_2.0_norm/a", "grad_2.0_norm_total"), "grad_2.0_norm_total"),
+        (("weight_norm", "norm"), "norm"),
+        (("total_gradient_norm", "loss"), "total_gradient_norm"),
+    ],
+)
+def test_which_column_is_the_norm_before_clipping(tmp_path, names, chosen):
+    rows = "\n".join(f"{i},7.0,8.0" for i in range(3))
+    history = load(tmp_path / "log.csv", f"step,{','.join(names)}\n{rows}\n")
+    assert history.recorded.column == chosen
+
+
+REFUSED = {
+    "only norms after clipping": "step,grad_norm_after_clip\n1,1.0\n2,1.0\n",
+    "no gradient norm in it; it has loss, step": "step,loss\n1,1.0\n2,1.0\n",
+    "the norms of 9 modules": "step,"
+    + ",".join(f"grad_norm/layer{i}" for i in range(9))
+    + "\n1"
+    + ",2.0" * 9
+    + "\n2"
+    + ",2.0" * 9,
+    "the file is empty": " \n\x1c",
+    "no gradient norm in any line": "hello\nworld\n",
+    "quartiles of its norms": "Clipping_scale=2.0, grad-norm quartiles 1 2 3 4 5, x\n",
+    r"line 3: .*cut off": '{\n "log_history": [\n  {"grad_norm": 1.0, "step',
+    "holds no list of steps; it has a": '{"a": 1}',
+    "without steps": '{"gradclip": 1, "rule": "Norm(1.0)", "run": {}}\n',
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_used_is_refused_with_file_and_reason(tmp_path, message):
+    path = tmp_path / "some.log"
+    with pytest.raises(LogError, match=message) as error:
+        load(path, REFUSED[message])
+    assert str(error.value).startswith(str(path))
+
+
+def test_binary_files_and_missing_ones(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"\x93NUMPY\0\0\1" * 100)
+    with pytest.raises(LogError, match="binary file"):
+        gc.History.load(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.log: there is no such file"):
+        gc.History.load("nowhere.log")
+    with pytest.raises(ValueError, match="format='xml': use one of gradclip"):
+        gc.History.load(path, format="xml")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(LogError, match="a folder without a log"):
+        gc.History.load(tmp_path / "folder")
+
+
+def test_a_wrong_guess_is_correctable(tmp_path):
+    path = tmp_path / "odd.log"
+    text = "step,big number\n1,2.5\n2,1.25\n"
+    with pytest.raises(LogError, match=r"big number, step.*column="):
+        load(path, text)
+    history = gc.History.load(path, format="csv", column="big number")
+    assert history.norm.tolist() == [2.5, 1.25]
+    with pytest.raises(LogError, match="no numbers in a column 'small'"):
+        gc.History.load(path, column="small")
+
+
+def test_another_column_of_our_own_history(tmp_path):
+    lines = [
+        '{"gradclip": 1, "rule": "", "run": {}}',
+        '{"step": 0, "norm": 1, "mine": 7}',
+    ]
+    path = tmp_path / "run.jsonl"
+    assert load(path, "\n".join(lines)).norm.tolist() == [1.0]
+    assert gc.History.load(path, column="mine").norm.tolist() == [7.0]
+
+
+@pytest.mark.parametrize("step", ["1e999", "Infinity", "9" * 400, "NaN", "-1e300"])
+def test_a_step_that_is_none_is_counted_on_or_left_out(tmp_path, step):
+    rows = f'{{"step": 0, "norm": 1.0}}\n{{"step": {step}, "norm": 2.0}}\n'
+    history = load(tmp_path / "a.jsonl", rows)
+    assert history.step.tolist() == [0, 1]
+    own = load(tmp_path / "b.jsonl", f'{{"gradclip": 1}}\n{rows}')
+    assert own.step.tolist() == [0]
+    assert any("line 3" in note for note in own.notes)
+
+
+def steps_of(sequence):
+    step = np.array(sequence)
+    norm = np.arange(step.size) + 1.0
+    runs, notes = split_runs(step, norm)
+    return [step[run].tolist() for run in runs], " ".join(notes)
+
+
+def test_a_resume_repeats_steps_and_the_newest_branch_counts():
+    first, again = range(1, 131), range(101, 151)
+    runs, notes = steps_of([*first, *again])
+    assert runs == [list(range(1, 151))]
+    assert "30 steps that it replaces" in notes
+    runs, _ = steps_of([*first, *again, *again])
+    assert runs == [list(range(1, 151))]
+
+
+def test_a_fresh_start_is_a_run_of_its_own():
+    runs, notes = steps_of([*range(1, 401), *range(1, 51)])
+    assert runs == [list(range(1, 401)), list(range(1, 51))]
+    assert "2 runs, one after the other" in notes
+
+
+def test_jobs_that_take_turns_are_told_apart():
+    a, b = range(454, 480), range(241, 267)
+    runs, notes = steps_of([x for pair in zip(a, b, strict=True) for x in pair])
+    assert runs == [list(a), list(b)]
+    assert "jobs that took turns" in notes
+
+
+def test_lines_that_every_process_prints_count_once(tmp_path):
+    twice = "\n".join(
+        f"step {i} grad_norm {n}" for i, n in enumerate(NORMS) for _ in "ab"
+    )
+    history = load(tmp_path / "out.log", twice)
+    assert history.norm.tolist() == NORMS
+    assert any("3 rows repeat the step before" in note for note in history.notes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_telling_runs_apart_never_loses_or_invents_rows(sequence):
+    step = np.array(sequence, np.int64)
+    runs, _ = split_runs(step, np.arange(step.size) + 1.0)
+    rows = [row for run in runs for row in run]
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(step.size))
+    assert bool(rows) == bool(sequence)
+    for run in runs:
+        assert all(np.diff(step[run]) > 0)
+
+
+def test_the_trainer_state_and_the_events_of_one_run_give_the_same_advice():
+    state = gc.History.load(FIXTURES / "trainer_state.json")
+    events = gc.History.load(FIXTURES / "tensorboard")
+    assert len(state) == len(events) == 120
+    np.testing.assert_allclose(events.norm, state.norm, rtol=1e-6)
+    one, other = gc.advise(state), gc.advise(events)
+    assert str(one) == str(other)
+    assert one.limit == other.limit > 0
+
+
+def test_what_hugging_face_printed_is_that_run_in_four_digits():
+    state = gc.History.load(FIXTURES / "trainer_state.json")
+    printed_log = gc.History.load(FIXTURES / "huggingface.log")
+    np.testing.assert_allclose(printed_log.norm, state.norm, rtol=1e-3)
+
+
+def test_lightning_and_mlflow():
+    history = gc.History.load(FIXTURES / "metrics.csv")
+    assert history.recorded.column == "grad_2.0_norm_total"
+    assert history.step.tolist() == list(range(60))
+    assert np.isfinite(history.loss).all()
+    store = gc.History.load(FIXTURES / "mlruns")
+    assert store.recorded.format == "MLflow"
+    assert store.recorded.column == "train/grad_norm"
+    assert store.step.tolist() == list(range(40))
+
+
+def test_damaged_events_end_there_and_say_so(tmp_path):
+    path = tmp_path / "events.out.tfevents.1"
+    data = bytearray((FIXTURES / "tensorboard" / path.name).read_bytes())
+    data[200:260] = b"\xff" * 60
+    path.write_bytes(data)
+    history = gc.History.load(path)
+    assert len(history) == 1
+    assert any("damaged or cut off at byte" in note for note in history.notes)
+    data = (FIXTURES / "tensorboard" / path.name).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert 20 < len(gc.History.load(path)) < 100
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(LogError, match="no whole event"):
+        gc.History.load(path)
+
+
+def test_other_forms_of_json_and_parquet(tmp_path):
+    columns = {"step": [1, 2, 3], "grad_norm": NORMS}
+    rows = [{"step": i, "train": {"grad_norm": n}} for i, n in enumerate(NORMS, 1)]
+    notebook = {
+        "nbformat": 4,
+        "cells": [{"outputs": [{"text": printed(MEGATRON).splitlines(True)}]}, {}],
+    }
+    for name, document in {"a": columns, "b": rows, "c": notebook}.items():
+        history = load(tmp_path / f"{name}.json", json.dumps(document))
+        assert history.norm.tolist() == NORMS
+        assert history.step.tolist() == [1, 2, 3]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    assert gc.History.load(tmp_path / "d.parquet").norm.tolist() == NORMS
+    (tmp_path / "e.parquet").write_bytes(b"PAR1broken")
+    with pytest.raises(LogError, match=r"e\.parquet"):
+        gc.History.load(tmp_path / "e.parquet")
+
+
+def test_a_renamed_trainer_state(tmp_path):
+    shutil.copy(FIXTURES / "trainer_state.json", tmp_path / "training_logs.json")
+    history = gc.History.load(tmp_path / "training_logs.json")
+    assert history.recorded.format == "Hugging Face trainer state"
+
+
+def test_rows_of_another_width_are_left_out_and_counted(tmp_path):
+    text = "step,grad_norm\n1,2.5\n2,1.25,7\n3\n4,4.0\n"
+    history = load(tmp_path / "log.csv", text)
+    assert history.norm.tolist() == [2.5, 4.0]
+    assert any("2 rows" in n and "line 3" in n for n in history.notes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damage_to_any_fixture_is_survived_or_refused(tmp_path_factory, data):
+    name = data.draw(
+        st.sampled_from(["trainer_state.json", "metrics.csv", "huggingface.log"])
+    )
+    content = bytearray(
+        (FIXTURES / name).read_bytes()[: data.draw(st.integers(1, 3000))]
+    )
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at : at + 3] = data.draw(st.binary(max_size=6))
+    path = tmp_path_factory.mktemp("damage") / name
+    path.write_bytes(content)
+    refused = False
+    try:
+        history = gc.History.load(path)
+    except LogError:
+        refused = True
+    assert refused or len(history) == history.step.size > 0

@@ -1,0 +1,155 @@
+"""The page, looked at with a real browser: offline, in both colours, by keyboard."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gradclip as gc
+from gradclip.cli import app
+from gradclip.report import write_report
+from gradclip.report.figures import heat_map, thinned
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NASTY = "<script>alert(1)</script>"
+
+
+def norms(size, seed=0):
+    return np.random.default_rng(seed).lognormal(sigma=0.3, size=size)
+
+
+@pytest.fixture
+def history(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = gc.History(path, tensors_every=1)
+    history.begin(gc.Norm(1.0))
+    for step, norm in enumerate(norms(400)):
+        parts = np.array([norm, 40.0 if step == 300 else 0.2])
+        history.record_tensors(step, (NASTY, "layer.weight"), parts)
+        whole = float(np.hypot(*parts))
+        scale = min(1.0, 1 / whole)
+        history.record(step, gc.Info(whole, 1.0, scale, True, scale < 1, 1.0))
+    history.close()
+    return gc.History.load(path)
+
+
+@pytest.fixture
+def page(tmp_path, history):
+    out = tmp_path / "report.html"
+    other = gc.History.of(norms(300, seed=1))
+    write_report([("run.jsonl", history), (f"b{NASTY}", other)], out)
+    return out
+
+
+def test_a_single_step_spike_in_a_million_is_drawn():
+    norm = norms(1_000_000)
+    norm[123_457] = 50.0
+    norm[7] = 1e-6
+    rows = thinned(norm)
+    assert rows.size < 5000
+    assert {7, 123_457} <= set(rows.tolist())
+
+
+def test_infinite_norms_do_not_hide_the_others():
+    norm = norms(50_000)
+    norm[::1000] = np.inf
+    norm[33_333] = 50.0
+    assert 33_333 in thinned(norm)
+
+
+def test_the_page_stands_alone_and_names_stay_text(page):
+    text = page.read_text("utf-8")
+    assert NASTY not in text
+    assert "&lt;script&gt;alert(1)" in text
+    own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"(?:src|href)=[\"']https?:", own)
+    assert page.stat().st_size < 8e6
+
+
+def test_the_heat_map_keeps_single_steps():
+    norm = np.full((5000, 3), 0.1)
+    norm[1234, 1] = 100.0
+    tensors = gc.record.Tensors(("a", "b", "c"), np.arange(5000), norm)
+    (cells,) = heat_map(tensors)["data"]
+    assert np.max(cells["z"][1]) == pytest.approx(2.0)
+    assert np.max(cells["z"][0]) == pytest.approx(-1.0)
+
+
+def test_the_command_report(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": i, "grad_norm": x} for i, x in enumerate(norms(100))]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(log), "-o", str(out)])
+    assert result.exit_code == 0
+    assert "Recommended" in out.read_text("utf-8")
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None:
+        message = "no chromium here: the page was not looked at in a browser"
+        if os.environ.get("GRADCLIP_BROWSER") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+def opened(browser, path, **options):
+    """Open a page without a network; return it with what went wrong so far."""
+    context = browser.new_context(offline=True, **options)
+    tab = context.new_page()
+    wrong = []
+    tab.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("dialog", lambda dialog: wrong.append("dialog") or dialog.dismiss())
+    tab.on("request", lambda r: r.url.startswith("http") and wrong.append(r.url))
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("#norms .main-svg")
+    return tab, wrong
+
+
+def test_the_page_in_a_browser(browser, page):
+    tab, wrong = opened(browser, page)
+    assert wrong == []
+    assert tab.locator(".main-svg").count() >= 7
+    assert tab.get_by_text(NASTY).count() >= 1
+    slider, code = tab.locator("#slider-0"), tab.locator("#code-0")
+    advice = tab.locator("#run-0 .lead code").inner_text()
+    first = code.inner_text()
+    assert first.startswith("attach(optimizer, Norm(")
+    told, recommended = (float(re.findall(r"[\d.]+", x)[0]) for x in (first, advice))
+    assert told == pytest.approx(recommended, rel=0.01)
+    slider.focus()
+    for _ in range(200):
+        tab.keyboard.press("ArrowRight")
+    assert code.inner_text() != first
+    rate = float(tab.locator("#rate-0").inner_text().split("clips ")[1].split(" %")[0])
+    limit = float(re.findall(r"[\d.]+", code.inner_text())[0])
+    norm = gc.History.load(page.parent / "run.jsonl").norm
+    assert rate == pytest.approx(100 * np.mean(norm > limit), abs=0.5)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_both_colours(browser, page, scheme):
+    size = {"width": 390, "height": 844}
+    tab, wrong = opened(browser, page, viewport=size, color_scheme=scheme)
+    width = tab.evaluate("document.documentElement.scrollWidth")
+    assert width <= size["width"]
+    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 27)")
+    if folder := os.environ.get("GRADCLIP_SCREENSHOTS"):
+        tab.screenshot(path=f"{folder}/phone-{scheme}.png", full_page=True)
+    assert wrong == []
