@@ -145,8 +145,8 @@ def _one_by_one(norms: Floats, rule: Rule) -> Iterator[Info]:
     states: list[State] = [stage.init(first, xp) for stage in stages(rule)]
     for step, norm in enumerate(norms):
         info, after = _one_step(norm, rule, step, states, xp)
-        # As in training: a step that is dropped leaves no trace in a chain.
-        if len(states) == 1 or bool(info.kept & info.finite):
+        # As in training: a step that is dropped leaves no trace.
+        if bool(info.kept & info.finite):
             states = after
         yield info
 
