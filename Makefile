@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test fuzz bench clean
+.PHONY: demo test test-integrations fuzz bench clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -13,6 +13,10 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -n 2 $(ARGS)
+
+# The trainers are large, and have an environment of their own.
+test-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python -m pytest -W default tests/integrations $(ARGS)
 
 fuzz: .venv/ready
 	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)
@@ -26,5 +30,16 @@ bench: .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,jax]" --group dev
 	touch $@
 
+.venv-integrations/ready: pyproject.toml constraints-integrations.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-integrations/bin/python -m pip install --quiet \
+		-c constraints-integrations.txt \
+		-e ".[lightning,transformers,accelerate,keras,jax]" --group integrations \
+		setuptools wheel ninja
+	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation \
+		-c constraints-integrations.txt deepspeed
+	touch $@
+
 clean:
-	rm -rf .venv demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

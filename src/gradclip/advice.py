@@ -170,6 +170,7 @@ def call(rule: Any) -> str:
     """Return the shortest call that makes a rule.
 
     Example:
+        >>> from gradclip import Norm
         >>> call(Norm(limit=1.0, p=1.0))
         'Norm(1.0, p=1.0)'
     """

@@ -97,5 +97,6 @@ def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
     xp = engine.xp
     scale = inward(scale, float(xp.finfo(x.dtype).eps), xp)
     flat = xp.reshape(x, (x.shape[0], -1))
-    flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
+    if engine.known(xp.all(kept)) is not True:
+        flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
     return xp.reshape(xp.astype(scale, x.dtype) @ flat, tuple(x.shape)[1:])

@@ -6,7 +6,16 @@ import re
 import pytest
 import torch
 from common import BATCH, RATE, RULE, STEPS, Data, Net, assert_same, plain_norms
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset as Rows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
 import gradclip as gc
 from gradclip.integrations.transformers import GradientClippingCallback
@@ -119,3 +128,38 @@ def test_the_optimizer_is_left_as_it_was(tmp_path):
     trainer = trainer_for(tmp_path / "out", GradientClippingCallback(RULE), max_steps=2)
     trainer.train()
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
+def words():
+    """Return a tokenizer that was made here, since nothing may be fetched."""
+    known = {word: i for i, word in enumerate(("<pad>", "<eos>", "a", "b", "c", "d"))}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def test_trl_works_the_same(tmp_path):
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=6, **sizes))
+    args = SFTConfig(
+        str(tmp_path / "out"),
+        max_grad_norm=0,
+        max_steps=6,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClippingCallback(gc.Norm(0.1), history)
+    rows = Rows.from_dict({"text": ["a b c d a", "b c d a", "c d", "d a b c"] * 12})
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, processing_class=words(), callbacks=[callback]
+    )
+    trainer.train()
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    assert [x["grad_norm"] for x in logs] == pytest.approx(history.norm, rel=1e-6)
+    assert logs[-1]["clip_rate"] == 1.0

@@ -65,7 +65,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.on_nonfinite = check_policy(on_nonfinite)
         _check(inner_optimizer, self.rule, on_nonfinite)
 
-    @keras.src.utils.tracking.no_automatic_dependency_tracking
+    @keras.src.utils.tracking.no_automatic_dependency_tracking  # type: ignore[untyped-decorator]
     def build(self, variables: Sequence[Any]) -> None:
         """Make the variables that the rule's memory and the report live in."""
         # No rule learns from a norm of 0, so this is the memory before the first step.

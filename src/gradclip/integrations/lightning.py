@@ -1,5 +1,6 @@
 """Lightning: a callback that clips inside the step of each optimizer of a trainer."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gradclip.arrays import check_rule
@@ -11,7 +12,10 @@ from gradclip.torch.doctor import CHECKS
 if TYPE_CHECKING:
     from gradclip.history import History
 
-Callback: Any = needed("lightning", "lightning.pytorch", "pytorch_lightning").Callback
+needed("lightning", "lightning.pytorch", "pytorch_lightning")
+# It goes by two names, and before 2.6 either trainer asks for a callback of its own.
+LOADED = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+Callback: Any = type("Callback", tuple(x.Callback for x in LOADED if x), {})
 
 
 class GradientClipping(Callback):  # type: ignore[misc]

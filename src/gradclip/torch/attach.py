@@ -35,6 +35,7 @@ def attach(
     history: "History | None" = None,
     doctor: Collection[str] = CHECKS,
     split_over: SplitOver = None,
+    deterministic: bool = False,
 ) -> "Attached":
     r"""Clip the gradients of an optimizer inside its `step()`.
 
@@ -54,6 +55,7 @@ def attach(
         history: As for `Clipper`.
         doctor: As for `Clipper`.
         split_over: As for `Clipper`.
+        deterministic: As for `Clipper`.
 
     Returns:
         The clipper, with the latest `info`; `detach()` ends the clipping.
@@ -91,6 +93,7 @@ def attach(
         history,
         doctor,
         split_over,
+        deterministic,
     )
 
 
@@ -107,6 +110,7 @@ class Attached(Clipper):
         history: "History | None",
         doctor: Collection[str],
         split_over: SplitOver = None,
+        deterministic: bool = False,
     ) -> None:
         """Find the names and register the hooks."""
         self.optimizer, self._module = optimizer, model
@@ -120,6 +124,7 @@ class Attached(Clipper):
             history,
             doctor,
             split_over,
+            deterministic,
         )
         # Here the scale is known, and part of the step.
         self._doctor.checks.discard("scaled")

@@ -41,6 +41,9 @@ class Clipper:
             are no DTensors: a process group, whose members have different tensors, or
             a function of name and parameter that returns a group, `Pieces(group, dim)`
             for a slice of a tensor, several of these with the outermost last, or None.
+        deterministic: Whether norms are summed in float64 and rounded to 24 bits before
+            the limit is decided, so that any split of the same gradients over processes
+            is clipped to the same bits. It takes more time.
 
     Raises:
         TypeError: If the parameters are not tensors, or `rule` is not a rule.
@@ -69,6 +72,7 @@ class Clipper:
         history: "History | None" = None,
         doctor: Collection[str] = CHECKS,
         split_over: SplitOver = None,
+        deterministic: bool = False,
     ) -> None:
         """Check everything before the first step."""
         self.rule = check_rule(rule)
@@ -78,7 +82,7 @@ class Clipper:
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        self.split_over = split_over
+        self.split_over, self.deterministic = split_over, deterministic
         if isinstance(params, torch.nn.Module):
             self._module = params
         self._doctor = Doctor(doctor, self.params, rule)
@@ -144,6 +148,8 @@ class Clipper:
         self._bound = self.rule.bind(self.names)
         named = zip(self.names, self.params, strict=True)
         self._layout = layout_of(named, self.split_over, self._module)
+        if self._layout is not None:
+            self._layout.check(self._bound)
         self._memory.states = [
             stage.init(
                 torch.zeros(
@@ -164,12 +170,14 @@ class Clipper:
         self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
     ) -> InPlace:
         """Return the verbs for this step; missing gradients matter to a memory."""
-        if self._layout is not None:
-            return Sharded(self._layout, self.rule, found.present, amplified, fused)
         missing = len(found.present) < len(self.params)
         minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
         cells = (len(self.params), found.present) if minds and missing else None
-        return InPlace(amplified, cells, fused)
+        verbs = InPlace(amplified, cells, fused)
+        if self._layout is not None:
+            verbs = Sharded(self._layout, self.rule, found.present, amplified, fused)
+        verbs.deterministic = self.deterministic
+        return verbs
 
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
         """Take the gradients through the rule and count the step."""

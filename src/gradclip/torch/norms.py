@@ -49,13 +49,31 @@ def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     return exact_norm(tensor_norms(tensors, p), p)
 
 
+def wide_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each tensor, with every power summed in float64."""
+    if not on_host(tensors):
+        return _device_norms(tensors, p)
+    return torch.stack([exact_norm(t, p) for t in tensors])
+
+
+def wide_unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each row, with every power summed in float64."""
+    return torch.cat([_wide_unit_norms(as_units(t), p) for t in tensors])
+
+
+def rounded(norm: Tensor) -> Tensor:
+    """Return a float64 norm rounded to the 24 bits of float32, whatever its size."""
+    bits = norm.contiguous().view(torch.int64)
+    return ((bits + (1 << 28)) & -(1 << 29)).view(torch.float64)
+
+
 def tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of each tensor, in one float64 vector."""
     if not on_host(tensors):
         return _device_norms(tensors, p)
     if p != 2:
         return torch.stack([exact_norm(t, p) for t in tensors])
-    norms = torch.stack([_fast_norm(t) for t in tensors])
+    norms = _fast_norms(tensors)
     for i in _doubtful(norms).nonzero().flatten().tolist():
         norms[i] = exact_norm(tensors[i], p)
     return norms
@@ -63,7 +81,11 @@ def tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 def unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of each row of the first axis, for all tensors in turn."""
-    return torch.cat([_unit_norms(t, p) for t in tensors])
+    vectors = [t for t in tensors if t.dim() < 2]
+    # A vector is one unit, and many of them take one call.
+    whole = iter(tensor_norms(vectors, p).split(1) if vectors else ())
+    parts = (_unit_norms(t, p) if t.dim() > 1 else next(whole) for t in tensors)
+    return torch.cat(list(parts))
 
 
 def as_units(t: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ def _fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
     if max(sizes) <= SMALL:
         rows.add_gathered(list(tensors), sizes)
         return rows.total()
-    if SMALL < min(sizes) and max(sizes) <= MIDDLE and _all_float32(tensors):
+    if min(sizes) > SMALL and max(sizes) <= MIDDLE and _all_float32(tensors):
         rows.add_many(list(tensors))
         return rows.total()
     small, small_sizes, middle = [], [], []
@@ -294,14 +316,34 @@ def _row_norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms.double())
 
 
-def _fast_norm(t: Tensor) -> Tensor:
-    """Return the 2-norm of one tensor in float64, by float32 rows where they do."""
-    if t.numel() <= 2 * ROW and not t.is_complex():
-        return torch.linalg.vector_norm(t, dtype=torch.float64)
+def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of each tensor, by float32 rows where there are many."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    short = [i for i, t in enumerate(tensors) if t.numel() <= 2 * ROW and _is_real(t)]
+    if short:
+        few = [tensors[i] for i in short]
+        for i, norm in zip(short, _short_norms(few), strict=True):
+            found[i] = norm
     rows = Rows()
-    rows.add(t)
-    norm = rows.total()
-    return exact_norm(t, 2.0) if norm is None else norm
+    long = [i for i, norm in enumerate(found) if norm is None]
+    for i in long:
+        before = len(rows.norms)
+        rows.add(tensors[i])
+        parts = [part.double() for part in rows.norms[before:]]
+        found[i] = torch.linalg.vector_norm(torch.cat(parts))
+    if rows.biased():
+        for i in long:
+            found[i] = exact_norm(tensors[i], 2.0)
+    return torch.stack([norm for norm in found if norm is not None])
+
+
+def _short_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Return the 2-norms of short tensors in float64, in one call for all."""
+    return torch._foreach_norm(tensors, 2, dtype=torch.float64)
+
+
+def _is_real(t: Tensor) -> bool:
+    return not t.is_complex()
 
 
 def _unit_norms(t: Tensor, p: float) -> Tensor:

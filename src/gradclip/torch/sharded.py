@@ -116,7 +116,8 @@ class Layout:
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
         """Return the norm of everything from the norms of what lies alike here."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts = {key: x.to(self.device) for key, x in parts.items()}
+        # A gradient may be missing here, and be there elsewhere.
+        parts = {key: parts.get(key, zero).to(self.device) for key in self.keys}
         for g, group in enumerate(self.groups):
             # The slots that others may have, though this process has no such tensor.
             always = {_WHOLE, (frozenset({g}), frozenset[int]())}
@@ -180,6 +181,23 @@ class Layout:
         """Return how many rows this process has of a parameter."""
         shape = self.shapes[i]
         return shape[axis] if len(shape) > 1 else 1
+
+    def check(self, rule: Rule) -> None:
+        """Refuse rules whose norms cannot be put together from these parts."""
+        parts = [way for ways in self.ways for way in ways.values()]
+        flat = any(way.kind == "piece" and way.dim is None for way in parts)
+        if flat and any(stage.over == "unit" for stage in stages(rule)):
+            raise ValueError(
+                f"{rule!r} needs rows, but these parameters were laid flat before they "
+                "were cut, as FSDP1 does; use fully_shard, or a rule over 'tensor'."
+            )
+        apart = any(way.kind == "other" for way in parts)
+        groups = [r for stage in stages(rule) for _, r in getattr(stage, "rules", ())]
+        if apart and any(r.over == "all" for r in groups):
+            raise ValueError(
+                f"{rule!r} has a group over 'all', whose tensors other processes hold; "
+                "use over='tensor' in it, or a clipper of its own for the group."
+            )
 
     def deciders(self, rule: Rule) -> list[Group]:
         """Return the groups whose processes have other numbers of a scope."""
@@ -288,21 +306,21 @@ class Sharded(InPlace):
         alike: dict[Key, list[Tensor]] = {}
         for i, t in zip(self.present, weights, strict=True):
             alike.setdefault(self.layout.keys[i], []).append(t)
-        parts = {key: norms.total_norm(group, order) for key, group in alike.items()}
+        parts = {key: self.total(group, order) for key, group in alike.items()}
         return self.layout.total(parts, order)
 
     def _tensor_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         count, device = len(self.layout.ways), self.layout.device
         found = torch.full((count,), -1.0, dtype=torch.float64, device=device)
         if tensors:
-            found[self.present] = norms.tensor_norms(tensors, p).to(device)
+            found[self.present] = self.per_tensor(tensors, p).to(device)
         return self.layout.each_tensor(found, p).clamp(min=0)
 
     def _unit_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         here = dict(zip(self.present, tensors, strict=True))
         none = torch.zeros(0, dtype=torch.float64, device=self.layout.device)
         found = [
-            norms.unit_norms([here[i]], p)
+            self.per_unit([here[i]], p)
             if i in here
             else none.new_zeros(self.layout.units(i, self.axis))
             for i in range(len(self.layout.ways))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,25 +33,44 @@ class InPlace(TorchArrays):
         """Keep what differs from plain gradients."""
         super().__init__()
         self.amplified, self.cells, self.fused = amplified, cells, fused
+        self.deterministic = False
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Tensor:
         """Return the norms of the scope in float64; NaN for missing tensors."""
         norm = self.weigh(leaves, over, p)
+        if self.deterministic:
+            norm = norms.rounded(norm)
         return norm if self.amplified is None else norm / self.amplified.double()
 
     def weigh(self, weights: Sequence[Tensor], over: Scope, p: float) -> Tensor:
         """Return the norms of parameters, which no loss scale has enlarged."""
         if over == "unit":
-            return norms.unit_norms(weights, p)
+            return self.per_unit(weights, p)
         if over != "tensor":
-            return norms.total_norm(weights, math.inf if over == "element" else p)
-        found = norms.tensor_norms(weights, p)
+            return self.total(weights, math.inf if over == "element" else p)
+        found = self.per_tensor(weights, p)
         if self.cells is None:
             return found
         count, present = self.cells
         return found.new_full((count,), math.nan).index_copy(
             0, torch.tensor(present, device=found.device), found
         )
+
+    def total(self, tensors: Sequence[Tensor], p: float) -> Tensor:
+        """Return the norm of all tensors together, in float64."""
+        if self.deterministic:
+            return norms.safe_norm(norms.wide_norms(tensors, p), p)
+        return norms.total_norm(tensors, p)
+
+    def per_tensor(self, tensors: Sequence[Tensor], p: float) -> Tensor:
+        """Return the norm of each tensor, in float64."""
+        measure = norms.wide_norms if self.deterministic else norms.tensor_norms
+        return measure(tensors, p)
+
+    def per_unit(self, tensors: Sequence[Tensor], p: float) -> Tensor:
+        """Return the norm of each row, in float64."""
+        measure = norms.wide_unit_norms if self.deterministic else norms.unit_norms
+        return measure(tensors, p)
 
     @property
     def absent(self) -> Tensor | None:
@@ -71,10 +91,19 @@ class InPlace(TorchArrays):
             return list(leaves)
         if over == "tensor" and self.cells is not None:
             scale = scale[self.cells[1]]
-        scales = self.spread(scale, leaves, over)
-        for i in self._to_multiply(leaves, scale, over):
-            for factor in factors(scales[i], leaves[i].dtype):
-                _times_rows(leaves[i], factor)
+        chosen = self._to_multiply(leaves, scale, over)
+        sizes = [self.units(t) if over == "unit" else 1 for t in leaves]
+        ends = list(accumulate(sizes))
+        for dtype in {t.dtype for t in leaves}:
+            group = [i for i in chosen if leaves[i].dtype == dtype]
+            whole = [i for i in group if over == "tensor" or leaves[i].dim() < 2]
+            cut = [] if over == "tensor" else [i for i in group if leaves[i].dim() > 1]
+            for factor in factors(scale, dtype) if group else ():
+                if whole:
+                    single = factor[[ends[i] - 1 for i in whole]].unbind()
+                    torch._foreach_mul_([leaves[i] for i in whole], single)
+                for i in cut:
+                    _times_units(leaves[i], factor[ends[i] - sizes[i] : ends[i]])
         return list(leaves)
 
     def _leave_to_optimizer(self, leaves: Sequence[Tensor], scale: Tensor) -> bool:
@@ -175,11 +204,10 @@ def _pieces(t: Tensor) -> Sequence[Tensor]:
     return t.split(rows)
 
 
-def _times_rows(t: Tensor, factor: Tensor) -> None:
-    """Multiply by one factor for all, or one for each row."""
-    if factor.numel() == 1:
-        t.mul_(factor.reshape(()))
-    elif factor.dtype == t.real.dtype:
+def _times_units(t: Tensor, factors: Tensor) -> None:
+    """Multiply each unit of a tensor by its factor."""
+    factor = factors.view(-1, *[1] * (t.dim() - 1))
+    if factor.dtype == t.real.dtype:
         t.mul_(factor)
     else:
         # Torch is slow with mixed types: by way of float32 it takes a 20th.

@@ -1,0 +1,102 @@
+"""DeepSpeed's ZeRO: the rule sets the engine's clip value when the norm is known.
+
+DeepSpeed keeps the gradients in pieces of its own, and divides them by loss scale and
+clip in one pass. It takes one number for that, which is all that is changed here.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradclip.arrays import Clipper, check_rule
+from gradclip.integrations import needed
+from gradclip.rules import Rule, stages
+
+if TYPE_CHECKING:
+    from gradclip.history import History
+
+needed("deepspeed", "deepspeed")
+
+
+def attach(
+    engine: Any, rule: Rule, history: "History | None" = None
+) -> "EngineClipper":
+    r"""Clip inside of `engine.step()` of a ZeRO engine, at stage 1, 2 or 3.
+
+    $g \leftarrow g \cdot \min(1, \text{limit}_t / (\lVert g \rVert + 10^{-6}))$
+
+    DeepSpeed skips steps with NaN or infinity by itself, and the rule never sees them.
+
+    Args:
+        engine: What `deepspeed.initialize` returned, with `"gradient_clipping": 0` in
+            its config; left out, DeepSpeed clips to 1.
+        rule: A rule with one norm over all parameters.
+        history: Takes in every step.
+
+    Returns:
+        The clipper, with the latest `info`; hand its `state_dict()` to
+        `engine.save_checkpoint(…, client_state=…)`.
+
+    Raises:
+        TypeError: For what is not a rule.
+        ValueError: If DeepSpeed clips too, for a rule that needs more than one scale
+            per step, and for an engine whose optimizer is torch's own.
+
+    Example:
+        >>> clipper = attach(engine, gc.ZScore())  # doctest: +SKIP
+        >>> state = {"gradclip": clipper.state_dict()}  # doctest: +SKIP
+        >>> engine.save_checkpoint("out", client_state=state)  # doctest: +SKIP
+    """
+    _check(engine, check_rule(rule))
+    return EngineClipper(engine, rule, history)
+
+
+class EngineClipper(Clipper):
+    """A clipper that an engine's optimizer asks; made by `attach`."""
+
+    def __init__(self, engine: Any, rule: Rule, history: "History | None") -> None:
+        """Step in where the optimizer unscales and clips."""
+        super().__init__(rule, "ignore", history=history)
+        self._engine, self._decided_at = engine, -1
+        self._original = engine.optimizer.unscale_and_clip_grads
+        engine.optimizer.unscale_and_clip_grads = self._unscale_and_clip
+
+    def _unscale_and_clip(self, group: Any, total_norm: Any) -> Any:
+        # It is called for each group of parameters, with the norm over all of them.
+        if self._decided_at != self._engine.global_steps:
+            self._decided_at = self._engine.global_steps
+            self._decide(float(total_norm) / float(self._engine.optimizer.loss_scale))
+        return self._original(group, total_norm)
+
+    def _decide(self, norm: float) -> None:
+        # A norm that is not finite comes as -1 here.
+        _, info = self.clip(np.array([norm if norm >= 0 else math.nan]))
+        scale = float(info.scale)
+        limit = float(info.limit) if scale == 1 else norm * scale
+        self._engine.optimizer.clip_grad = limit
+
+    def detach(self) -> None:
+        """Give the clip value back to the engine, which then does not clip."""
+        self._engine.optimizer.unscale_and_clip_grads = self._original
+        self._engine.optimizer.clip_grad = 0.0
+
+
+def _check(engine: Any, rule: Rule) -> None:
+    """Refuse to clip twice, and what one number per step cannot say."""
+    if engine.gradient_clipping():
+        raise ValueError(
+            f"DeepSpeed clips to {engine.gradient_clipping()} too; put "
+            '"gradient_clipping": 0 in its config.'
+        )
+    if engine.zero_optimization_stage() not in (1, 2, 3):
+        raise ValueError(
+            "this engine has no ZeRO stage, and steps with torch's own optimizer: use "
+            "gradclip.torch.attach(optimizer, rule)."
+        )
+    if any(s.over != "all" or s.p != 2 or s.stretches or s.drops for s in stages(rule)):
+        raise ValueError(
+            f"{rule!r}: DeepSpeed clips by one number per step, from the 2-norm over "
+            "all parameters; use a rule with over='all' that neither stretches nor "
+            "skips."
+        )

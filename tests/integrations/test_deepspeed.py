@@ -1,0 +1,73 @@
+"""DeepSpeed's ZeRO on the CPU: real runs, compared with plain torch."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from common import STEPS, assert_same, plain_norms
+
+import gradclip as gc
+from gradclip.integrations.deepspeed import attach
+
+PROGRAM = Path(__file__).with_name("deepspeed_program.py")
+
+
+def alone():
+    """Return the environment of a process that is the only one of its group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **one, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def train(stage, path, checkpoint, start=0, stop=STEPS):
+    arguments = map(str, (stage, path, checkpoint, start, stop))
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        env=alone(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_equals_plain_torch(stage, tmp_path):
+    train(stage, tmp_path / "run.jsonl", tmp_path / "out")
+    history = gc.History.load(tmp_path / "run.jsonl")
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
+
+
+def test_a_resumed_run_goes_on(tmp_path):
+    train(2, tmp_path / "first.jsonl", tmp_path / "out", stop=37)
+    train(2, tmp_path / "run.jsonl", tmp_path / "out", start=37)
+    history = gc.History.load(tmp_path / "run.jsonl")
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"), STEPS - 37)
+
+
+def engine(clip=0.0, stage=2):
+    return SimpleNamespace(
+        gradient_clipping=lambda: clip, zero_optimization_stage=lambda: stage
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "rule", "message"),
+    [
+        (engine(clip=1.0), gc.Norm(1.0), '"gradient_clipping": 0'),
+        (engine(stage=0), gc.Norm(1.0), "use gradclip.torch.attach(optimizer, rule)"),
+        (engine(), gc.Value(1.0), "one number per step"),
+        (engine(), gc.EMA(), "one number per step"),
+        (engine(), gc.Normalize(), "one number per step"),
+        (engine(), gc.Skip(gc.Norm(1.0)), "one number per step"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(engine, rule, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attach(engine, rule)
