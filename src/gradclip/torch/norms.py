@@ -82,6 +82,8 @@ def tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 def unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of each row of the first axis, for all tensors in turn."""
     vectors = [t for t in tensors if t.dim() < 2]
+    if len(vectors) == len(tensors):
+        return tensor_norms(vectors, p)
     # A vector is one unit, and many of them take one call.
     whole = iter(tensor_norms(vectors, p).split(1) if vectors else ())
     parts = (_unit_norms(t, p) if t.dim() > 1 else next(whole) for t in tensors)
