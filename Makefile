@@ -12,7 +12,7 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 $(ARGS)
+	$(PYTEST) -n 2 --dist loadgroup $(ARGS)
 
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready

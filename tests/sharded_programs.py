@@ -37,6 +37,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradclip as gc
+from gradclip.rules import stages
 from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm, sharded
 from gradclip.torch.sharded import Pieces
 
@@ -281,10 +282,14 @@ def every_scope(rank, world):
                 "expected": tuple(
                     map(bool, (expected.finite, expected.clipped, expected.kept))
                 ),
-                "norm": None if "unit" in kind else info.norm,
+                "norm": None if first_over(rule()) == "unit" else info.norm,
                 "true": expected.norm,
             }
     return found
+
+
+def first_over(rule):
+    return stages(rule)[0].over
 
 
 def policies(rank, world):

@@ -124,8 +124,10 @@ def test_what_only_the_caller_knows(found, world):
 def test_training(found, world, kind):
     for rank in found[world]:
         for case, result in rank["training"].items():
-            # The network is computed in bfloat16 there; Adam enlarges rounding.
-            near = 0.1 if kind == "precision" else 1e-5 if "AdamW" in case else 1e-6
+            # The network is computed in bfloat16 there. Adam enlarges rounding, and in
+            # one largest element the rounding of the backward pass does not average.
+            sums = case[1] == "SGD" and case[3] < math.inf
+            near = 0.1 if kind == "precision" else 1e-6 if sums else 1e-5
             if case[0] == kind:
                 assert result["norm"] < near, case
                 assert result["apart"] < near, case
@@ -146,6 +148,7 @@ def test_memories_are_equal_to_the_bit(found, world, rule):
         assert not x.isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("rule", programs.RULES)
 def test_checkpoints_of_four_processes_load_on_two_and_on_one(found, rule):
     saved = found[4][0]["adaptive"][rule]
