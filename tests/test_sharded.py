@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import gradclip as gc
 import sharded_programs as programs
 from gradclip.torch import Clipper, norms
 from gradclip.torch.sharded import Pieces
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
-)
+# In one worker: the ranks of a world are started once.
+pytestmark = pytest.mark.xdist_group("sharded")
 WORLDS = [4, 2]
 
 
