@@ -14,6 +14,8 @@ import numpy as np
 
 from gradclip.rules import Array, Scope
 
+ROW = 512
+"""Elements summed in float32 before float64 takes over."""
 CHUNK = 1 << 18
 """Elements converted to float64 at a time: 2 MB, which stay in the cache."""
 
@@ -199,11 +201,22 @@ class NumPy(Backend):
         """Return the `p`-norm of all elements, chunk by chunk."""
         # Memory order is fine: a norm does not depend on it, and nothing is copied.
         flat = x.ravel(order="K")
+        if p == 2 and flat.dtype == np.float32:
+            square = self.square_by_rows(flat)
+            # Outside, squares of float32 may have over- or underflowed on the way.
+            if 1e-20 < square < math.inf:
+                return np.sqrt(square)
         if flat.size <= CHUNK:
             return self.chunk_norm(flat, p)
         chunks = range(0, flat.size, CHUNK)
         parts = [self.chunk_norm(flat[i : i + CHUNK], p) for i in chunks]
         return self.chunk_norm(np.asarray(parts), p)
+
+    def square_by_rows(self, x: Array) -> Array:
+        """Return the sum of squares: of short rows in float32, of those in float64."""
+        size = x.size // ROW * ROW
+        rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
+        return np.sum(np.vecdot(rows, rows), dtype=np.float64) + np.dot(rest, rest)
 
     def chunk_norm(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of a short vector."""

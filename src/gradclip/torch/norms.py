@@ -14,14 +14,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-ROW = 512
-"""Elements summed in float32 before float64 takes over."""
+from gradclip.backends import CHUNK, ROW
+
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
 MIDDLE = 1 << 14
 """Tensors up to this size are measured many at a time, for the same reason."""
-CHUNK = 1 << 18
-"""Elements converted or gathered at a time; they stay in the cache."""
 BLOCK = 1 << 26
 """Elements in one pass over rows, whose norms then take half a megabyte."""
 PROBES = 16
