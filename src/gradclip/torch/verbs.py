@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradclip.backends import TorchArrays, inward
+from gradclip.backends import CHUNK, TorchArrays, inward
 from gradclip.rules import Scope
 from gradclip.torch import norms
 
@@ -200,7 +200,7 @@ def _pieces(t: Tensor) -> Sequence[Tensor]:
     """Return views that cover a tensor, so that temporary copies stay small."""
     if t.dim() == 0:
         return [t]
-    rows = max(1, norms.CHUNK // max(1, math.prod(t.shape[1:])))
+    rows = max(1, CHUNK // max(1, math.prod(t.shape[1:])))
     return t.split(rows)
 
 
