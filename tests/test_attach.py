@@ -74,6 +74,17 @@ def assert_unchanged(net, optimizer, before):
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
 
 
+def run_both(nets, optimizers, clipper):
+    """Train two networks alike, and clip the second by hand before its step."""
+    for x in batches():
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(net, x).backward()
+            if net is nets[1]:
+                clipper.clip_()
+            optimizer.step()
+
+
 @each_optimizer
 @pytest.mark.parametrize("limit", [0.1, 1e9])
 def test_equals_clip_then_step(name, options, limit):
@@ -81,13 +92,7 @@ def test_equals_clip_then_step(name, options, limit):
     ours, theirs = (build(name, net, options) for net in nets)
     attach(ours, gc.Norm(limit))
     clipper = Clipper(nets[1], gc.Norm(limit))
-    for x in batches():
-        for net, optimizer in zip(nets, (ours, theirs), strict=True):
-            optimizer.zero_grad()
-            loss_of(net, x).backward()
-            if optimizer is theirs:
-                clipper.clip_()
-            optimizer.step()
+    run_both(nets, (ours, theirs), clipper)
     exact = {} if limit > 1 else {"rtol": 1e-6, "atol": 1e-6}
     same(nets[0].parameters(), nets[1].parameters(), **exact)
 
@@ -125,13 +130,7 @@ def test_muon():
     ours, theirs = (torch.optim.Muon(net.parameters(), lr=0.05) for net in nets)
     attach(ours, gc.Norm(0.1))
     clipper = Clipper(nets[1], gc.Norm(0.1))
-    for x in batches():
-        for net, optimizer in zip(nets, (ours, theirs), strict=True):
-            optimizer.zero_grad()
-            loss_of(net, x).backward()
-            if optimizer is theirs:
-                clipper.clip_()
-            optimizer.step()
+    run_both(nets, (ours, theirs), clipper)
     same(nets[0].parameters(), nets[1].parameters(), rtol=1e-6, atol=1e-6)
     before = snapshot(nets[0], ours)
     nets[0][0].weight.grad[0, 0] = math.nan
