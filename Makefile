@@ -12,7 +12,8 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) -n 2 --ignore tests/test_sharded.py $(ARGS)
+	$(PYTEST) tests/test_sharded.py
 
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready

@@ -15,8 +15,6 @@ import sharded_programs as programs
 from gradclip.torch import Clipper, norms
 from gradclip.torch.sharded import Pieces
 
-# In one worker: the ranks of a world are started once.
-pytestmark = pytest.mark.xdist_group("sharded")
 WORLDS = [4, 2]
 
 
