@@ -251,15 +251,13 @@ class Rows:
             return
         fast = torch.stack(torch._foreach_norm(tensors)).double()
         top = fast.nan_to_num(math.inf).topk(PROBES).indices
-        exact = torch.stack([_row_norm(tensors[i]) for i in top.tolist()])
-        if _differ(
-            torch.linalg.vector_norm(fast[top]), torch.linalg.vector_norm(exact)
-        ):
+        exact = _row_norm(_joined([tensors[i] for i in top.tolist()]))
+        if _differ(torch.linalg.vector_norm(fast[top]), exact):
             for t in tensors:
                 self.add(t)
             return
-        fast[top] = exact
-        self.norms.append(fast)
+        fast[top] = 0.0
+        self.norms += [fast, exact.reshape(1)]
 
     def _add(self, flat: Tensor) -> None:
         count, rest = divmod(flat.numel(), ROW)

@@ -108,12 +108,12 @@ class InPlace(TorchArrays):
 
     def _leave_to_optimizer(self, leaves: Sequence[Tensor], scale: Tensor) -> bool:
         """Divide the amplification by the scale, if float32 can hold the result."""
-        eps = max(torch.finfo(t.dtype).eps for t in leaves)
-        if eps < 1e-12:
+        eps = [torch.finfo(dtype).eps for dtype in {t.dtype for t in leaves}]
+        if min(eps) < 1e-12:
             # The optimizer would take the factor in float32.
             return False
         before = 1.0 if self.amplified is None else self.amplified
-        amplified = before / inward(scale, eps, torch)
+        amplified = before / inward(scale, max(eps), torch)
         if norms.on_host([scale]) and not 1e-30 < amplified.item() < 1e30:
             return False
         self.amplified = amplified
