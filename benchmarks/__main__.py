@@ -73,6 +73,7 @@ def overhead(kind, options, rounds):
         params = parameters(shapes, torch.float32)
         optimizer = getattr(torch.optim, kind)(params, lr=1e-6, **options)
         sides[name] = params, optimizer
+    given = [p.grad.clone() for p in sides["bare"][0]]
     attach(sides["ours"][1], gc.Norm(0.1), doctor=())
 
     def step(name):
@@ -82,8 +83,8 @@ def overhead(kind, options, rounds):
         optimizer.step()
 
     def refill(name):
-        for p in sides[name][0]:
-            p.grad.fill_(1e-3)
+        for p, grad in zip(sides[name][0], given, strict=True):
+            p.grad.copy_(grad)
 
     calls = {name: lambda name=name: step(name) for name in sides}
     times = alternate(calls, rounds, refill)

@@ -144,16 +144,16 @@ def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
     if flat.is_complex():
         yield from (chunk.abs().double() for chunk in flat.split(CHUNK))
     else:
-        yield from _converted(flat, torch.float64)
+        yield from _converted(flat, torch.float64, CHUNK)
 
 
-def _converted(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _converted(flat: Tensor, dtype: torch.dtype, size: int) -> Iterator[Tensor]:
     """Yield pieces of a vector in another type; each is gone when the next one comes.
 
     One buffer serves all: a new one for each would leave the heap in pieces.
     """
-    buffer = torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
-    for chunk in flat.split(CHUNK):
+    buffer = torch.empty(min(size, flat.numel()), dtype=dtype)
+    for chunk in flat.split(size):
         yield buffer[: chunk.numel()].copy_(chunk)
 
 
@@ -219,6 +219,7 @@ class Rows:
         """Start with no rows, and none of those that are summed twice as a probe."""
         self.norms: list[Tensor] = []
         self.probes: list[tuple[Tensor, Tensor]] = []
+        self.rows = 0
 
     def add(self, t: Tensor) -> None:
         """Take the norms of the rows of one tensor."""
@@ -226,7 +227,7 @@ class Rows:
         if flat is None or t.is_complex():
             self.norms.append(exact_norm(t, 2.0).reshape(1))
         elif t.dtype in _HALF:
-            for chunk in _converted(flat, torch.float32):
+            for chunk in _converted(flat, torch.float32, 4 * CHUNK):
                 self._add(chunk)
         elif t.numel() <= BLOCK:
             self._add(flat)
@@ -264,11 +265,12 @@ class Rows:
         if count:
             matrix = (flat[:-rest] if rest else flat).view(count, ROW)
             norms = torch.linalg.vector_norm(matrix, dim=1)
-            if flat.dtype == torch.float32 and len(self.probes) < 4 * PROBES:
+            if flat.dtype == torch.float32 and len(self.probes) < PROBES:
                 self._probe(matrix, norms)
-            if count >= CHUNK // ROW:
-                norms = torch.linalg.vector_norm(norms.double()).reshape(1)
             self.norms.append(norms)
+            self.rows += count
+            if self.rows > CHUNK // 2:
+                self.norms = [self.take().reshape(1)]
         if rest:
             self.norms.append(torch.linalg.vector_norm(flat[-rest:]).reshape(1))
 
@@ -283,14 +285,19 @@ class Rows:
         """Return the norm of all rows, or None if it is in doubt."""
         if not self.norms:
             return None
-        dtypes = {norms.dtype for norms in self.norms}
-        groups = [[n for n in self.norms if n.dtype == dtype] for dtype in dtypes]
-        total = torch.linalg.vector_norm(
-            torch.cat([_gather(g).double() for g in groups])
-        )
+        total = self.take()
         if not 1e-10 < total.item() < math.inf or self.biased():
             return None
         return total
+
+    def take(self) -> Tensor:
+        """Return the norm of the rows so far, in float64, and start anew."""
+        dtypes = {norms.dtype for norms in self.norms}
+        groups = [[n for n in self.norms if n.dtype == dtype] for dtype in dtypes]
+        self.norms, self.rows = [], 0
+        return torch.linalg.vector_norm(
+            torch.cat([_gather(g).double() for g in groups])
+        )
 
     def biased(self) -> bool:
         """Return whether float32 rounds these values one way, as it does constants."""
@@ -325,10 +332,8 @@ def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
     rows = Rows()
     long = [i for i, norm in enumerate(found) if norm is None]
     for i in long:
-        before = len(rows.norms)
         rows.add(tensors[i])
-        parts = [part.double() for part in rows.norms[before:]]
-        found[i] = torch.linalg.vector_norm(torch.cat(parts))
+        found[i] = rows.take()
     if rows.biased():
         for i in long:
             found[i] = exact_norm(tensors[i], 2.0)
