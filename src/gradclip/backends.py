@@ -26,11 +26,9 @@ def inward(scale: Array, eps: float, xp: Any) -> Array:
     Without it the norm of bfloat16 gradients clipped to 1 is 1.0016. Half-precision
     products are off by half an `eps`, those of wider types by less than their sums.
     """
-    if eps > 1e-4:
-        margin = eps / 2
-    else:
-        # In float64 the norm itself is some units off, and not exact as in float32.
-        margin = 2 * eps if eps > 1e-12 else 32 * eps
+    # In float64 the norm itself is some units off, and not exact as for float32.
+    wide = 2 * eps if eps > 1e-12 else 32 * eps
+    margin = eps / 2 if eps > 1e-4 else wide
     return xp.where(scale == 1, scale, scale * (1 - margin))
 
 
