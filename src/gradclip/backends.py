@@ -218,7 +218,13 @@ class NumPy(Backend):
         """Return the sum of squares: of short rows in float32, of those in float64."""
         size = x.size // ROW * ROW
         rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
-        return np.sum(np.vecdot(rows, rows), dtype=np.float64) + np.dot(rest, rest)
+        squares = np.vecdot(rows, rows).astype(np.float64)
+        if squares.size:
+            # One huge element swallows small ones in float32; it is in the largest row.
+            top = np.argmax(squares)
+            largest = rows[top].astype(np.float64)
+            squares[top] = np.dot(largest, largest)
+        return np.sum(squares) + np.dot(rest, rest)
 
     def chunk_norm(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of a short vector."""

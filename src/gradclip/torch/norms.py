@@ -265,6 +265,9 @@ class Rows:
         if count:
             matrix = (flat[:-rest] if rest else flat).view(count, ROW)
             norms = torch.linalg.vector_norm(matrix, dim=1)
+            # One huge element swallows small ones in float32; it is in the largest row.
+            top = norms.argmax()
+            norms[top] = torch.linalg.vector_norm(matrix[top].double())
             if flat.dtype == torch.float32 and len(self.probes) < PROBES:
                 self._probe(matrix, norms)
             self.norms.append(norms)
@@ -272,7 +275,9 @@ class Rows:
             if self.rows > CHUNK // 2:
                 self.norms = [self.take().reshape(1)]
         if rest:
-            self.norms.append(torch.linalg.vector_norm(flat[-rest:]).reshape(1))
+            self.norms.append(
+                torch.linalg.vector_norm(flat[-rest:].double()).reshape(1)
+            )
 
     def _probe(self, matrix: Tensor, norms: Tensor) -> None:
         """Sum some rows in float64 as well: enough of the first tensor for a mean."""
