@@ -88,12 +88,12 @@ def attach(
         optimizer,
         rule,
         model,
-        on_nonfinite,
-        max_consecutive_skips,
-        history,
-        doctor,
-        split_over,
-        deterministic,
+        on_nonfinite=on_nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        history=history,
+        doctor=doctor,
+        split_over=split_over,
+        deterministic=deterministic,
     )
 
 
@@ -105,27 +105,13 @@ class Attached(Clipper):
         optimizer: torch.optim.Optimizer,
         rule: Rule,
         model: torch.nn.Module | None,
-        on_nonfinite: Policy,
-        max_consecutive_skips: int,
-        history: "History | None",
-        doctor: Collection[str],
-        split_over: SplitOver = None,
-        deterministic: bool = False,
+        **options: Any,
     ) -> None:
-        """Find the names and register the hooks."""
+        """Find the names and register the hooks; the options are those of `Clipper`."""
         self.optimizer, self._module = optimizer, model
         named = {} if model is None else {p: n for n, p in model.named_parameters()}
         self._model_names = {id(p): name for p, name in named.items()}
-        super().__init__(
-            self._named_by_optimizer(),
-            rule,
-            on_nonfinite,
-            max_consecutive_skips,
-            history,
-            doctor,
-            split_over,
-            deterministic,
-        )
+        super().__init__(self._named_by_optimizer(), rule, **options)
         # Here the scale is known, and part of the step.
         self._doctor.checks.discard("scaled")
         if model is not None and (names := unheld(model, self.params)):
