@@ -27,6 +27,7 @@ from benchmarks.timing import alternate
 from gradclip.torch import Clipper, attach, clip_grad_norm_
 
 reference = torch.nn.utils.clip_grad_norm_
+MARKS = "<!-- written by make bench -->", "<!-- end -->"
 TARGETS = {
     "free: gpt2": 3.0,
     "free: 2000 of 64": 3.5,
@@ -210,12 +211,34 @@ def reached(ratio, target):
     return ratio >= float(value) if side == ">=" else ratio <= float(value)
 
 
+def write_table(page, facts, results):
+    """Put the results between the marks of a page."""
+    lines = [
+        f"One run of {facts['date']}: torch {facts['torch']}, NumPy {facts['numpy']}, "
+        f"{facts['cpus']} CPU cores, {facts['machine']}.",
+        "",
+        "| what | ratio | wanted | reached | medians |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results:
+        times = ", ".join(f"{name} {value:.3g}" for name, value in row["ms"].items())
+        unit = "" if "memory" in row["what"] else " ms"
+        cells = row["what"], f"{row['ratio']:.2f}", row["target"]
+        good = "yes" if reached(row["ratio"], row["target"]) else "no"
+        lines.append(f"| {' | '.join(cells)} | {good} | {times}{unit} |")
+    before, _, rest = page.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    table = "\n".join(lines)
+    page.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+
+
 def main():
     """Run the groups that were asked for, print the table and write the JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks")
     parser.add_argument("groups", nargs="*", default=[], help=", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, default=Path("bench-out/bench.json"))
+    parser.add_argument("--page", type=Path, help="a page whose table is written anew")
     asked = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     table = Table("what", "ratio", "target", "reached", "medians in ms")
@@ -239,6 +262,8 @@ def main():
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps({"facts": facts, "results": results}, indent=2))
+    if asked.page:
+        write_table(asked.page, facts, results)
 
 
 main()
