@@ -378,8 +378,8 @@ def test_other_forms_of_json_and_parquet(tmp_path):
         history = load(tmp_path / f"{name}.json", json.dumps(document))
         assert history.norm.tolist() == NORMS
         assert history.step.tolist() == [1, 2, 3]
-    import pyarrow.parquet as parquet
     import pyarrow
+    import pyarrow.parquet as parquet
 
     parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
     assert gc.History.load(tmp_path / "d.parquet").norm.tolist() == NORMS
