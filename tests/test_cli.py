@@ -10,8 +10,30 @@ import pytest
 import gradclip
 
 ARMS = ("unclipped", "norm-1", "norm-0.25", "percentile", "zscore")
+PATIENCE = 120
 PROGRAM = (sys.executable, "-m", "gradclip")
 WITHOUT = "import sys; sys.modules[{!r}] = None; from gradclip.cli import main; main()"
+
+
+def start(*options):
+    """Start the program so that Ctrl-C reaches it, also behind a test in the back."""
+    return subprocess.Popen(
+        [*PROGRAM, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def interrupted(process):
+    """Return what the program prints after Ctrl-C; one that goes on is killed."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def run(*arguments, program=PROGRAM):
@@ -48,12 +70,10 @@ def test_demo_prints_json_and_nothing_else(tmp_path):
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     options = ("--steps", "100000", "--out", str(tmp_path))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*PROGRAM, "demo", *options], **pipes) as process:
+    with start("demo", *options) as process:
         while not all(written(tmp_path / f"{name}.jsonl", 3) for name in ARMS):
             assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        printed, complaints = process.communicate()
+        printed, complaints = interrupted(process)
     assert process.returncode == 130
     assert complaints == ""
     assert "of 100000 steps at learning rate 10" in printed
@@ -71,12 +91,10 @@ def written(path, lines):
 
 def test_ctrl_c_before_the_first_step_ends_quietly(tmp_path):
     options = ("--out", str(tmp_path / "out"))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*PROGRAM, "demo", *options], **pipes) as process:
+    with start("demo", *options) as process:
         while not (tmp_path / "out").exists():
             assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate()
+        _, complaints = interrupted(process)
     assert process.returncode == 130
     assert "Traceback" not in complaints
 
