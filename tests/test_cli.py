@@ -10,19 +10,24 @@ import pytest
 import gradclip
 
 ARMS = ("unclipped", "norm-1", "norm-0.25", "percentile", "zscore")
+LISTENING = """
+import signal
+from gradclip.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
 PATIENCE = 120
 PROGRAM = (sys.executable, "-m", "gradclip")
 WITHOUT = "import sys; sys.modules[{!r}] = None; from gradclip.cli import main; main()"
 
 
 def start(*options):
-    """Start the program so that Ctrl-C reaches it, also behind a test in the back."""
+    """Start the program so that Ctrl-C reaches it from background jobs too."""
     return subprocess.Popen(
-        [*PROGRAM, *options],
+        [sys.executable, "-c", LISTENING, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -265,11 +265,11 @@ class Rows:
         if count:
             matrix = (flat[:-rest] if rest else flat).view(count, ROW)
             norms = torch.linalg.vector_norm(matrix, dim=1)
+            if flat.dtype == torch.float32 and len(self.probes) < PROBES:
+                self._probe(matrix, norms)
             # One huge element swallows small ones in float32; it is in the largest row.
             top = norms.argmax()
             norms[top] = torch.linalg.vector_norm(matrix[top].double())
-            if flat.dtype == torch.float32 and len(self.probes) < PROBES:
-                self._probe(matrix, norms)
             self.norms.append(norms)
             self.rows += count
             if self.rows > CHUNK // 2:
