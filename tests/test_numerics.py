@@ -173,6 +173,23 @@ def test_large_tensors_within_one_ulp(values, layout):
     assert float(info.norm) == pytest.approx(exact, rel=F32_ULP / 2)
 
 
+@pytest.mark.parametrize("spikes", [1, 5, 60, 2000])
+@pytest.mark.parametrize("size", [50_000, 1_000_000])
+def test_spikes_do_not_swallow_their_neighbours(size, spikes):
+    """In float32, 5000 squared plus 1 is 5000 squared, and a row has 511 others."""
+    generator = torch.Generator().manual_seed(spikes)
+    x = 1 + 0.1 * torch.rand(size, generator=generator)
+    x[torch.randperm(size, generator=generator)[:spikes]] = 5e3
+    exact = true_norm([x])
+    param = torch.nn.Parameter(torch.empty(size))
+    for over in ("all", "tensor"):
+        param.grad = x.clone()
+        norm = Clipper([param], gc.Norm(1e9, over=over), doctor=()).clip_().norm
+        assert float(norm) == pytest.approx(exact, rel=F32_ULP), over
+    _, info = gc.clip(x.numpy(), gc.Norm(1e9))
+    assert float(info.norm) == pytest.approx(exact, rel=F32_ULP)
+
+
 @every_way
 def test_at_the_limit_nothing_changes(way):
     grads = [torch.tensor([3.0, 4.0])]

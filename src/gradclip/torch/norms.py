@@ -8,8 +8,9 @@ Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,10 +23,14 @@ MIDDLE = 1 << 14
 """Tensors up to this size are measured many at a time, for the same reason."""
 BLOCK = 1 << 26
 """Elements in one pass over rows, whose norms then take half a megabyte."""
+PICKED = 64
+"""Rows of a sum that are summed in float64 as well; a quarter for single tensors."""
 PROBES = 16
-"""Rows summed again in float64, to see whether float32 is biased on these values."""
+"""Tensors of middle size that are summed by rows as well."""
 BIAS = 9e-8
 """Below a unit in the last place of float32; a larger mean error is no accident."""
+
+Measure: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
 _gather = torch._C._nn.flatten_dense_tensors
 _HALF = (torch.float16, torch.bfloat16)
@@ -44,7 +49,7 @@ def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
         norm = _fast_total(tensors)
         if norm is not None:
             return norm
-    return exact_norm(tensor_norms(tensors, p), p)
+    return exact_norm(wide_norms(tensors, p), p)
 
 
 def wide_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -84,8 +89,15 @@ def unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
         return tensor_norms(vectors, p)
     # A vector is one unit, and many of them take one call.
     whole = iter(tensor_norms(vectors, p).split(1) if vectors else ())
-    parts = (_unit_norms(t, p) if t.dim() > 1 else next(whole) for t in tensors)
-    return torch.cat(list(parts))
+    parts = [_unit_norms(t, p) if t.dim() > 1 else next(whole) for t in tensors]
+    norms = torch.cat(parts).double()
+    if p == 2 and on_host(tensors) and (doubt := _doubtful(norms)).any():
+        pieces = zip(tensors, norms.split(list(map(len, parts))), strict=True)
+        flags = doubt.split(list(map(len, parts)))
+        for (t, part), flag in zip(pieces, flags, strict=True):
+            if t.dim() > 1 and _plain(t) and flag.any():
+                _mend_unit_norms(as_units(t), part, flag)
+    return norms
 
 
 def as_units(t: Tensor) -> Tensor:
@@ -169,7 +181,7 @@ def _fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return the 2-norm of all tensors, or None where float32 rows will not do."""
     sizes = list(map(Tensor.numel, tensors))
     rows = Rows()
-    if max(sizes) <= SMALL:
+    if max(sizes) <= SMALL or sum(sizes) <= 2 * CHUNK:
         rows.add_gathered(list(tensors), sizes)
         return rows.total()
     if min(sizes) > SMALL and max(sizes) <= MIDDLE and _all_float32(tensors):
@@ -212,33 +224,102 @@ def _joined(tensors: list[Tensor]) -> Tensor:
         return _gather(tensors)
 
 
+def _row_norms(matrix: Tensor) -> Tensor:
+    """Return the 2-norms of rows, in float32 for what is not float64."""
+    if matrix.dtype not in _HALF:
+        return torch.linalg.vector_norm(matrix, dim=1)
+    chunks = _converted(matrix.view(-1), torch.float32, 4 * CHUNK)
+    norms = [torch.linalg.vector_norm(chunk.view(-1, ROW), dim=1) for chunk in chunks]
+    return torch.cat(norms)
+
+
+def _cut(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a vector as a matrix of rows, and what is left over."""
+    size = flat.numel() // ROW * ROW
+    return flat[:size].view(-1, ROW), flat[size:]
+
+
+def _combined(
+    matrices: list[Tensor], norms: list[Tensor], counts: list[int], picks: int
+) -> tuple[Tensor, Tensor]:
+    """Combine norms of rows into one norm for each group of `counts` rows, in float64.
+
+    Some rows are summed in float64 as well, chosen at equal steps of the sum of
+    squares: none that decides it is left out (one huge element swallows small ones in
+    float32), and the others show whether float32 rounds these values one way, as it
+    does constants.
+
+    Returns:
+        The norm of each group, and whether its rows are rounded one way.
+    """
+    rows = torch.cat(norms).double()
+    sizes = torch.tensor(counts)
+    rough = torch.stack(torch._foreach_norm(rows.split(counts)))
+    shares = (rows / rough.repeat_interleave(sizes)).square().cumsum(0)
+    steps = torch.arange(0.5, picks, dtype=torch.float64) / picks
+    steps = torch.arange(len(counts)).unsqueeze(1) + steps
+    ends = sizes.cumsum(0).unsqueeze(1)
+    chosen = torch.searchsorted(shares, steps)
+    chosen = chosen.clamp(ends - sizes.unsqueeze(1), ends - 1)
+    exact = torch.linalg.vector_norm(_chosen(matrices, chosen.flatten()), dim=1)
+    pair = torch.stack([rows[chosen], exact.view_as(chosen)])
+    light = pair[0].square() * picks < rough.square().unsqueeze(1)
+    fast, true = torch.linalg.vector_norm(pair * light, dim=2)
+    rows[chosen.flatten()] = exact
+    total = torch.stack(torch._foreach_norm(rows.split(counts)))
+    return total, (fast - true).abs() > BIAS * true
+
+
+def _chosen(matrices: list[Tensor], chosen: Tensor) -> Tensor:
+    """Return some rows, counted through all matrices in ascending order, in float64."""
+    ends = list(accumulate(map(len, matrices)))
+    owners = torch.searchsorted(torch.tensor(ends), chosen, right=True)
+    which, counts = owners.unique_consecutive(return_counts=True)
+    places = zip(which.tolist(), chosen.split(counts.tolist()), strict=True)
+    return torch.cat(
+        [matrices[k][rows - ends[k] + len(matrices[k])] for k, rows in places]
+    ).double()
+
+
 class Rows:
     """Norms of short rows of many tensors, to be combined in float64."""
 
     def __init__(self) -> None:
-        """Start with no rows, and none of those that are summed twice as a probe."""
+        """Start with no rows, and nothing that is summed already."""
+        self.matrices: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.probes: list[tuple[Tensor, Tensor]] = []
+        self.exact: list[Tensor] = []
         self.rows = 0
+        self.biased = False
 
     def add(self, t: Tensor) -> None:
         """Take the norms of the rows of one tensor."""
         flat = _flat(t)
         if flat is None or t.is_complex():
-            self.norms.append(exact_norm(t, 2.0).reshape(1))
-        elif t.dtype in _HALF:
-            for chunk in _converted(flat, torch.float32, 4 * CHUNK):
-                self._add(chunk)
-        elif t.numel() <= BLOCK:
-            self._add(flat)
-        else:
-            for block in flat.split(BLOCK):
-                self._add(block)
+            self.exact.append(exact_norm(t, 2.0).reshape(1))
+            return
+        for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
+            matrix, rest = _cut(block)
+            norms = _row_norms(matrix)
+            if norms.dtype == torch.float64:
+                self.exact.append(norms)
+            else:
+                self.matrices.append(matrix)
+                self.norms.append(norms)
+                self.rows += len(matrix)
+            if len(rest):
+                self.exact.append(torch.linalg.vector_norm(rest.double()).reshape(1))
+            if self.rows > CHUNK // 2:
+                self._settle()
 
     def add_gathered(self, tensors: list[Tensor], sizes: list[int]) -> None:
-        """Take the norms of many small tensors, joined."""
+        """Take the norm of many small tensors, joined."""
         for batch in _batches(tensors, sizes):
-            self.add(_joined(batch))
+            joined = _joined(batch)
+            if joined.is_complex():
+                self.exact.append(exact_norm(joined, 2.0).reshape(1))
+            else:
+                self.exact.append(torch.linalg.vector_norm(joined.double()).reshape(1))
 
     def add_many(self, tensors: list[Tensor]) -> None:
         """Take the norms of many tensors of middle size, a call for all of them.
@@ -258,58 +339,25 @@ class Rows:
                 self.add(t)
             return
         fast[top] = 0.0
-        self.norms += [fast, exact.reshape(1)]
-
-    def _add(self, flat: Tensor) -> None:
-        count, rest = divmod(flat.numel(), ROW)
-        if count:
-            matrix = (flat[:-rest] if rest else flat).view(count, ROW)
-            norms = torch.linalg.vector_norm(matrix, dim=1)
-            if flat.dtype == torch.float32 and len(self.probes) < PROBES:
-                self._probe(matrix, norms)
-            # One huge element swallows small ones in float32; it is in the largest row.
-            top = norms.argmax()
-            norms[top] = torch.linalg.vector_norm(matrix[top].double())
-            self.norms.append(norms)
-            self.rows += count
-            if self.rows > CHUNK // 2:
-                self.norms = [self.take().reshape(1)]
-        if rest:
-            self.norms.append(
-                torch.linalg.vector_norm(flat[-rest:].double()).reshape(1)
-            )
-
-    def _probe(self, matrix: Tensor, norms: Tensor) -> None:
-        """Sum some rows in float64 as well: enough of the first tensor for a mean."""
-        rows = len(norms)
-        step = max(1, rows // PROBES) if not self.probes else rows
-        exact = torch.linalg.vector_norm(matrix[::step].double(), dim=1)
-        self.probes.append((norms[::step].double(), exact))
+        self.exact += [fast, exact.reshape(1)]
 
     def total(self) -> Tensor | None:
         """Return the norm of all rows, or None if it is in doubt."""
-        if not self.norms:
+        self._settle()
+        if not self.exact:
             return None
-        total = self.take()
-        if not 1e-10 < total.item() < math.inf or self.biased():
+        total = torch.linalg.vector_norm(torch.cat(self.exact))
+        if self.biased or not 1e-10 < total.item() < math.inf:
             return None
         return total
 
-    def take(self) -> Tensor:
-        """Return the norm of the rows so far, in float64, and start anew."""
-        dtypes = {norms.dtype for norms in self.norms}
-        groups = [[n for n in self.norms if n.dtype == dtype] for dtype in dtypes]
-        self.norms, self.rows = [], 0
-        return torch.linalg.vector_norm(
-            torch.cat([_gather(g).double() for g in groups])
-        )
-
-    def biased(self) -> bool:
-        """Return whether float32 rounds these values one way, as it does constants."""
-        if not self.probes:
-            return False
-        fast, exact = (torch.cat(part) for part in zip(*self.probes, strict=True))
-        return _differ(torch.linalg.vector_norm(fast), torch.linalg.vector_norm(exact))
+    def _settle(self) -> None:
+        """Combine the rows so far."""
+        if self.norms:
+            norm, biased = _combined(self.matrices, self.norms, [self.rows], PICKED)
+            self.exact.append(norm)
+            self.biased |= bool(biased)
+            self.matrices, self.norms, self.rows = [], [], 0
 
 
 def _differ(norm: Tensor, exact: Tensor) -> bool:
@@ -328,52 +376,80 @@ def _row_norm(t: Tensor) -> Tensor:
 
 def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of each tensor, by float32 rows where there are many."""
-    found: list[Tensor | None] = [None] * len(tensors)
-    short = [i for i, t in enumerate(tensors) if t.numel() <= 2 * ROW and _is_real(t)]
-    if short:
-        few = [tensors[i] for i in short]
-        for i, norm in zip(short, _short_norms(few), strict=True):
-            found[i] = norm
-    rows = Rows()
-    long = [i for i, norm in enumerate(found) if norm is None]
-    for i in long:
-        rows.add(tensors[i])
-        found[i] = rows.take()
-    if rows.biased():
-        for i in long:
-            found[i] = exact_norm(tensors[i], 2.0)
-    return torch.stack([norm for norm in found if norm is not None])
+    places: dict[Measure, list[int]] = {}
+    for i, t in enumerate(tensors):
+        places.setdefault(_measure(t), []).append(i)
+    norms = torch.empty(len(tensors), dtype=torch.float64)
+    for measure, chosen in places.items():
+        norms[chosen] = torch.stack(measure([tensors[i] for i in chosen]))
+    return norms
 
 
-def _short_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+def _measure(t: Tensor) -> Measure:
+    """Return what measures tensors of this size and type best."""
+    if t.is_complex() or (t.numel() > MIDDLE and _flat(t) is None):
+        return _exact_norms
+    if t.numel() <= 2 * ROW:
+        return _short_norms
+    return _middle_norms if t.numel() <= MIDDLE else _long_norms
+
+
+def _exact_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the 2-norms of tensors of any kind, in float64."""
+    return [exact_norm(t, 2.0) for t in tensors]
+
+
+def _short_norms(tensors: list[Tensor]) -> list[Tensor]:
     """Return the 2-norms of short tensors in float64, in one call for all."""
-    return torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    return list(torch._foreach_norm(tensors, 2, dtype=torch.float64))
 
 
-def _is_real(t: Tensor) -> bool:
-    return not t.is_complex()
+def _middle_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the 2-norms of tensors of some rows, of which float64 copies are cheap."""
+    return [torch.linalg.vector_norm(t.double()) for t in tensors]
+
+
+def _long_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the 2-norms of tensors of many rows each, in float64."""
+    cut = [_cut(flat) for t in tensors if (flat := _flat(t)) is not None]
+    matrices, rests = [matrix for matrix, _ in cut], [rest for _, rest in cut]
+    counts = list(map(len, matrices))
+    norms, biased = _combined(
+        matrices, list(map(_row_norms, matrices)), counts, PICKED // 4
+    )
+    norms = torch.hypot(norms, torch.stack(_short_norms(rests)))
+    for i in biased.nonzero().flatten().tolist():
+        norms[i] = exact_norm(tensors[i], 2.0)
+    return list(norms.unbind())
 
 
 def _unit_norms(t: Tensor, p: float) -> Tensor:
-    """Return the `p`-norm of each unit of one tensor, in float64."""
+    """Return the `p`-norm of each unit of one tensor; of float32, maybe in doubt."""
     units = as_units(t)
-    width = units.shape[1]
-    simple = p == 2 and t.dtype in (torch.float32, torch.float64) and on_host([t])
-    if not simple or width == 0:
+    if not (p == 2 and _plain(t) and on_host([t])):
         return _wide_unit_norms(units, p)
+    width = units.shape[1]
+    if width <= ROW:
+        return torch.linalg.vector_norm(units, dim=1)
     size = width // ROW * ROW
-    parts = [torch.linalg.vector_norm(units[:, size:], dim=1, keepdim=True)]
-    if size:
-        rows = units[:, :size].unflatten(1, (-1, ROW))
-        parts.append(torch.linalg.vector_norm(rows, dim=2))
-    norms = torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
-    doubt = _doubtful(norms)
-    if doubt.any():
-        # Rows of zeros are common (unused embeddings), and nothing is wrong with them.
-        low, high = units.aminmax(dim=1)
-        doubt &= ~((low == 0) & (high == 0))
-        norms[doubt] = _wide_unit_norms(units[doubt], p)
-    return norms
+    rows = units[:, :size].unflatten(1, (-1, ROW))
+    parts = [torch.linalg.vector_norm(rows, dim=2)]
+    if size < width:
+        parts.append(torch.linalg.vector_norm(units[:, size:], dim=1, keepdim=True))
+    return torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
+
+
+def _plain(t: Tensor) -> bool:
+    """Return whether there are elements, of a type whose rows are summed as it is."""
+    return t.dtype in (torch.float32, torch.float64) and t.numel() > 0
+
+
+def _mend_unit_norms(units: Tensor, norms: Tensor, doubt: Tensor) -> None:
+    """Measure units in doubt again, in float64."""
+    # Rows of zeros are common (unused embeddings), and nothing is wrong with them.
+    low, high = units.aminmax(dim=1)
+    doubt = doubt & ~((low == 0) & (high == 0))
+    norms[doubt] = _wide_unit_norms(units[doubt], 2.0)
 
 
 def _wide_unit_norms(units: Tensor, p: float) -> Tensor:
