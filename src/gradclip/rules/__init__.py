@@ -5,6 +5,9 @@ run the same lines. It sees norms of any shape (one, or one per tensor or unit),
 its memory in a dictionary of arrays that the caller owns, and never touches gradients.
 """
 
+from gradclip.rules.band import AGGC as AGGC
+from gradclip.rules.band import Band as Band
+from gradclip.rules.band import MovingBand as MovingBand
 from gradclip.rules.base import Array as Array
 from gradclip.rules.base import Measured as Measured
 from gradclip.rules.base import Rule as Rule
@@ -23,10 +26,14 @@ from gradclip.rules.norm import Norm as Norm
 from gradclip.rules.normalize import Normalize as Normalize
 from gradclip.rules.percentile import AutoClip as AutoClip
 from gradclip.rules.percentile import Percentile as Percentile
+from gradclip.rules.quantile import Quantile as Quantile
 from gradclip.rules.relative import AGC as AGC
 from gradclip.rules.relative import Relative as Relative
+from gradclip.rules.rms import RMS as RMS
 from gradclip.rules.skip import Skip as Skip
 from gradclip.rules.smooth import Smooth as Smooth
+from gradclip.rules.stabilize import AdaGN as AdaGN
+from gradclip.rules.stabilize import Stabilize as Stabilize
 from gradclip.rules.value import Value as Value
 from gradclip.rules.zscore import ZClip as ZClip
 from gradclip.rules.zscore import ZScore as ZScore

@@ -1,10 +1,12 @@
 """What all rules share: what they see, what they remember, what they answer."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 Array: TypeAlias = Any
 State: TypeAlias = dict[str, Array]
+Shape: TypeAlias = tuple[int, ...]
 Scope: TypeAlias = Literal["all", "tensor", "unit", "element"]
 
 
@@ -19,6 +21,8 @@ class Measured(NamedTuple):
     """How many steps came before."""
     xp: Any
     """The array namespace that the norms belong to."""
+    units: Sequence[int] = ()
+    """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
 
 
 class Rule:
@@ -38,6 +42,8 @@ class Rule:
     by_place: ClassVar[bool] = False
     """Whether it matters which tensor a norm belongs to, also without a memory."""
     needs_weight: ClassVar[bool] = False
+    needs_shape: ClassVar[bool] = False
+    """Whether the shapes of the tensors matter, which norms alone do not tell."""
 
     def __post_init__(self) -> None:
         """Refuse a scope for which the method has no meaning."""
@@ -63,9 +69,17 @@ class Rule:
         """Whether the memory gets larger in time, which compiled code cannot do."""
         return False
 
-    def bind(self, names: Sequence[str]) -> "Rule":
-        """Return the rule for tensors of these names; most do not care."""
+    def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> "Rule":
+        """Return the rule for tensors of these names and shapes; most do not care."""
         return self
+
+    def most(self, seen: Measured) -> Array | float:
+        """Return how large the scale may be."""
+        return math.inf if self.stretches else 1.0
+
+    def remembers(self, norm: Array) -> Shape:
+        """Return the shape that its memory ends in, for norms shaped like `norm`."""
+        return tuple(norm.shape)
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return the memory before the first step, for norms shaped like `norm`."""

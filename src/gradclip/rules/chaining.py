@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradclip.rules.base import Rule
+from gradclip.rules.base import Rule, Shape
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Chain(Rule):
         """Whether the memory of any of the rules gets larger in time."""
         return any(rule.grows for rule in self.rules)
 
-    def bind(self, names: Sequence[str]) -> Rule:
-        """Return the chain for tensors of these names."""
-        return Chain(tuple(rule.bind(names) for rule in self.rules))
+    def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> Rule:
+        """Return the chain for tensors of these names and shapes."""
+        return Chain(tuple(rule.bind(names, shapes) for rule in self.rules))
 
     def __repr__(self) -> str:
         """Show the call that makes this chain."""

@@ -13,7 +13,8 @@ class Smooth(Limited):
     r"""Bend norms towards a limit that none of them reaches, instead of cutting them.
 
     $g \leftarrow g \cdot c / (c + \lVert g \rVert)$, or
-    $g \leftarrow g \cdot c \tanh(\lVert g \rVert / c) / \lVert g \rVert$
+    $g \leftarrow g \cdot c \tanh(\lVert g \rVert / c) / \lVert g \rVert$, or
+    $g \leftarrow g / \sqrt{1 + \lVert g \rVert^2 / c^2}$
 
     Every norm is made smaller, small ones by little: `info.limit` is the norm that this
     norm is brought to. There is no step at which it starts, so that the clip rate says
@@ -23,7 +24,8 @@ class Smooth(Limited):
         limit: $c$, the bound of the norms afterwards, above 0 and finite: a number, a
             0-d array, or a function of the step that returns one.
         over: As for `Norm`.
-        curve: `"ratio"` is the first of the equations, `"tanh"` the second.
+        curve: `"ratio"` is the first of the equations, `"tanh"` the second, `"root"`
+            the third.
         axis: As for `Norm`.
 
     Raises:
@@ -46,7 +48,7 @@ class Smooth(Limited):
 
     limit: Limit
     over: Scope = "all"
-    curve: Literal["ratio", "tanh"] = "ratio"
+    curve: Literal["ratio", "tanh", "root"] = "ratio"
     axis: int = 0
 
     scopes = ("all", "tensor", "unit", "element")
@@ -58,7 +60,7 @@ class Smooth(Limited):
         check_limit(self, "limit")
         if isinstance(self.limit, float | int):
             check(self, "limit", ABOVE_ZERO, LARGEST, "the limit is finite here.")
-        choose(self, "curve", ("ratio", "tanh"))
+        choose(self, "curve", ("ratio", "tanh", "root"))
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return what each norm is bent to."""
@@ -67,4 +69,6 @@ class Smooth(Limited):
             return c * xp.tanh(n / c), state
         # c n / (c + n) without a sum or a product that could overflow.
         low, high = xp.where(n < c, n, c), xp.where(n < c, c, n)
+        if self.curve == "root":
+            return low / xp.hypot(xp.ones_like(low), low / high), state
         return low / (1 + low / high), state
