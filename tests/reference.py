@@ -123,11 +123,16 @@ class Remembering:
             return grads
         clipped = []
         for i, (part, n) in enumerate(zip(parts, norms, strict=True)):
-            limit = math.inf
             if n > 0:
-                limit = self.limit(n, self.memories.setdefault(i, {}))
-            clipped.append(rescale(part, limit))
+                part = self.one(part, n, self.memories.setdefault(i, {}))
+            clipped.append(part)
         return join(clipped)
+
+    def one(self, part, n, memory):
+        if hasattr(self, "length"):
+            length = self.length(n, memory)
+            return [g / n * length for g in part]
+        return rescale(part, self.limit(n, memory))
 
 
 class Percentile(Remembering):
@@ -236,7 +241,88 @@ class Smooth:
             return part
         if self.curve == "tanh":
             return [g * math.tanh(n / c) * c / n for g in part]
+        if self.curve == "root":
+            return [g / math.sqrt(1 + n**2 / c**2) for g in part]
         return [g * c / (c + n) for g in part]
+
+
+class RMS:
+    def __init__(self, limit, over="tensor"):
+        self.limit, self.over = limit, over
+
+    def step(self, grads, params=None):
+        parts, join = cells(grads, self.over)
+        return join([self._one(part) for part in parts])
+
+    def _one(self, part):
+        """Divide by max(1, RMS / threshold), as optax does."""
+        square = math.fsum(float(np.sum(np.abs(g) ** 2)) for g in part)
+        rms = math.sqrt(square / sum(g.size for g in part))
+        return [g / max(1.0, rms / self.limit) for g in part]
+
+
+class Band:
+    def __init__(self, low, high, over="element"):
+        self.low, self.high, self.over = low, high, over
+
+    def step(self, grads, params=None):
+        parts, join = cells(grads, self.over)
+        return join([self._one(part) for part in parts])
+
+    def _one(self, part):
+        n = norm(part)
+        if n == 0 or self.low <= n <= self.high:
+            return part
+        return [g / n * (self.low if n < self.low else self.high) for g in part]
+
+
+class MovingBand(Remembering):
+    def __init__(self, low, high, decay=0.95, over="tensor", warmup=1):
+        super().__init__()
+        self.low, self.high, self.decay = low, high, decay
+        self.over, self.warmup = over, warmup
+
+    def length(self, n, memory):
+        count = memory.get("count", 0)
+        memory["count"] = count + 1
+        average = memory.get("average", n)
+        effective = n
+        if count >= self.warmup:
+            effective = max(self.low * average, min(n, self.high * average))
+        memory["average"] = self.decay * average + (1 - self.decay) * effective
+        return effective
+
+
+class Quantile(Remembering):
+    def __init__(self, q=50.0, rate=0.2, over="all", start=None):
+        super().__init__()
+        self.q, self.rate, self.over, self.start = q, rate, over, start
+
+    def limit(self, n, memory):
+        limit = memory.get("limit", self.start or n)
+        unclipped = 1.0 if n <= limit else 0.0
+        memory["limit"] = limit * math.exp(-self.rate * (unclipped - self.q / 100))
+        return limit
+
+
+class Stabilize(Remembering):
+    def __init__(self, decay=0.7, square_decay=0.9, over="tensor", eps=0.0):
+        super().__init__()
+        self.decay, self.square_decay, self.over, self.eps = (
+            decay,
+            square_decay,
+            over,
+            eps,
+        )
+
+    def length(self, n, memory):
+        t = memory["t"] = memory.get("t", 0) + 1
+        a, b = self.decay, self.square_decay
+        memory["m"] = a * memory.get("m", 0.0) + (1 - a) * n
+        memory["v"] = b * memory.get("v", 0.0) + (1 - b) * n**2
+        first = memory["m"] / (1 - a**t)
+        second = memory["v"] / (1 - b**t)
+        return first / (math.sqrt(second) + self.eps)
 
 
 class Skip:

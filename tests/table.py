@@ -88,6 +88,25 @@ ROWS = {
     "smooth-element": _row(
         "Smooth", 0.5, rule=over("element"), projects=False, keeps_direction=False
     ),
+    "smooth-root": _row("Smooth", 1.0, rule={"curve": "root"}, projects=False),
+    "rms-tensor": _row("RMS", 0.3, scales=lambda c: gc.RMS(0.3 * c)),
+    "rms": _row("RMS", 0.2, rule=over("all")),
+    "band": _row(
+        "Band",
+        0.1,
+        0.8,
+        keeps_direction=False,
+        scales=lambda c: gc.Band(c / 10, 4 * c / 5),
+    ),
+    "band-tensor": _row("Band", 0.9, 2.0, rule=over("tensor")),
+    "band-moving-tensor": _row(
+        "MovingBand", 0.8, 1.3, scales=lambda c: gc.MovingBand(0.8, 1.3)
+    ),
+    "band-moving": _row("MovingBand", 0.0, 1.1, rule=over("all", warmup=4)),
+    "quantile": _row("Quantile", scales=lambda c: gc.Quantile()),
+    "quantile-tensor": _row("Quantile", 90.0, rule=over("tensor", rate=0.1, start=3.0)),
+    "stabilize-tensor": _row("Stabilize"),
+    "stabilize": _row("Stabilize", 0.85, 0.99, rule=over("all", eps=1e-8)),
 }
 
 
@@ -118,6 +137,24 @@ ROWS["groups-zscore"] = Row(
 ROWS["groups-ema-tensor"] = Row(
     lambda: gc.by_name({"none": None, "*": gc.EMA(warmup=5)}),
     lambda: reference.EMA(warmup=5),
+)
+ROWS["groups-moving"] = Row(
+    lambda: gc.by_name({"none": None, "*": gc.MovingBand(0.7, 1.2, over="all")}),
+    lambda: reference.MovingBand(0.7, 1.2, over="all"),
+)
+ROWS["groups-agc"] = Row(
+    lambda: gc.by_name({"none": gc.Norm(0.1), "*": gc.AGC(0.1)}),
+    lambda: reference.Relative(0.1),
+)
+# A rule over units in another group makes all norms those of units.
+UNITS = gc.Norm(1.0, over="unit", axis=-1)
+ROWS["groups-ema-beside-units-tensor"] = Row(
+    lambda: gc.by_name({"none": UNITS, "*": gc.EMA(warmup=5)}),
+    lambda: reference.EMA(warmup=5),
+)
+ROWS["groups-rms-beside-units"] = Row(
+    lambda: gc.by_name({"none": UNITS, "*": gc.RMS(0.2, over="all")}),
+    lambda: reference.RMS(0.2, over="all"),
 )
 ROWS["chain-skip"] = Row(
     lambda: gc.chain(gc.ZScore(2.0, warmup=4), gc.Skip(gc.Norm(4.0))),

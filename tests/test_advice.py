@@ -258,7 +258,7 @@ REPLAYABLE = [
     name
     for name, row in ROWS.items()
     if {getattr(s, "over", "all") for s in gc.rules.stages(row.make())} == {"all"}
-    and not any(s.needs_weight for s in gc.rules.stages(row.make()))
+    and not any(s.needs_weight or s.needs_shape for s in gc.rules.stages(row.make()))
 ]
 
 

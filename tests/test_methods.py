@@ -2,7 +2,9 @@
 
 import math
 
+import jax
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -313,12 +315,94 @@ def test_groups_measure_once(monkeypatch):
     assert calls == ["tensor"]
 
 
+MIXED = gc.by_name(
+    {
+        "embed.*": gc.AGC(0.1),
+        "head": gc.Normalize(2.0),
+        "body.w": gc.Norm(0.3, over="unit"),
+        "*": gc.RMS(0.01),
+    }
+)
+
+
+def test_groups_of_rows_tensors_and_lengths_are_measured_once(monkeypatch):
+    calls = []
+    engine = type(gc.backends.find_backend([("", np.ones(1))]))
+    measure = engine.measure
+    monkeypatch.setattr(
+        engine, "measure", lambda *args: (calls.append(args[2]), measure(*args))[1]
+    )
+    grads, weights = named(), named()
+    clipped, info = gc.clip(grads, MIXED, params=weights)
+    assert calls.count("unit") == len(calls) == 2, "gradients once, parameters once"
+    want, _ = gc.clip(grads["embed"], gc.AGC(0.1), params=weights["embed"])
+    for a, b in zip(clipped["embed"], want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert np.linalg.norm(clipped["head"]) == pytest.approx(2.0)
+    rows = np.linalg.norm(clipped["body"]["w"], axis=1)
+    np.testing.assert_allclose(rows, 0.3, rtol=1e-12)
+    assert np.sqrt(np.mean(clipped["body"]["b"] ** 2)) == pytest.approx(0.01)
+    assert info.norm.shape == (4 + 1 + 1 + 3 + 1,)
+
+
+def test_a_row_rule_beside_a_memory_when_gradients_come_and_go():
+    rule = gc.by_name({"0.*": gc.Norm(0.5, over="unit"), "*": gc.EMA(warmup=2)})
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    clipper, alone = Clipper(model, rule), gc.Clipper(gc.EMA(warmup=2))
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        grads = {n: rng.normal(size=p.shape) for n, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.grad = torch.tensor(grads[name], dtype=torch.float32)
+        if step % 3 == 1:
+            model[0].weight.grad = model[1].bias.grad = None
+            grads["1.bias"] = np.zeros(2)
+        info = clipper.clip_()
+        want, _ = alone.clip([grads["1.weight"], grads["1.bias"]])
+        np.testing.assert_allclose(model[1].weight.grad, want[0], rtol=1e-5)
+        if model[1].bias.grad is not None:
+            np.testing.assert_allclose(model[1].bias.grad, want[1], rtol=1e-5)
+            rows = torch.linalg.vector_norm(model[0].weight.grad, dim=1)
+            assert torch.all(rows <= 0.5)
+        assert info.finite
+
+
+def test_a_replay_knows_the_groups(tmp_path):
+    rule = gc.by_name({"a": gc.Norm(1.0), "*": None})
+    clipper = gc.Clipper(rule, history=gc.History(tmp_path / "run.jsonl"))
+    history = gc.History(tmp_path / "tensors.jsonl", tensors_every=1)
+    history.begin(rule)
+    for step, norms in enumerate([[2.0, 9.0], [0.5, 3.0]]):
+        history.record_tensors(step, ("a", "b"), np.array(norms))
+        _, info = clipper.clip({"a": np.array(norms[0]), "b": np.array(norms[1])})
+        history.record(step, info)
+    np.testing.assert_allclose(gc.replay(history, rule).scale, [0.5, 1.0])
+    with pytest.raises(ValueError, match="shapes"):
+        gc.replay(history, gc.RMS(1.0))
+
+
+def test_block_rms_is_that_of_optax():
+    grads = named()
+    clipped, _ = gc.clip(grads, gc.RMS(0.3))
+    want, _ = optax.clip_by_block_rms(0.3).update(grads, optax.EmptyState())
+    for a, b in zip(jax.tree.leaves(clipped), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    total = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
+    clipped, info = gc.clip(grads, gc.RMS(0.3, over="all"))
+    assert info.limit == pytest.approx(0.3 * total.size**0.5)
+    after = np.concatenate([np.ravel(g) for g in jax.tree.leaves(clipped)])
+    assert np.sqrt(np.mean(after**2)) == pytest.approx(0.3)
+
+
 def test_what_groups_refuse():
     with pytest.raises(ValueError, match="no pattern fits 'b'"):
         gc.clip({"a": np.ones(1), "b": np.ones(1)}, gc.by_name({"a": None}))
-    for rule in (gc.Value(1.0), gc.Normalize(), gc.Skip(gc.Norm(1.0)), gc.AGC()):
+    chained = gc.chain(gc.Norm(1.0), gc.Normalize())
+    for rule in (gc.Value(1.0), gc.Norm(1.0, p=1), gc.Skip(gc.Norm(1.0)), chained):
         with pytest.raises(ValueError, match="a clipper of their own"):
             gc.by_name({"*": rule})
+    with pytest.raises(ValueError, match="give them one axis"):
+        gc.by_name({"a": gc.AGC(), "*": gc.AGC(axis=-1)})
     with pytest.raises(TypeError, match="or None"):
         gc.by_name({"*": 1.0})
     with pytest.raises(ValueError, match="at least one pattern"):

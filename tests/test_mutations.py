@@ -15,7 +15,7 @@ ATTACH, LAWS = "test_attach.py", "test_laws.py"
 MUTATIONS = {
     "the formula": (
         NUMPY + "[norm]",
-        "pipeline.clip_scale = lambda norm, limit, xp, stretches=False: "
+        "pipeline.clip_scale = lambda norm, limit, xp, most=1.0: "
         "xp.where(norm > limit, limit / norm * 1.01, 1.0)",
     ),
     "NumPy.norm": (

@@ -197,7 +197,8 @@ def _clip(
     named = _leaves(grads)
     engine = find_backend(named)
     given = [engine.prepare(x, where) for where, x in named]
-    rule = memory.rule.bind([dotted(where) for where, _ in named])
+    names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
+    rule = memory.rule.bind(names, shapes)
     weights = _weights(rule, named, params, engine)
     if out is not None:
         engine = engine.writing_to(given, [x for _, x in flatten(out)])

@@ -72,6 +72,10 @@ class Backend:
         """Return how many units a gradient has: rows; a vector or scalar is one."""
         return int(x.shape[0]) if x.ndim > 1 else 1
 
+    def counts(self, leaves: Sequence[Array]) -> list[int]:
+        """Return how many units each tensor has, 0 for one without a gradient."""
+        return list(map(self.units, leaves))
+
     def unit_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each unit."""
         size = math.prod(x.shape[1:]) if x.ndim > 1 else math.prod(x.shape)

@@ -182,7 +182,7 @@ def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
 def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
     """Return the memory before the first step, for gradients of these shapes."""
     engine, names = Jax(), _names(grads)
-    parts = stages(rule.bind(names))
+    parts = stages(rule.bind(names, [x.shape for x in jax.tree.leaves(grads)]))
 
     def measure(tree: Any) -> list[Array]:
         leaves = [engine.prepare(x, "") for x in jax.tree.leaves(tree)]
@@ -233,7 +233,7 @@ def _run(
     leaves, info, memory = run(
         engine,
         [engine.prepare(x, name) for x, name in zip(given, names, strict=True)],
-        rule.bind(names),
+        rule.bind(names, [x.shape for x in given]),
         memory,
         step=step,
         policy=policy,

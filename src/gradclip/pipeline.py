@@ -83,11 +83,14 @@ class Info(NamedTuple):
         }
 
 
-def clip_scale(norm: Array, limit: Array, xp: Any, stretches: bool = False) -> Array:
-    """Return `min(1, limit / norm)`; 1 for a norm that is 0 or not finite."""
+def clip_scale(norm: Array, limit: Array, xp: Any, most: Array | float = 1.0) -> Array:
+    """Return `min(1, limit / norm)`; 1 for a norm that is 0 or not finite.
+
+    `most` takes the place of the 1 in it for rules that may stretch.
+    """
     known = usable(norm, xp)
     ratio = limit / xp.where(known, norm, 1.0)
-    return xp.where(known, ratio if stretches else xp.clip(ratio, None, 1.0), 1.0)
+    return xp.where(known, xp.clip(ratio, None, most), 1.0)
 
 
 def decide(
@@ -100,7 +103,7 @@ def decide(
     """
     xp = seen.xp
     limit, state = rule.update(seen, state)
-    scale = clip_scale(seen.norm, limit, xp, rule.stretches)
+    scale = clip_scale(seen.norm, limit, xp, rule.most(seen))
     finite = xp.isfinite(seen.norm)
     after = xp.where(finite & (scale != 1), limit, seen.norm)
     whole = xp.all(finite if absent is None else finite | absent)
@@ -162,10 +165,13 @@ def run(
         norm = engine.measure(parts, stage.over, stage.p)
         if i == 0:
             parts, norm = admit(engine, parts, rule, norm, policy, name_of)
-        seen = Measured(norm, weigh(engine, weights, stage), step, engine.xp)
+        check_scheduled(engine, stage, step)
+        counts = engine.counts(parts) if stage.over == "unit" else ()
+        weight = weigh(engine, weights, stage)
+        seen = Measured(norm, weight, step, engine.xp, counts)
         old.append(fitting(stage, states[i], norm, engine))
-        info, state = decide(stage, seen, old[i], absent)
-        check_scheduled(engine, stage, info.limit, step)
+        missing = absent if stage.over == "tensor" else None
+        info, state = decide(stage, seen, old[i], missing)
         if skips:
             info = info._replace(kept=info.kept & info.finite)
         infos.append(info)
@@ -184,14 +190,21 @@ def run(
     return leaves, total, [*new, *states[len(new) :]]
 
 
-def check_scheduled(engine: Backend, stage: Rule, limit: Array, step: Any) -> None:
+def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
     """Refuse what a schedule says where it can be seen, like a fixed limit."""
-    scheduled = callable(getattr(stage, "limit", None))
-    if scheduled and engine.known(engine.xp.all(limit > 0)) is False:
-        raise ValueError(
-            f"the schedule of {stage!r} gives the limit {float(engine.xp.min(limit))} "
-            f"at step {step}; a limit is above 0. Nothing was changed."
-        )
+    rules = [stage, *(rule for _, rule in getattr(stage, "rules", ()))]
+    found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
+    for rule, name in found:
+        schedule = getattr(rule, name, None)
+        if not callable(schedule):
+            continue
+        value = schedule(step)
+        fine = engine.xp.asarray(value > 0)
+        if engine.known(fine) is False:
+            raise ValueError(
+                f"the schedule of {rule!r} gives the {name} {float(value)} at step "
+                f"{step}; a limit is above 0. Nothing was changed."
+            )
 
 
 def turned(
@@ -224,11 +237,12 @@ def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> St
     if state is None:
         return rule.init(norm, engine.xp)
     state = {name: engine.adopt(x, norm) for name, x in state.items()}
+    shape = rule.remembers(norm)
     for x in state.values():
-        if tuple(x.shape)[x.ndim - norm.ndim :] != tuple(norm.shape):
+        if tuple(x.shape)[x.ndim - len(shape) :] != shape:
             raise ValueError(
                 f"{rule!r} remembers {x.shape[-1]} tensors, but this step has "
-                f"{norm.shape[0]}; hand over the same gradients at every step."
+                f"{shape[-1]}; hand over the same gradients at every step."
             )
     return state
 
@@ -292,8 +306,9 @@ def apply(
         return leaves if idle else engine.clamp(leaves, info.limit)
 
     def scale(norm: Array) -> Array:
-        limit, _ = stage.update(seen._replace(norm=norm), {})
-        return clip_scale(norm, limit, seen.xp, stage.stretches)
+        now = seen._replace(norm=norm)
+        limit, _ = stage.update(now, {})
+        return clip_scale(norm, limit, seen.xp, stage.most(now))
 
     return engine.each(leaves, scale)
 

@@ -78,13 +78,15 @@ def replay(
     check_rule(rule)
     record = history.recorded
     _check(rule)
-    norms = _norms(record, rule)
+    norms, bound = _norms(record, rule), rule
+    if record.tensors is not None and norms.ndim == 2:
+        bound = rule.bind(record.tensors.names, [()] * norms.shape[1])
     limit, scale = np.empty(record.norm.size), np.empty(record.norm.size)
     with np.errstate(all="ignore"):
         if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
             _all_at_once(norms, rule, limit, scale)
         else:
-            for i, info in enumerate(_one_by_one(norms, rule)):
+            for i, info in enumerate(_one_by_one(norms, bound)):
                 limit[i], scale[i] = _most(info.limit), np.min(info.scale)
                 if progress and i % 1000 == 999:
                     progress(1000)
@@ -98,6 +100,11 @@ def _check(rule: Rule) -> None:
             raise ValueError(
                 f"replay: {stage!r} compares gradients with parameters, and a history "
                 "holds no parameters; it can only be tried in training."
+            )
+        if stage.needs_shape:
+            raise ValueError(
+                f"replay: {stage!r} counts elements, and a history holds no shapes; "
+                "it can only be tried in training."
             )
         if stage.over in ("unit", "element"):
             raise ValueError(

@@ -113,7 +113,9 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         return run(
             engine,
             [engine.prepare(g, "") for g in grads],
-            self.rule.bind([v.path for v in variables]),
+            self.rule.bind(
+                [v.path for v in variables], [tuple(v.shape) for v in variables]
+            ),
             memory,
             step=step,
             policy=self.on_nonfinite,

@@ -222,7 +222,8 @@ class Attached(Clipper):
             stages(self.rule), self._memory.states, old, strict=True
         ):
             for name, x in (before or {}).items():
-                if stage.over == "tensor" and state is not None:
+                each = stage.over == "tensor" or stage.by_place
+                if each and state is not None:
                     state[name][..., : x.shape[-1]] = x
                 elif state is not None:
                     state[name] = x

@@ -145,7 +145,8 @@ class Clipper:
         """Make the memory for all parameters, so that it can be saved and loaded."""
         device = self.params[0].device
         verbs = InPlace()
-        self._bound = self.rule.bind(self.names)
+        shapes = [tuple(p.shape) for p in self.params]
+        self._bound = self.rule.bind(self.names, shapes)
         named = zip(self.names, self.params, strict=True)
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:

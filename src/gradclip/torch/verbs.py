@@ -72,6 +72,15 @@ class InPlace(TorchArrays):
         measure = norms.wide_unit_norms if self.deterministic else norms.unit_norms
         return measure(tensors, p)
 
+    def counts(self, leaves: Sequence[Tensor]) -> list[int]:
+        """Return how many units each tensor has, 0 for one without a gradient."""
+        found = super().counts(leaves)
+        if self.cells is None:
+            return found
+        count, present = self.cells
+        here = dict(zip(present, found, strict=True))
+        return [here.get(i, 0) for i in range(count)]
+
     @property
     def absent(self) -> Tensor | None:
         """Which parameters have no gradient, if any."""

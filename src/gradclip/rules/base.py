@@ -1,0 +1,90 @@
+"""What all rules share: what they see, what they remember, what they answer."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+Array: TypeAlias = Any
+State: TypeAlias = dict[str, Array]
+Shape: TypeAlias = tuple[int, ...]
+Scope: TypeAlias = Literal["all", "tensor", "unit", "element"]
+
+
+class Measured(NamedTuple):
+    """What a rule gets to see at one step."""
+
+    norm: Array
+    """Norms before clipping, one per cell of the scope."""
+    weight: Array | None
+    """Norms of the parameters, cell for cell; only where `needs_weight`."""
+    step: Any
+    """How many steps came before."""
+    xp: Any
+    """The array namespace that the norms belong to."""
+    units: Sequence[int] = ()
+    """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
+
+
+class Rule:
+    """What all rules share: a scope, an empty memory and the checks on both."""
+
+    over: Scope = "all"
+    p: float = 2.0
+    axis: int = 0
+
+    scopes: ClassVar[tuple[Scope, ...]] = ("all", "tensor")
+    stretches: ClassVar[bool] = False
+    """Whether the scale may be above 1."""
+    bends: ClassVar[bool] = False
+    """Whether the limit of a cell grows with its norm, so that elements differ."""
+    drops: ClassVar[bool] = False
+    """Whether passing the limit drops the whole step."""
+    by_place: ClassVar[bool] = False
+    """Whether it matters which tensor a norm belongs to, also without a memory."""
+    needs_weight: ClassVar[bool] = False
+    needs_shape: ClassVar[bool] = False
+    """Whether the shapes of the tensors matter, which norms alone do not tell."""
+
+    def __post_init__(self) -> None:
+        """Refuse a scope for which the method has no meaning."""
+        if self.over not in self.scopes:
+            known = ", ".join(repr(scope) for scope in self.scopes)
+            raise ValueError(
+                f"{type(self).__name__}(over={self.over!r}): the norm is taken over "
+                f"one of {known}."
+            )
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the rule remembers anything from one step to the next."""
+        return False
+
+    @property
+    def kind(self) -> str:
+        """What a saved memory has to match: the method and its scope."""
+        return f"{type(self).__name__}(over={self.over!r})"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the memory gets larger in time, which compiled code cannot do."""
+        return False
+
+    def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> "Rule":
+        """Return the rule for tensors of these names and shapes; most do not care."""
+        return self
+
+    def most(self, seen: Measured) -> Array | float:
+        """Return how large the scale may be."""
+        return math.inf if self.stretches else 1.0
+
+    def remembers(self, norm: Array) -> Shape:
+        """Return the shape that its memory ends in, for norms shaped like `norm`."""
+        return tuple(norm.shape)
+
+    def init(self, norm: Array, xp: Any) -> State:
+        """Return the memory before the first step, for norms shaped like `norm`."""
+        return {}
+
+    def update(self, seen: Measured, state: State) -> tuple[Array, State]:
+        """Return the limit for the norms seen, and the memory for the next step."""
+        raise NotImplementedError

@@ -1,0 +1,28 @@
+"""Arguments of rules are refused where they are given, with what to do instead."""
+
+import math
+import sys
+
+from gradclip.rules.base import Rule
+
+ABOVE_ZERO = math.ulp(0.0)
+LARGEST = sys.float_info.max
+
+
+def check(rule: Rule, name: str, low: float, high: float, remedy: str) -> None:
+    """Refuse what is not a number from `low` to `high`; an integer for integers."""
+    value = getattr(rule, name)
+    kinds = int if isinstance(low, int) else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{type(rule).__name__}({name}={value!r}): {remedy}")
+
+
+def choose(rule: Rule, name: str, known: tuple[str, ...]) -> None:
+    """Refuse a word that has no meaning here."""
+    value = getattr(rule, name)
+    if value not in known:
+        words = ", ".join(map(repr, known))
+        raise ValueError(
+            f"{type(rule).__name__}({name}={value!r}): use one of {words}."
+        )

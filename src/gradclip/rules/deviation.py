@@ -1,0 +1,90 @@
+"""A limit some deviations above the mean of the last norms."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from gradclip.rules.base import Array, Measured, Rule, Scope, State
+from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
+from gradclip.rules.keeping import held, remembered, usable
+
+
+@dataclass(frozen=True)
+class Deviation(Rule):
+    r"""Limit each norm to the mean plus some deviations of the norms before it.
+
+    $c_t = \mu + z \sigma$, with the mean and the sample deviation of the last $w$ norms
+
+    `Skip(Deviation())` drops the steps that stand out, and their norms never widen the
+    limit of the next ones.
+
+    Args:
+        z: How many standard deviations may pass, above 0.
+        window: How many norms are remembered, at least 2; not those that are 0, NaN or
+            infinite.
+        warmup: How many norms are watched before any is clipped, from 2 to `window`.
+        over: `"all"` or each `"tensor"`.
+
+    Raises:
+        ValueError: For a number outside its range, named in the message.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> clipper = gc.Clipper(gc.Skip(gc.Deviation(z=6.0, window=4, warmup=2)))
+        >>> norms = [1.0, 1.2, 90.0, 1.1]
+        >>> [float(clipper.clip(np.array([n]))[1].norm_after) for n in norms]
+        [1.0, 1.2, 0.0, 1.1]
+
+    Reference:
+        OLMo-core, `SkipStepOptimizer` (z = 6, 128 steps), github.com/allenai/OLMo-core.
+    """
+
+    z: float = 6.0
+    window: int = 128
+    warmup: int = 64
+    over: Scope = "all"
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        super().__post_init__()
+        check(self, "z", ABOVE_ZERO, LARGEST, "the deviations let through are above 0.")
+        check(self, "window", 2, sys.maxsize, "a deviation takes two norms or more.")
+        check(self, "warmup", 2, self.window, "it lies between 2 and the window.")
+
+    @property
+    def stateful(self) -> bool:
+        """The past norms are remembered."""
+        return True
+
+    @property
+    def kind(self) -> str:
+        """The window decides what the memory looks like, too."""
+        return f"Deviation(over={self.over!r}, window={self.window!r})"
+
+    def init(self, norm: Array, xp: Any) -> State:
+        """Return an empty memory; infinity marks a place that is still free."""
+        places = xp.stack([norm] * self.window)
+        return {
+            "norms": xp.full_like(places, math.inf),
+            "count": xp.zeros_like(norm),
+        }
+
+    def update(self, seen: Measured, state: State) -> tuple[Array, State]:
+        """Return the limit from the norms before, and the memory with the new ones."""
+        xp, n, norms, count = seen.xp, seen.norm, state["norms"], state["count"]
+        there, many = xp.isfinite(norms), xp.clip(count, None, float(self.window))
+        # In units of the largest, so that the square of a norm of 1e200 is finite.
+        largest = xp.max(xp.where(there, norms, 0.0), axis=0)
+        unit = xp.where(largest > 0, largest, 1.0)
+        parts = xp.where(there, norms / unit, 0.0)
+        mean = xp.sum(parts, axis=0) / xp.clip(many, 1.0, None)
+        squares = xp.sum(xp.where(there, parts - mean, 0.0) ** 2, axis=0)
+        spread = self.z * xp.sqrt(squares / xp.clip(many - 1, 1.0, None))
+        # Norms that are all alike must not stand out by the rounding of their mean.
+        slack = 4 * float(xp.finfo(n.dtype).eps) * mean
+        limit = xp.where(many < self.warmup, math.inf, unit * (mean + spread + slack))
+
+        taken = xp.where(n > limit, limit, n)
+        updated = {"norms": remembered(norms, count, taken, xp), "count": count + 1}
+        return limit, held(updated, state, usable(n, xp), xp)

@@ -1,0 +1,34 @@
+"""What enters a memory of norms, and what does not."""
+
+import math
+from typing import Any
+
+from gradclip.rules.base import Array, State
+
+
+def usable(norm: Array, xp: Any) -> Array:
+    """Return where a norm says something: one that is 0 or not finite does not.
+
+    A memory of zeros (an expert without tokens so far) would freeze what comes next.
+    """
+    return xp.isfinite(norm) & (norm > 0)
+
+
+def held(new: State, old: State, kept: Array, xp: Any) -> State:
+    """Return the new memory, or the old one where the step was dropped."""
+    return {
+        name: xp.where(kept, x, _grown(old[name], x, xp)) for name, x in new.items()
+    }
+
+
+def _grown(old: Array, new: Array, xp: Any) -> Array:
+    """Return an array with free places at its end, up to the size of another."""
+    if old.shape == new.shape:
+        return old
+    return xp.concat([old, xp.full_like(new[old.shape[0] :], math.inf)])
+
+
+def remembered(norms: Array, count: Array, taken: Array, xp: Any) -> Array:
+    """Return a ring of norms with new ones in the place of the oldest."""
+    places = xp.cumulative_sum(xp.ones_like(norms), axis=0) - 1
+    return xp.where(places == count % norms.shape[0], taken, norms)

@@ -1,0 +1,56 @@
+"""Limits that the caller gives: a number, or a function of the step."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from gradclip.rules.base import Array, Measured, Rule
+
+Limit: TypeAlias = float | Array | Callable[[Any], Any]
+
+
+class Limited(Rule):
+    """A rule whose limit the caller gives."""
+
+    limit: Limit
+
+    @property
+    def stateful(self) -> bool:
+        """A schedule needs the step, so that something has to count the steps."""
+        return callable(self.limit)
+
+
+def check_limit(rule: Rule, name: str) -> None:
+    """Refuse a limit that is negative, zero or NaN; infinity only records."""
+    value = getattr(rule, name)
+    call = f"{type(rule).__name__}({name}={value!r})"
+    if callable(value):
+        return
+    if hasattr(value, "shape"):
+        if tuple(value.shape) != ():
+            raise ValueError(
+                f"{call}: the limit is one number; this array has shape "
+                f"{tuple(value.shape)}."
+            )
+        # Reading a number off an accelerator would make the host wait for it.
+        if "cpu" not in str(getattr(value, "device", "cpu")).lower():
+            return
+        try:
+            value = float(value)
+        except TypeError:
+            # Traced by jit, so that there is no number to check yet.
+            return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{call}: the limit is a number, a 0-d array, or a function of the step."
+        )
+    if not value > 0:
+        raise ValueError(
+            f"{call}: the limit is above 0; use float('inf') to record norms without "
+            "clipping."
+        )
+
+
+def limit_at(seen: Measured, limit: Limit) -> Array:
+    """Return the limit at this step in the shape of the norms; ask a schedule here."""
+    value = limit(seen.step) if callable(limit) else limit
+    return seen.xp.zeros_like(seen.norm) + value

@@ -1,0 +1,29 @@
+"""The norm of a whole, from the norms of its parts."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gradclip.rules.base import Array
+from gradclip.rules.keeping import usable
+
+
+def norm_of(norms: Array, xp: Any) -> Array:
+    """Return the 2-norm of norms, of those that are finite, without overflow."""
+    known = usable(norms, xp)
+    largest = xp.max(xp.where(known, norms, 0.0))
+    unit = xp.where(largest > 0, largest, 1.0)
+    return unit * xp.sqrt(xp.sum(xp.where(known, norms / unit, 0.0) ** 2))
+
+
+def share(limit: Array, norm: Array, total: Array, xp: Any) -> Array:
+    """Return what a part may take of the limit of the whole."""
+    part = limit * (norm / xp.where(total > 0, total, 1.0))
+    return xp.where(xp.isinf(limit), limit, part)
+
+
+def beside(values: ArrayLike, norm: Array, xp: Any) -> Array:
+    """Return constants as an array on the device of the norms, in full precision."""
+    # Torch would make float32 of a list. A traced array has no device, and needs none.
+    return xp.asarray(np.asarray(values), device=getattr(norm, "device", None))

@@ -1,0 +1,83 @@
+"""AdaGN: a length that is the ratio of two moments of the norm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gradclip.rules.base import Array, Measured, Rule, Scope, State
+from gradclip.rules.checks import LARGEST, check
+from gradclip.rules.keeping import held, usable
+
+
+@dataclass(frozen=True)
+class Stabilize(Rule):
+    r"""Bring each gradient to the ratio of the moving moments of its norm (AdaGN).
+
+    $g \leftarrow g \cdot \hat m_t / ((\sqrt{\hat v_t} + \varepsilon)
+    \lVert g_t \rVert)$ with $m_t = \gamma_1 m_{t-1} + (1 - \gamma_1)
+    \lVert g_t \rVert$ and $v_t = \gamma_2 v_{t-1} + (1 - \gamma_2)
+    \lVert g_t \rVert^2$, each divided by $1 - \gamma^t$
+
+    The length is about 1 and has no unit: the same for a loss of any scale, so that
+    `limit` in an `Info` is not comparable with the norm. A spike of any size ends at
+    most at $(1 - \gamma_1) / \sqrt{1 - \gamma_2}$ once both moments are warm.
+
+    Args:
+        decay: $\gamma_1$, how much of the first moment is kept at each step, in [0, 1).
+        square_decay: $\gamma_2$, the same for the second moment.
+        over: Each `"tensor"` (the paper) or `"all"`.
+        eps: $\varepsilon$, at least 0. (The paper's code uses 1e-8.)
+
+    Raises:
+        ValueError: For a number outside its range, named in the message.
+
+    Example:
+        >>> import gradclip as gc, numpy as np
+        >>> clipper = gc.Clipper(gc.Stabilize())
+        >>> norms = [0.02, 0.02, 20.0, 0.02]
+        >>> infos = [clipper.clip(np.array([n]))[1] for n in norms]
+        >>> [round(float(info.norm_after[0]), 3) for info in infos]
+        [1.0, 1.0, 0.753, 0.542]
+
+    Reference:
+        Huang et al.: Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam
+        (later: GradientStabilizer: fix the norm, not the gradient). arXiv 2502.17055,
+        2025.
+    """
+
+    decay: float = 0.7
+    square_decay: float = 0.9
+    over: Scope = "tensor"
+    eps: float = 0.0
+
+    stretches = True
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        super().__post_init__()
+        for name in ("decay", "square_decay"):
+            check(self, name, 0.0, 1.0 - 2**-53, "the decay lies in [0, 1).")
+        check(self, "eps", 0.0, LARGEST, "eps is 0 or above, and finite.")
+
+    @property
+    def stateful(self) -> bool:
+        """Two moments are remembered, the second as its root."""
+        return True
+
+    def init(self, norm: Array, xp: Any) -> State:
+        """Return a memory of nothing."""
+        return {name: xp.zeros_like(norm) for name in ("mean", "root", "count")}
+
+    def update(self, seen: Measured, state: State) -> tuple[Array, State]:
+        """Return the ratio of the moments with the new norm among them."""
+        xp, n, a, b = seen.xp, seen.norm, self.decay, self.square_decay
+        known, count = usable(n, xp), state["count"] + 1
+        mean = state["mean"] + (1 - a) * (n - state["mean"])
+        # The root, since the square of a norm of 1e200 is infinite.
+        root = xp.hypot(b**0.5 * state["root"], (1 - b) ** 0.5 * n)
+        updated = {"mean": mean, "root": root, "count": count}
+        spread = root / xp.sqrt(1 - b**count) + self.eps
+        length = (mean / (1 - a**count)) / xp.where(known, spread, 1.0)
+        return length, held(updated, state, known, xp)
+
+
+AdaGN = Stabilize
