@@ -226,10 +226,12 @@ def extremes(rank, world):
 def messages_by_count(rank, world):
     """Count messages for more and more tensors."""
     grid, found = meshes(world)["grid"], {}
-    for scope in ("all", "tensor", "unit", "element"):
+    for scope in ("all", "tensor", "unit", "element", "verify"):
         for count in (10, 100, 1000):
             params = [piece(i + 1.0, grid) for i in range(count)]
-            clipper = Clipper(params, gc.Norm(0.5, over=scope), doctor=())
+            verify = scope == "verify"
+            rule = gc.Norm(0.5, over="all" if verify else scope)
+            clipper = Clipper(params, rule, doctor=(), verify=verify)
             with CommDebugMode() as counter:
                 clipper.clip_()
             found[scope, count] = messages(counter)
@@ -348,7 +350,7 @@ def stages_of_pipeline(rank, world):
     def split(name, p):
         return None if name == "tied" else dist.group.WORLD
 
-    clipper = Clipper(mine, gc.Norm(0.5), split_over=split)
+    clipper = Clipper(mine, gc.Norm(0.5), split_over=split, verify=True)
     found = {"norm": (float(clipper.clip_().norm), float(total))}
     largest = max(float(torch.linalg.vector_norm(t)) for t in [*everything, tied])
     for limit, kept in ((largest * 1.01, True), (largest * 0.99, False)):
@@ -377,7 +379,8 @@ def experts(rank, world):
         clipper = Clipper(
             params,
             gc.Norm(0.5, p=order),
-            split_over=lambda n, p: dist.group.WORLD if n == "expert" else None,
+            split_over=is_expert,
+            verify=True,
         )
         true = float(torch.linalg.vector_norm(flat, order))
         found[f"norm {order}"] = float(clipper.clip_().norm), true
@@ -405,12 +408,154 @@ def slices(rank, world):
         def split(n, p):
             return Pieces(dist.group.WORLD, cut[n]) if n in cut else None
 
-        Clipper(parts, rule(), split_over=split, doctor=()).clip_()
+        Clipper(parts, rule(), split_over=split, doctor=(), verify=True).clip_()
         Clipper(alone, rule(), doctor=()).clip_()
         for n, p in alone.items():
             full = p.grad.chunk(world, cut[n])[rank] if n in cut else p.grad
             found[f"{name} {n}"] = float((parts[n].grad - full).abs().max()), 0.0
     return found
+
+
+class Trial(torch.nn.Module):
+    """A dense layer and an expert, whose numbers a test chooses."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = torch.nn.Linear(4, 4)
+        torch.manual_seed(seed)
+        self.expert = torch.nn.Linear(4, 2)
+
+    def learn(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, 4, generator=generator)
+        self.expert(self.dense(x)).square().sum().backward()
+        return self
+
+
+def trial(rank, sync=True, own=False):
+    """Return a model after backward: with an expert of its own, synchronised or not."""
+    model = Trial(seed=rank if own else 1).learn(seed=rank + 5)
+    for p in model.parameters() if sync else ():
+        if not (own and any(p is q for q in model.expert.parameters())):
+            dist.all_reduce(p.grad)
+    return model
+
+
+def trial_under_ddp(rank):
+    """Return a model whose gradients DDP has not reduced yet."""
+    model = torch.nn.parallel.DistributedDataParallel(Trial(1))
+    with model.no_sync():
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))
+        model.module.expert(model.module.dense(x)).square().sum().backward()
+    return model
+
+
+def trial_of_stages(rank):
+    """Return the one of two stages of a pipeline that belongs to this process."""
+    model = trial(rank)
+    return torch.nn.ModuleDict(
+        {"late": model.expert} if rank else {"early": model.dense}
+    )
+
+
+def trial_beside(rank, world):
+    """Return a norm layer whose copies were not summed, beside a layer in rows."""
+    line = meshes(world)["line"]
+    layer = placed(torch.arange(4.0 * world).view(-1, 2), line, [Shard(0)])
+    norm = torch.nn.Parameter(
+        DTensor.from_local(torch.ones(3), line, [Replicate()], run_check=False)
+    )
+    uneven = torch.tensor([1.0, 2.0, 3.0 + rank])
+    norm.grad = DTensor.from_local(uneven, line, [Replicate()], run_check=False)
+    return {"layer": layer, "norm": norm}
+
+
+def is_expert(name, p):
+    return dist.group.WORLD if "expert" in name else None
+
+
+def by_rank(rank):
+    """Declare the group on the first process only."""
+    return is_expert if rank == 0 else None
+
+
+def misuses(rank, world):
+    """Return, for each misuse, a function that clips."""
+    everyone = dist.group.WORLD
+    nan = trial(rank)
+    for p in nan.parameters():
+        p.grad.fill_(math.nan)
+    late = trial(rank, sync=False)
+    behind = Clipper(trial(rank), gc.ZScore(1.0, warmup=1), doctor=(), verify=True)
+    behind.clip_()
+    if rank == world - 1:
+        behind.load_state_dict(behind.state_dict() | {"0.mean": torch.tensor(9.0)})
+
+    def clipping(params, rule=None, **options):
+        def clip():
+            clipper = Clipper(
+                params, rule or gc.Norm(0.5), doctor=(), verify=True, **options
+            )
+            return clipper.clip_()
+
+        return params, clip
+
+    def stepping(model, **options):
+        def step():
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            options.update(model=model, doctor=(), verify=True)
+            attach(optimizer, gc.Norm(0.5), **options)
+            optimizer.step()
+
+        return model, step
+
+    return {
+        "replica: all": stepping(trial(rank), split_over=everyone),
+        "replica: dense": clipping(trial(rank, own=True), split_over=everyone),
+        "sync: ddp": stepping(trial_under_ddp(rank)),
+        "sync: function": (late, lambda: verified_function(late)),
+        "sync: beside": clipping(trial_beside(rank, world)),
+        "group: experts": clipping(trial(rank, own=True)),
+        "group: stages": stepping(trial_of_stages(rank)),
+        "group: one side": clipping(trial(rank, own=True), split_over=by_rank(rank)),
+        "limit": clipping(trial(rank), gc.Norm(0.5 + rank)),
+        "limits": clipping(trial(rank), gc.Norm(0.5 + rank, over="tensor")),
+        "memory": ({}, behind.clip_),
+        "refusal": clipping(nan, on_nonfinite="raise" if rank else "skip"),
+        "right": clipping(trial(rank)),
+        "right: experts": clipping(trial(rank, own=True), split_over=is_expert),
+        "right: ddp": stepping(trial(rank)),
+        "right: nothing": stepping(Trial(1)),
+    }
+
+
+def verified_function(model):
+    return clip_grad_norm_(model.parameters(), 0.5, verify=True)
+
+
+def verified(rank, world):
+    """Clip in every wrong way; return what is said, and whether something changed."""
+    found = {}
+    for name, (model, clip) in misuses(rank, world).items():
+        params = list(model.values() if isinstance(model, dict) else model.parameters())
+        before = [local(p.grad) for p in params], [local(p) for p in params]
+        said = None
+        try:
+            clip()
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        after = [local(p.grad) for p in params], [local(p) for p in params]
+        found[name] = said, same(before[0], after[0]), same(before[1], after[1])
+    return found
+
+
+def local(t):
+    return None if t is None else sharded.local_of(t.detach()).clone()
+
+
+def same(before, after):
+    return all(a is b or torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def crossed(rank, world):
@@ -421,7 +566,8 @@ def crossed(rank, world):
     params = [placed(full[stage], grid["b"], [Shard(0)])]
     if stage == 1:
         params.append(placed(torch.ones(3), grid["b"], [Replicate()]))
-    clipper = Clipper(params, gc.Norm(0.5), split_over=grid.get_group("a"))
+    stages_of = grid.get_group("a")
+    clipper = Clipper(params, gc.Norm(0.5), split_over=stages_of, verify=True)
     flat = torch.cat([*(t.flatten() for t in full), torch.ones(3)])
     return {
         "norm": (float(clipper.clip_().norm), float(torch.linalg.vector_norm(flat)))
@@ -502,7 +648,10 @@ def train(rank, world, kind, name, fused, order):
     rule, make = gc.Norm(0.2, p=order), getattr(torch.optim, name)
     nets = net, alone
     both = [make(n.parameters(), lr=0.05, fused=fused) for n in nets]
-    clippers = [attach(o, rule, model=n) for o, n in zip(both, nets, strict=True)]
+    clippers = [
+        attach(o, rule, model=n, verify=n is net)
+        for o, n in zip(both, nets, strict=True)
+    ]
     worst = clipped = 0.0
     for step in range(20):
         norms = []
@@ -635,6 +784,7 @@ PROGRAMS = [
     every_scope,
     policies,
     callers,
+    verified,
     training,
     adaptive,
     deterministic,

@@ -59,13 +59,15 @@ def test_one_message_for_each_dimension_of_a_mesh(found, world):
 
 
 @each_world
-@pytest.mark.parametrize("scope", ["all", "tensor", "unit", "element"])
+@pytest.mark.parametrize("scope", ["all", "tensor", "unit", "element", "verify"])
 def test_messages_do_not_depend_on_how_many_tensors(found, world, scope):
     counts = {
         n: c for (s, n), c in found[world][0]["messages_by_count"].items() if s == scope
     }
     assert set(counts) == {10, 100, 1000}
     assert len(set(counts.values())) == 1, counts
+    plain = found[world][0]["messages_by_count"]["all", 10]
+    assert scope != "verify" or counts[10] == plain + 2
 
 
 @each_world
@@ -113,6 +115,52 @@ def test_what_only_the_caller_knows(found, world):
     for rank in found[world]:
         for case, (ours, true) in rank["callers"].items():
             assert ours == pytest.approx(true, rel=1e-6, abs=1e-6), case
+
+
+SAID = {
+    "replica: all": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
+    "replica: dense": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
+    "sync: ddp": ["rank 1", "'module.dense.weight'", "before the gradients are sync"],
+    "sync: function": ["rank 1", "'[0]'", "before the gradients are sync"],
+    "sync: beside": ["rank 1", "'norm'", "before the gradients are synchronised"],
+    "group: experts": ["rank 1", "'expert.weight'", "a group is missing"],
+    "group: stages": ["rank 1", "'early.weight'", "a group is missing"],
+    "group: one side": ["rank 1", "'expert.weight'", "a group is missing on rank 1"],
+    "limit": ["rank 1", "limit 1.5", "another limit"],
+    "limits": ["rank 1", "limit 6", "another limit"],
+    "memory": ["limit", "another saved memory"],
+}
+
+
+@each_world
+@pytest.mark.parametrize("case", SAID)
+def test_verify_says_on_every_process_what_is_wrong(found, world, case):
+    for rank in found[world]:
+        said, grads_kept, weights_kept = rank["verified"][case]
+        assert said == found[world][0]["verified"][case][0], "all say the same"
+        assert said.startswith("VerifyError: ")
+        for part in SAID[case]:
+            assert part in said
+        assert weights_kept
+        # What was decided is known only after it was done.
+        assert grads_kept or case.startswith("limit")
+        assert "'expert" not in said or case != "replica: dense"
+
+
+@each_world
+def test_verify_tells_the_others_when_one_refuses(found, world):
+    first, *others = [r["verified"]["refusal"][0] for r in found[world]]
+    assert first.startswith("VerifyError: rank 1")
+    for other in others:
+        assert other.startswith("NonFiniteError: NaN or infinity in the gradients of d")
+
+
+@each_world
+def test_verify_is_silent_where_all_is_right(found, world):
+    for rank in found[world]:
+        right = {k: v[0] for k, v in rank["verified"].items() if "right" in k}
+        assert len(right) == 4
+        assert set(right.values()) == {None}
 
 
 @each_world

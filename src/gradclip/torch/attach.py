@@ -18,6 +18,7 @@ from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import named_parameters
 from gradclip.torch.sharded import SplitOver
+from gradclip.torch.verify import Verify
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -36,6 +37,7 @@ def attach(
     doctor: Collection[str] = CHECKS,
     split_over: SplitOver = None,
     deterministic: bool = False,
+    verify: Verify = False,
 ) -> "Attached":
     r"""Clip the gradients of an optimizer inside its `step()`.
 
@@ -56,6 +58,7 @@ def attach(
         doctor: As for `Clipper`.
         split_over: As for `Clipper`.
         deterministic: As for `Clipper`.
+        verify: As for `Clipper`; a step that is refused is not taken.
 
     Returns:
         The clipper, with the latest `info`; `detach()` ends the clipping.
@@ -63,6 +66,7 @@ def attach(
     Raises:
         TypeError: For what is not an optimizer, a rule or a module.
         ValueError: For an unknown policy.
+        VerifyError: As for `Clipper`, also by `step()`.
 
     Example:
         >>> import torch, gradclip
@@ -94,6 +98,7 @@ def attach(
         doctor=doctor,
         split_over=split_over,
         deterministic=deterministic,
+        verify=verify,
     )
 
 
@@ -174,6 +179,7 @@ class Attached(Clipper):
         """Clip, or have the optimizer do it, or keep the gradients away from it."""
         self._restore_flags()
         self._take_up_new_parameters()
+        self._verify_gradients()
         if self._layout is None and all(p.grad is None for p in self.params):
             self._doctor.tell(
                 "missing",

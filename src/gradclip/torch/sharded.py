@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Says that a plain tensor is a piece of one tensor, cut along a dimension.
+    r"""Says that a plain tensor is a piece of one tensor, cut along a dimension.
+
+    $\lVert t \rVert_p^p = \sum_r \lVert t_r \rVert_p^p$ over the ranks $r$ of a group.
 
     A bare process group says that its members hold different tensors. For the norm of
     all gradients that is the same, but only pieces have norms of tensors and rows that
@@ -36,8 +38,7 @@ class Pieces:
         dim: The dimension that was cut; None for tensors that were laid flat before.
 
     Example:
-        >>> from gradclip.torch import Clipper
-        >>> from gradclip.torch.sharded import Pieces
+        >>> from gradclip.torch import Clipper, Pieces
         >>> def split_over(name, p):
         ...     return Pieces(tp_group, dim=1) if name.endswith("proj.weight") else None
     """
