@@ -226,9 +226,9 @@ def extremes(rank, world):
 def messages_by_count(rank, world):
     """Count messages for more and more tensors."""
     grid, found = meshes(world)["grid"], {}
-    for scope in ("all", "tensor", "unit", "element", "verify"):
-        for count in (10, 100, 1000):
-            params = [piece(i + 1.0, grid) for i in range(count)]
+    for count in (10, 100, 1000):
+        params = [piece(i + 1.0, grid) for i in range(count)]
+        for scope in ("all", "tensor", "unit", "element", "verify"):
             verify = scope == "verify"
             rule = gc.Norm(0.5, over="all" if verify else scope)
             clipper = Clipper(params, rule, doctor=(), verify=verify)
