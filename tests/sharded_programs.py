@@ -4,8 +4,10 @@ import faulthandler
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -42,6 +45,7 @@ from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm, sha
 from gradclip.torch.sharded import Pieces
 
 TIMEOUT = 480
+GROUP_TIMEOUT = 90
 CPU = torch.device("cpu")
 
 
@@ -55,7 +59,7 @@ def _enter(rank, world, folder, program, given):
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=90),
+        timeout=timedelta(seconds=GROUP_TIMEOUT),
     )
     torch.manual_seed(0)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
@@ -88,6 +92,23 @@ def start(world, program, *given):
                 raise TimeoutError(f"{program.__name__} hangs on {world} processes")
         saved = [Path(folder, f"{rank}.pt") for rank in range(world)]
         return [torch.load(path, weights_only=False) for path in saved]
+
+
+def start_and_lose(world, program, *given):
+    """Run a program of which some processes die; return results and exit codes."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _enter,
+            (world, folder, program, (*given, folder)),
+            nprocs=world,
+            join=False,
+            start_method="spawn",
+        )
+        for p in context.processes:
+            p.join(TIMEOUT)
+        paths = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        found = [torch.load(p, weights_only=False) for p in paths if p.exists()]
+        return found, [p.exitcode for p in context.processes]
 
 
 def placed(full, mesh, placements, grad_placements=None):
@@ -687,6 +708,70 @@ def backward(net, x, rank, world, kind, ours):
     return None
 
 
+class Run:
+    """A training run that can be saved, lost and gone on with."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+        self.net = sharded_net("rows", world)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.05, fused=True)
+        rule = gc.Percentile(30.0)
+        self.clipper = attach(self.optimizer, rule, model=self.net, doctor=())
+
+    def steps(self, first, last):
+        """Train; yield the norm and the limit of each step."""
+        for step in range(first, last):
+            self.optimizer.zero_grad()
+            x = batch(step, self.world)
+            backward(self.net, x, self.rank, self.world, "rows", True)
+            self.optimizer.step()
+            yield float(self.clipper.info.norm), float(self.clipper.info.limit)
+
+    def state(self):
+        net, optimizer = get_state_dict(self.net, self.optimizer)
+        return {"net": net, "optimizer": optimizer, "clip": self.clipper.state_dict()}
+
+    def load(self, folder):
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.net,
+            self.optimizer,
+            model_state_dict=state["net"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.clipper.load_state_dict(state["clip"])
+
+
+def losing_one(rank, world, folder, results):
+    """Train twice: whole, then until the last process is killed in a step."""
+    whole = list(Run(rank, world).steps(0, 12))
+    run = Run(rank, world)
+    before = list(run.steps(0, 6))
+    dcp.save(run.state(), checkpoint_id=f"{folder}/run")
+    before += run.steps(6, 8)
+    if rank == world - 1:
+        # Between backward and the clip, for which the others wait.
+        sharded.Group.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        list(run.steps(8, 9))
+    except RuntimeError as error:
+        said = repr(error)
+    else:
+        said = "nothing"
+    waited = time.monotonic() - began
+    torch.save((whole, before, said, waited), f"{results}/{rank}.pt")
+    os._exit(0)
+
+
+def going_on(rank, world, folder):
+    """Go on from the checkpoint of a run that was lost."""
+    run = Run(rank, world)
+    run.load(f"{folder}/run")
+    return list(run.steps(6, 12))
+
+
 RULES = {
     "zscore": lambda: gc.ZScore(2.0, warmup=10),
     "ema": lambda: gc.EMA(1.05, warmup=10),
@@ -800,4 +885,6 @@ def everything(rank, world, folder):
         found[program.__name__] = program(rank, world, *given)
     if world == 2:
         found["loading"] = loading(rank, world, folder)
+    else:
+        found["going_on"] = going_on(rank, world, folder)
     return found

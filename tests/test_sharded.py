@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,9 @@ WORLDS = [4, 2]
 def found(tmp_path_factory):
     """Return what every process found, by the number of processes."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
+    lost = programs.start_and_lose(4, programs.losing_one, folder)
     results = {w: programs.start(w, programs.everything, folder) for w in WORLDS}
-    return results | {"folder": folder}
+    return results | {"folder": folder, "lost": lost}
 
 
 each_world = pytest.mark.parametrize("world", WORLDS)
@@ -212,6 +214,21 @@ def test_deterministic_norms_have_the_bits_of_one_process(found, world):
 def test_the_tests_notice_copies_that_are_counted_twice(found, world):
     for rank in found[world]:
         assert rank["counted_twice"] == pytest.approx(4 * math.sqrt(world))
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
+    survivors, codes = found["lost"]
+    assert codes == [0, 0, 0, -signal.SIGKILL]
+    assert len(survivors) == 3
+    whole = survivors[0][0]
+    for again, before, said, waited in survivors:
+        assert again == whole
+        assert before == whole[:8]
+        assert "Error" in said
+        assert waited < programs.GROUP_TIMEOUT
+    for rank in found[4]:
+        assert rank["going_on"] == whole[6:]
+    assert any(norm > limit for norm, limit in whole[6:]), "nothing was clipped"
 
 
 def test_the_example_runs_as_it_is_started_by_hand():
