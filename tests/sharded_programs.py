@@ -340,8 +340,8 @@ def fault(rank, world, line, kind, policy, rule):
     clipper = Clipper(params, rule(), on_nonfinite=policy, doctor=())
     try:
         info = clipper.clip_()
-    except gc.NonFiniteError:
-        return "raised"
+    except gc.NonFiniteError as error:
+        return str(error)
     return tuple(map(bool, (info.finite, info.clipped, info.kept)))
 
 
@@ -661,6 +661,10 @@ def training(rank, world):
     for kind in KINDS:
         for case in [("AdamW", kind not in ("tensor", "sequence"), 2.0), *cases]:
             found[(kind, *case)] = train(rank, world, kind, *case)
+        # Without the rounding of the network, in one largest element too.
+        torch.set_default_dtype(torch.float64)
+        found[kind, "wide", False, math.inf] = train(rank, world, kind, *cases[-1])
+        torch.set_default_dtype(torch.float32)
     return found
 
 

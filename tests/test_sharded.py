@@ -106,7 +106,9 @@ def test_all_processes_decide_alike(found, world):
         if kind not in ("nan", "copy"):
             assert result[0], case
         elif policy == "raise":
-            assert result == "raised", case
+            name = "[0]" if kind == "nan" else "[2]"
+            assert f"the gradients of {name} (1 of " in result, case
+            assert f"elements) on rank {world - 1}; nothing was changed" in result
         else:
             assert result[0] == (policy == "zero"), case
             assert result[2] == (policy != "skip"), case
@@ -174,6 +176,8 @@ def test_training(found, world, kind):
             # one largest element the rounding of the backward pass does not average.
             sums = case[1] == "SGD" and case[3] < math.inf
             near = 0.1 if kind == "precision" else 1e-6 if sums else 1e-5
+            if case[1] == "wide" and kind != "precision":
+                near = 1e-12
             if case[0] == kind:
                 assert result["norm"] < near, case
                 assert result["apart"] < near, case

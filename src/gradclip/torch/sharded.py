@@ -329,6 +329,17 @@ class Sharded(InPlace):
         found = self.layout.each_unit(found, p, self.axis)
         return torch.cat([none, *(found[i] for i in self.present)])
 
+    def gathered(self, findings: list[str]) -> list[str]:
+        """Return what was found on any process, with its rank; all ask together."""
+        import torch.distributed as dist
+
+        found = {(dist.get_rank(), finding) for finding in findings}
+        for group in self.layout.groups:
+            told: list[set[tuple[int, str]]] = [found] * group.size
+            dist.all_gather_object(told, found, group=group.handle)
+            found = found.union(*told)
+        return [f"{finding} on rank {rank}" for rank, finding in sorted(found)]
+
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
     ) -> list[Tensor]:
