@@ -1,6 +1,7 @@
 """What runs in every process of a test of split parameters, and how it is started."""
 
 import faulthandler
+import functools
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -129,6 +131,7 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+@functools.cache
 def meshes(world):
     shapes = {"line": (world,), "grid": (2, world // 2), "cube": (2, world // 2, 1)}
     return {
@@ -607,13 +610,109 @@ class Net(torch.nn.Module):
         return self.down(self.norm(torch.tanh(self.up(x)))).clone()
 
 
+class Stage(torch.nn.Module):
+    """One of two stages of a pipeline, made of the layers of `Net`."""
+
+    def __init__(self, net, last):
+        super().__init__()
+        if last:
+            self.norm, self.down = net.norm, net.down
+        else:
+            self.up = net.up
+
+    def forward(self, x):
+        if hasattr(self, "up"):
+            return torch.tanh(self.up(x))
+        return self.down(self.norm(x)).clone()
+
+
+class Experts(torch.nn.Module):
+    """A dense layer and two experts that take tokens in turn; all of them, or one."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.dense, self.group = torch.nn.Linear(6, 10), group
+        experts = {str(i): torch.nn.Linear(10, 3) for i in range(2)}
+        mine = experts if group is None else [str(group.rank())]
+        self.experts = torch.nn.ModuleDict({i: experts[i] for i in mine})
+
+    def forward(self, x):
+        h = torch.tanh(self.dense(x))
+        if self.group is not None:
+            h = Entering.apply(h, self.group)
+        out = h.new_zeros(len(h), 3)
+        for i, expert in self.experts.items():
+            tokens = torch.arange(int(i), len(h), 2)
+            out = out.index_copy(0, tokens, expert(h[tokens]))
+        return out if self.group is None else Leaving.apply(out, self.group)
+
+
+class Entering(torch.autograd.Function):
+    """What every expert receives: its gradients are summed over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class Leaving(torch.autograd.Function):
+    """What the experts return: the sum of it goes on everywhere."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def batch(step, world):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(2 * world, 6, generator=generator) * (30 if step == 7 else 1)
 
 
+def whole_net(kind):
+    return Experts() if kind == "experts" else Net()
+
+
+def declared(kind, world):
+    """Return what `split_over` has to say about a kind of model."""
+    group = meshes(world)["grid"].get_group("a")
+    if kind == "experts":
+        return lambda name, p: group if "experts" in name else None
+    return group if "pipeline" in kind else None
+
+
+def pipeline(kind, net, grid):
+    """Return the stage of this process, cut in rows over its own processes or not."""
+    last = grid.get_local_rank("a")
+    stage = Stage(net, last)
+    if kind == "pipeline-rows":
+        fully_shard(stage, mesh=grid["b"])
+    part = PipelineStage(stage, last, 2, CPU, group=grid.get_group("a"))
+    stage.schedule = ScheduleGPipe(
+        part, n_microbatches=2, loss_fn=lambda y, _: y.square().mean()
+    )
+    return stage
+
+
 def sharded_net(kind, world):
     net, m = Net(), meshes(world)
+    if kind == "experts":
+        return Experts(m["grid"].get_group("a"))
+    if "pipeline" in kind:
+        return pipeline(kind, net, m["grid"])
     mesh = m["grid"] if kind == "hybrid" else m["line"]
     if kind == "ddp":
         return torch.nn.parallel.DistributedDataParallel(net)
@@ -651,6 +750,7 @@ def sharded_net(kind, world):
 SPLIT_DATA = {"rows", "hybrid", "offload", "precision", "accumulate", "both", "ddp"}
 SPLIT_DATA |= {"fsdp1", "fsdp1-flat"}
 KINDS = [*sorted(SPLIT_DATA), "tensor", "sequence"]
+KINDS += ["pipeline", "pipeline-rows", "experts"]
 
 
 def training(rank, world):
@@ -669,12 +769,14 @@ def training(rank, world):
 
 
 def train(rank, world, kind, name, fused, order):
-    net, alone = sharded_net(kind, world), Net()
+    net, alone = sharded_net(kind, world), whole_net(kind)
     rule, make = gc.Norm(0.2, p=order), getattr(torch.optim, name)
-    nets = net, alone
+    nets, split = (net, alone), declared(kind, world)
     both = [make(n.parameters(), lr=0.05, fused=fused) for n in nets]
     clippers = [
-        attach(o, rule, model=n, verify=n is net)
+        attach(
+            o, rule, model=n, verify=n is net, split_over=split if n is net else None
+        )
         for o, n in zip(both, nets, strict=True)
     ]
     worst = clipped = 0.0
@@ -689,8 +791,9 @@ def train(rank, world, kind, name, fused, order):
         worst = max(worst, abs(norms[0] / norms[1] - 1))
     apart = 0.0
     if "fsdp1" not in kind:
-        pairs = zip(net.parameters(), alone.parameters(), strict=True)
-        apart = max(float((whole(p) - q).abs().max()) for p, q in pairs)
+        right = dict(alone.named_parameters())
+        named = ((n.removeprefix("module."), p) for n, p in net.named_parameters())
+        apart = max(float((whole(p) - right[n]).detach().abs().max()) for n, p in named)
     return {"norm": worst, "apart": apart, "clipped": clipped}
 
 
@@ -701,6 +804,8 @@ def backward(net, x, rank, world, kind, ours):
         parts, rank = 2, rank // (world // 2)
     if not ours:
         return net(x).square().mean().backward()
+    if "pipeline" in kind:
+        return through_stages(net, x, kind, world)
     if kind not in SPLIT_DATA:
         return net(x).square().mean().backward()
     x = x.chunk(parts)[rank]
@@ -710,6 +815,16 @@ def backward(net, x, rank, world, kind, ours):
         net.set_requires_gradient_sync(i == 1)
         (net(piece).square().mean() / 2).backward()
     return None
+
+
+def through_stages(net, x, kind, world):
+    """Run backward through both stages, on all of the data or on a part."""
+    grid = meshes(world)["grid"]
+    if kind == "pipeline-rows":
+        x = x.chunk(world // 2)[grid.get_local_rank("b")]
+    if grid.get_local_rank("a") == 0:
+        return net.schedule.step(x)
+    return net.schedule.step(target=torch.zeros(len(x), 3))
 
 
 class Run:
