@@ -1,11 +1,14 @@
 """What runs in every process of a test of split parameters, and how it is started."""
 
 import faulthandler
+import functools
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -42,6 +47,7 @@ from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm, sha
 from gradclip.torch.sharded import Pieces
 
 TIMEOUT = 480
+GROUP_TIMEOUT = 90
 CPU = torch.device("cpu")
 
 
@@ -55,7 +61,7 @@ def _enter(rank, world, folder, program, given):
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=90),
+        timeout=timedelta(seconds=GROUP_TIMEOUT),
     )
     torch.manual_seed(0)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
@@ -90,6 +96,23 @@ def start(world, program, *given):
         return [torch.load(path, weights_only=False) for path in saved]
 
 
+def start_and_lose(world, program, *given):
+    """Run a program of which some processes die; return results and exit codes."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _enter,
+            (world, folder, program, (*given, folder)),
+            nprocs=world,
+            join=False,
+            start_method="spawn",
+        )
+        for p in context.processes:
+            p.join(TIMEOUT)
+        paths = [Path(folder, f"{rank}.pt") for rank in range(world)]
+        found = [torch.load(p, weights_only=False) for p in paths if p.exists()]
+        return found, [p.exitcode for p in context.processes]
+
+
 def placed(full, mesh, placements, grad_placements=None):
     """Return a DTensor parameter of ones with a gradient, given whole."""
     weight = distribute_tensor(torch.ones_like(full), mesh, placements)
@@ -108,6 +131,7 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+@functools.cache
 def meshes(world):
     shapes = {"line": (world,), "grid": (2, world // 2), "cube": (2, world // 2, 1)}
     return {
@@ -226,10 +250,12 @@ def extremes(rank, world):
 def messages_by_count(rank, world):
     """Count messages for more and more tensors."""
     grid, found = meshes(world)["grid"], {}
-    for scope in ("all", "tensor", "unit", "element"):
-        for count in (10, 100, 1000):
-            params = [piece(i + 1.0, grid) for i in range(count)]
-            clipper = Clipper(params, gc.Norm(0.5, over=scope), doctor=())
+    for count in (10, 100, 1000):
+        params = [piece(i + 1.0, grid) for i in range(count)]
+        for scope in ("all", "tensor", "unit", "element", "verify"):
+            verify = scope == "verify"
+            rule = gc.Norm(0.5, over="all" if verify else scope)
+            clipper = Clipper(params, rule, doctor=(), verify=verify)
             with CommDebugMode() as counter:
                 clipper.clip_()
             found[scope, count] = messages(counter)
@@ -317,8 +343,8 @@ def fault(rank, world, line, kind, policy, rule):
     clipper = Clipper(params, rule(), on_nonfinite=policy, doctor=())
     try:
         info = clipper.clip_()
-    except gc.NonFiniteError:
-        return "raised"
+    except gc.NonFiniteError as error:
+        return str(error)
     return tuple(map(bool, (info.finite, info.clipped, info.kept)))
 
 
@@ -348,7 +374,7 @@ def stages_of_pipeline(rank, world):
     def split(name, p):
         return None if name == "tied" else dist.group.WORLD
 
-    clipper = Clipper(mine, gc.Norm(0.5), split_over=split)
+    clipper = Clipper(mine, gc.Norm(0.5), split_over=split, verify=True)
     found = {"norm": (float(clipper.clip_().norm), float(total))}
     largest = max(float(torch.linalg.vector_norm(t)) for t in [*everything, tied])
     for limit, kept in ((largest * 1.01, True), (largest * 0.99, False)):
@@ -377,7 +403,8 @@ def experts(rank, world):
         clipper = Clipper(
             params,
             gc.Norm(0.5, p=order),
-            split_over=lambda n, p: dist.group.WORLD if n == "expert" else None,
+            split_over=is_expert,
+            verify=True,
         )
         true = float(torch.linalg.vector_norm(flat, order))
         found[f"norm {order}"] = float(clipper.clip_().norm), true
@@ -405,12 +432,154 @@ def slices(rank, world):
         def split(n, p):
             return Pieces(dist.group.WORLD, cut[n]) if n in cut else None
 
-        Clipper(parts, rule(), split_over=split, doctor=()).clip_()
+        Clipper(parts, rule(), split_over=split, doctor=(), verify=True).clip_()
         Clipper(alone, rule(), doctor=()).clip_()
         for n, p in alone.items():
             full = p.grad.chunk(world, cut[n])[rank] if n in cut else p.grad
             found[f"{name} {n}"] = float((parts[n].grad - full).abs().max()), 0.0
     return found
+
+
+class Trial(torch.nn.Module):
+    """A dense layer and an expert, whose numbers a test chooses."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = torch.nn.Linear(4, 4)
+        torch.manual_seed(seed)
+        self.expert = torch.nn.Linear(4, 2)
+
+    def learn(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, 4, generator=generator)
+        self.expert(self.dense(x)).square().sum().backward()
+        return self
+
+
+def trial(rank, sync=True, own=False):
+    """Return a model after backward: with an expert of its own, synchronised or not."""
+    model = Trial(seed=rank if own else 1).learn(seed=rank + 5)
+    for p in model.parameters() if sync else ():
+        if not (own and any(p is q for q in model.expert.parameters())):
+            dist.all_reduce(p.grad)
+    return model
+
+
+def trial_under_ddp(rank):
+    """Return a model whose gradients DDP has not reduced yet."""
+    model = torch.nn.parallel.DistributedDataParallel(Trial(1))
+    with model.no_sync():
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))
+        model.module.expert(model.module.dense(x)).square().sum().backward()
+    return model
+
+
+def trial_of_stages(rank):
+    """Return the one of two stages of a pipeline that belongs to this process."""
+    model = trial(rank)
+    return torch.nn.ModuleDict(
+        {"late": model.expert} if rank else {"early": model.dense}
+    )
+
+
+def trial_beside(rank, world):
+    """Return a norm layer whose copies were not summed, beside a layer in rows."""
+    line = meshes(world)["line"]
+    layer = placed(torch.arange(4.0 * world).view(-1, 2), line, [Shard(0)])
+    norm = torch.nn.Parameter(
+        DTensor.from_local(torch.ones(3), line, [Replicate()], run_check=False)
+    )
+    uneven = torch.tensor([1.0, 2.0, 3.0 + rank])
+    norm.grad = DTensor.from_local(uneven, line, [Replicate()], run_check=False)
+    return {"layer": layer, "norm": norm}
+
+
+def is_expert(name, p):
+    return dist.group.WORLD if "expert" in name else None
+
+
+def by_rank(rank):
+    """Declare the group on the first process only."""
+    return is_expert if rank == 0 else None
+
+
+def misuses(rank, world):
+    """Return, for each misuse, a function that clips."""
+    everyone = dist.group.WORLD
+    nan = trial(rank)
+    for p in nan.parameters():
+        p.grad.fill_(math.nan)
+    late = trial(rank, sync=False)
+    behind = Clipper(trial(rank), gc.ZScore(1.0, warmup=1), doctor=(), verify=True)
+    behind.clip_()
+    if rank == world - 1:
+        behind.load_state_dict(behind.state_dict() | {"0.mean": torch.tensor(9.0)})
+
+    def clipping(params, rule=None, **options):
+        def clip():
+            clipper = Clipper(
+                params, rule or gc.Norm(0.5), doctor=(), verify=True, **options
+            )
+            return clipper.clip_()
+
+        return params, clip
+
+    def stepping(model, **options):
+        def step():
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            options.update(model=model, doctor=(), verify=True)
+            attach(optimizer, gc.Norm(0.5), **options)
+            optimizer.step()
+
+        return model, step
+
+    return {
+        "replica: all": stepping(trial(rank), split_over=everyone),
+        "replica: dense": clipping(trial(rank, own=True), split_over=everyone),
+        "sync: ddp": stepping(trial_under_ddp(rank)),
+        "sync: function": (late, lambda: verified_function(late)),
+        "sync: beside": clipping(trial_beside(rank, world)),
+        "group: experts": clipping(trial(rank, own=True)),
+        "group: stages": stepping(trial_of_stages(rank)),
+        "group: one side": clipping(trial(rank, own=True), split_over=by_rank(rank)),
+        "limit": clipping(trial(rank), gc.Norm(0.5 + rank)),
+        "limits": clipping(trial(rank), gc.Norm(0.5 + rank, over="tensor")),
+        "memory": ({}, behind.clip_),
+        "refusal": clipping(nan, on_nonfinite="raise" if rank else "skip"),
+        "right": clipping(trial(rank)),
+        "right: experts": clipping(trial(rank, own=True), split_over=is_expert),
+        "right: ddp": stepping(trial(rank)),
+        "right: nothing": stepping(Trial(1)),
+    }
+
+
+def verified_function(model):
+    return clip_grad_norm_(model.parameters(), 0.5, verify=True)
+
+
+def verified(rank, world):
+    """Clip in every wrong way; return what is said, and whether something changed."""
+    found = {}
+    for name, (model, clip) in misuses(rank, world).items():
+        params = list(model.values() if isinstance(model, dict) else model.parameters())
+        before = [local(p.grad) for p in params], [local(p) for p in params]
+        said = None
+        try:
+            clip()
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        after = [local(p.grad) for p in params], [local(p) for p in params]
+        found[name] = said, same(before[0], after[0]), same(before[1], after[1])
+    return found
+
+
+def local(t):
+    return None if t is None else sharded.local_of(t.detach()).clone()
+
+
+def same(before, after):
+    return all(a is b or torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def crossed(rank, world):
@@ -421,7 +590,8 @@ def crossed(rank, world):
     params = [placed(full[stage], grid["b"], [Shard(0)])]
     if stage == 1:
         params.append(placed(torch.ones(3), grid["b"], [Replicate()]))
-    clipper = Clipper(params, gc.Norm(0.5), split_over=grid.get_group("a"))
+    stages_of = grid.get_group("a")
+    clipper = Clipper(params, gc.Norm(0.5), split_over=stages_of, verify=True)
     flat = torch.cat([*(t.flatten() for t in full), torch.ones(3)])
     return {
         "norm": (float(clipper.clip_().norm), float(torch.linalg.vector_norm(flat)))
@@ -440,13 +610,109 @@ class Net(torch.nn.Module):
         return self.down(self.norm(torch.tanh(self.up(x)))).clone()
 
 
+class Stage(torch.nn.Module):
+    """One of two stages of a pipeline, made of the layers of `Net`."""
+
+    def __init__(self, net, last):
+        super().__init__()
+        if last:
+            self.norm, self.down = net.norm, net.down
+        else:
+            self.up = net.up
+
+    def forward(self, x):
+        if hasattr(self, "up"):
+            return torch.tanh(self.up(x))
+        return self.down(self.norm(x)).clone()
+
+
+class Experts(torch.nn.Module):
+    """A dense layer and two experts that take tokens in turn; all of them, or one."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.dense, self.group = torch.nn.Linear(6, 10), group
+        experts = {str(i): torch.nn.Linear(10, 3) for i in range(2)}
+        mine = experts if group is None else [str(group.rank())]
+        self.experts = torch.nn.ModuleDict({i: experts[i] for i in mine})
+
+    def forward(self, x):
+        h = torch.tanh(self.dense(x))
+        if self.group is not None:
+            h = Entering.apply(h, self.group)
+        out = h.new_zeros(len(h), 3)
+        for i, expert in self.experts.items():
+            tokens = torch.arange(int(i), len(h), 2)
+            out = out.index_copy(0, tokens, expert(h[tokens]))
+        return out if self.group is None else Leaving.apply(out, self.group)
+
+
+class Entering(torch.autograd.Function):
+    """What every expert receives: its gradients are summed over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class Leaving(torch.autograd.Function):
+    """What the experts return: the sum of it goes on everywhere."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def batch(step, world):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(2 * world, 6, generator=generator) * (30 if step == 7 else 1)
 
 
+def whole_net(kind):
+    return Experts() if kind == "experts" else Net()
+
+
+def declared(kind, world):
+    """Return what `split_over` has to say about a kind of model."""
+    group = meshes(world)["grid"].get_group("a")
+    if kind == "experts":
+        return lambda name, p: group if "experts" in name else None
+    return group if "pipeline" in kind else None
+
+
+def pipeline(kind, net, grid):
+    """Return the stage of this process, cut in rows over its own processes or not."""
+    last = grid.get_local_rank("a")
+    stage = Stage(net, last)
+    if kind == "pipeline-rows":
+        fully_shard(stage, mesh=grid["b"])
+    part = PipelineStage(stage, last, 2, CPU, group=grid.get_group("a"))
+    stage.schedule = ScheduleGPipe(
+        part, n_microbatches=2, loss_fn=lambda y, _: y.square().mean()
+    )
+    return stage
+
+
 def sharded_net(kind, world):
     net, m = Net(), meshes(world)
+    if kind == "experts":
+        return Experts(m["grid"].get_group("a"))
+    if "pipeline" in kind:
+        return pipeline(kind, net, m["grid"])
     mesh = m["grid"] if kind == "hybrid" else m["line"]
     if kind == "ddp":
         return torch.nn.parallel.DistributedDataParallel(net)
@@ -484,6 +750,7 @@ def sharded_net(kind, world):
 SPLIT_DATA = {"rows", "hybrid", "offload", "precision", "accumulate", "both", "ddp"}
 SPLIT_DATA |= {"fsdp1", "fsdp1-flat"}
 KINDS = [*sorted(SPLIT_DATA), "tensor", "sequence"]
+KINDS += ["pipeline", "pipeline-rows", "experts"]
 
 
 def training(rank, world):
@@ -494,15 +761,24 @@ def training(rank, world):
     for kind in KINDS:
         for case in [("AdamW", kind not in ("tensor", "sequence"), 2.0), *cases]:
             found[(kind, *case)] = train(rank, world, kind, *case)
+        # Without the rounding of the network, in one largest element too.
+        torch.set_default_dtype(torch.float64)
+        found[kind, "wide", False, math.inf] = train(rank, world, kind, *cases[-1])
+        torch.set_default_dtype(torch.float32)
     return found
 
 
 def train(rank, world, kind, name, fused, order):
-    net, alone = sharded_net(kind, world), Net()
+    net, alone = sharded_net(kind, world), whole_net(kind)
     rule, make = gc.Norm(0.2, p=order), getattr(torch.optim, name)
-    nets = net, alone
+    nets, split = (net, alone), declared(kind, world)
     both = [make(n.parameters(), lr=0.05, fused=fused) for n in nets]
-    clippers = [attach(o, rule, model=n) for o, n in zip(both, nets, strict=True)]
+    clippers = [
+        attach(
+            o, rule, model=n, verify=n is net, split_over=split if n is net else None
+        )
+        for o, n in zip(both, nets, strict=True)
+    ]
     worst = clipped = 0.0
     for step in range(20):
         norms = []
@@ -515,8 +791,9 @@ def train(rank, world, kind, name, fused, order):
         worst = max(worst, abs(norms[0] / norms[1] - 1))
     apart = 0.0
     if "fsdp1" not in kind:
-        pairs = zip(net.parameters(), alone.parameters(), strict=True)
-        apart = max(float((whole(p) - q).abs().max()) for p, q in pairs)
+        right = dict(alone.named_parameters())
+        named = ((n.removeprefix("module."), p) for n, p in net.named_parameters())
+        apart = max(float((whole(p) - right[n]).detach().abs().max()) for n, p in named)
     return {"norm": worst, "apart": apart, "clipped": clipped}
 
 
@@ -527,6 +804,8 @@ def backward(net, x, rank, world, kind, ours):
         parts, rank = 2, rank // (world // 2)
     if not ours:
         return net(x).square().mean().backward()
+    if "pipeline" in kind:
+        return through_stages(net, x, kind, world)
     if kind not in SPLIT_DATA:
         return net(x).square().mean().backward()
     x = x.chunk(parts)[rank]
@@ -536,6 +815,80 @@ def backward(net, x, rank, world, kind, ours):
         net.set_requires_gradient_sync(i == 1)
         (net(piece).square().mean() / 2).backward()
     return None
+
+
+def through_stages(net, x, kind, world):
+    """Run backward through both stages, on all of the data or on a part."""
+    grid = meshes(world)["grid"]
+    if kind == "pipeline-rows":
+        x = x.chunk(world // 2)[grid.get_local_rank("b")]
+    if grid.get_local_rank("a") == 0:
+        return net.schedule.step(x)
+    return net.schedule.step(target=torch.zeros(len(x), 3))
+
+
+class Run:
+    """A training run that can be saved, lost and gone on with."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+        self.net = sharded_net("rows", world)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.05, fused=True)
+        rule = gc.Percentile(30.0)
+        self.clipper = attach(self.optimizer, rule, model=self.net, doctor=())
+
+    def steps(self, first, last):
+        """Train; yield the norm and the limit of each step."""
+        for step in range(first, last):
+            self.optimizer.zero_grad()
+            x = batch(step, self.world)
+            backward(self.net, x, self.rank, self.world, "rows", True)
+            self.optimizer.step()
+            yield float(self.clipper.info.norm), float(self.clipper.info.limit)
+
+    def state(self):
+        net, optimizer = get_state_dict(self.net, self.optimizer)
+        return {"net": net, "optimizer": optimizer, "clip": self.clipper.state_dict()}
+
+    def load(self, folder):
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.net,
+            self.optimizer,
+            model_state_dict=state["net"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.clipper.load_state_dict(state["clip"])
+
+
+def losing_one(rank, world, folder, results):
+    """Train twice: whole, then until the last process is killed in a step."""
+    whole = list(Run(rank, world).steps(0, 12))
+    run = Run(rank, world)
+    before = list(run.steps(0, 6))
+    dcp.save(run.state(), checkpoint_id=f"{folder}/run")
+    before += run.steps(6, 8)
+    if rank == world - 1:
+        # Between backward and the clip, for which the others wait.
+        sharded.Group.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        list(run.steps(8, 9))
+    except RuntimeError as error:
+        said = repr(error)
+    else:
+        said = "nothing"
+    waited = time.monotonic() - began
+    torch.save((whole, before, said, waited), f"{results}/{rank}.pt")
+    os._exit(0)
+
+
+def going_on(rank, world, folder):
+    """Go on from the checkpoint of a run that was lost."""
+    run = Run(rank, world)
+    run.load(f"{folder}/run")
+    return list(run.steps(6, 12))
 
 
 RULES = {
@@ -635,6 +988,7 @@ PROGRAMS = [
     every_scope,
     policies,
     callers,
+    verified,
     training,
     adaptive,
     deterministic,
@@ -650,4 +1004,6 @@ def everything(rank, world, folder):
         found[program.__name__] = program(rank, world, *given)
     if world == 2:
         found["loading"] = loading(rank, world, folder)
+    else:
+        found["going_on"] = going_on(rank, world, folder)
     return found

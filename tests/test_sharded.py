@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,9 @@ WORLDS = [4, 2]
 def found(tmp_path_factory):
     """Return what every process found, by the number of processes."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
+    lost = programs.start_and_lose(4, programs.losing_one, folder)
     results = {w: programs.start(w, programs.everything, folder) for w in WORLDS}
-    return results | {"folder": folder}
+    return results | {"folder": folder, "lost": lost}
 
 
 each_world = pytest.mark.parametrize("world", WORLDS)
@@ -59,13 +61,15 @@ def test_one_message_for_each_dimension_of_a_mesh(found, world):
 
 
 @each_world
-@pytest.mark.parametrize("scope", ["all", "tensor", "unit", "element"])
+@pytest.mark.parametrize("scope", ["all", "tensor", "unit", "element", "verify"])
 def test_messages_do_not_depend_on_how_many_tensors(found, world, scope):
     counts = {
         n: c for (s, n), c in found[world][0]["messages_by_count"].items() if s == scope
     }
     assert set(counts) == {10, 100, 1000}
     assert len(set(counts.values())) == 1, counts
+    plain = found[world][0]["messages_by_count"]["all", 10]
+    assert scope != "verify" or counts[10] == plain + 2
 
 
 @each_world
@@ -102,7 +106,9 @@ def test_all_processes_decide_alike(found, world):
         if kind not in ("nan", "copy"):
             assert result[0], case
         elif policy == "raise":
-            assert result == "raised", case
+            name = "[0]" if kind == "nan" else "[2]"
+            assert f"the gradients of {name} (1 of " in result, case
+            assert f"elements) on rank {world - 1}; nothing was changed" in result
         else:
             assert result[0] == (policy == "zero"), case
             assert result[2] == (policy != "skip"), case
@@ -115,6 +121,52 @@ def test_what_only_the_caller_knows(found, world):
             assert ours == pytest.approx(true, rel=1e-6, abs=1e-6), case
 
 
+SAID = {
+    "replica: all": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
+    "replica: dense": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
+    "sync: ddp": ["rank 1", "'module.dense.weight'", "before the gradients are sync"],
+    "sync: function": ["rank 1", "'[0]'", "before the gradients are sync"],
+    "sync: beside": ["rank 1", "'norm'", "before the gradients are synchronised"],
+    "group: experts": ["rank 1", "'expert.weight'", "a group is missing"],
+    "group: stages": ["rank 1", "'early.weight'", "a group is missing"],
+    "group: one side": ["rank 1", "'expert.weight'", "a group is missing on rank 1"],
+    "limit": ["rank 1", "limit 1.5", "another limit"],
+    "limits": ["rank 1", "limit 6", "another limit"],
+    "memory": ["limit", "another saved memory"],
+}
+
+
+@each_world
+@pytest.mark.parametrize("case", SAID)
+def test_verify_says_on_every_process_what_is_wrong(found, world, case):
+    for rank in found[world]:
+        said, grads_kept, weights_kept = rank["verified"][case]
+        assert said == found[world][0]["verified"][case][0], "all say the same"
+        assert said.startswith("VerifyError: ")
+        for part in SAID[case]:
+            assert part in said
+        assert weights_kept
+        # What was decided is known only after it was done.
+        assert grads_kept or case.startswith("limit")
+        assert "'expert" not in said or case != "replica: dense"
+
+
+@each_world
+def test_verify_tells_the_others_when_one_refuses(found, world):
+    first, *others = [r["verified"]["refusal"][0] for r in found[world]]
+    assert first.startswith("VerifyError: rank 1")
+    for other in others:
+        assert other.startswith("NonFiniteError: NaN or infinity in the gradients of d")
+
+
+@each_world
+def test_verify_is_silent_where_all_is_right(found, world):
+    for rank in found[world]:
+        right = {k: v[0] for k, v in rank["verified"].items() if "right" in k}
+        assert len(right) == 4
+        assert set(right.values()) == {None}
+
+
 @each_world
 @pytest.mark.parametrize("kind", programs.KINDS)
 def test_training(found, world, kind):
@@ -124,6 +176,8 @@ def test_training(found, world, kind):
             # one largest element the rounding of the backward pass does not average.
             sums = case[1] == "SGD" and case[3] < math.inf
             near = 0.1 if kind == "precision" else 1e-6 if sums else 1e-5
+            if case[1] == "wide" and kind != "precision":
+                near = 1e-12
             if case[0] == kind:
                 assert result["norm"] < near, case
                 assert result["apart"] < near, case
@@ -164,6 +218,21 @@ def test_deterministic_norms_have_the_bits_of_one_process(found, world):
 def test_the_tests_notice_copies_that_are_counted_twice(found, world):
     for rank in found[world]:
         assert rank["counted_twice"] == pytest.approx(4 * math.sqrt(world))
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
+    survivors, codes = found["lost"]
+    assert codes == [0, 0, 0, -signal.SIGKILL]
+    assert len(survivors) == 3
+    whole = survivors[0][0]
+    for again, before, said, waited in survivors:
+        assert again == whole
+        assert before == whole[:8]
+        assert "Error" in said
+        assert waited < programs.GROUP_TIMEOUT
+    for rank in found[4]:
+        assert rank["going_on"] == whole[6:]
+    assert any(norm > limit for norm, limit in whole[6:]), "nothing was clipped"
 
 
 def test_the_example_runs_as_it_is_started_by_hand():

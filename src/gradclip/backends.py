@@ -156,6 +156,10 @@ class Backend:
         """Return how many elements are NaN or infinite."""
         return int(self.xp.sum(~self.xp.isfinite(x)))
 
+    def gathered(self, findings: list[str]) -> list[str]:
+        """Return what all processes have found; here there is only this one."""
+        return findings
+
     def known(self, flag: Array) -> bool | None:
         """Return the flag as a Python bool, or None where reading it has a price."""
         return None

@@ -278,11 +278,13 @@ def describe_nonfinite(
 ) -> str:
     """Return a message that names the gradients with NaN or infinity in them."""
     counts = [(i, engine.count_nonfinite(x), x) for i, x in enumerate(leaves)]
-    bad = [
-        f"{name_of(i)} ({count} of {math.prod(x.shape)} elements)"
-        for i, count, x in counts
-        if count
-    ]
+    bad = engine.gathered(
+        [
+            f"{name_of(i)} ({count} of {math.prod(x.shape)} elements)"
+            for i, count, x in counts
+            if count
+        ]
+    )
     shown = ", ".join(bad[:10]) + (
         f" and {len(bad) - 10} more" if len(bad) > 10 else ""
     )

@@ -6,8 +6,8 @@ the clip costs no pass over memory of its own.
 """
 
 import copy
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,18 +16,26 @@ from gradclip.pipeline import Policy
 from gradclip.rules import Rule, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
-from gradclip.torch.gradients import named_parameters
+from gradclip.torch.gradients import named_by_optimizers
+from gradclip.torch.in_backward import InBackward
 from gradclip.torch.sharded import SplitOver
+from gradclip.torch.verify import Verify
 
 if TYPE_CHECKING:
     from gradclip.history import History
+
+Optimizers: TypeAlias = (
+    torch.optim.Optimizer
+    | Iterable[torch.optim.Optimizer]
+    | Mapping[Any, torch.optim.Optimizer]
+)
 
 _FLAGS = ("grad_scale", "found_inf")
 _NOTHING = object()
 
 
 def attach(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     rule: Rule,
     model: torch.nn.Module | None = None,
     on_nonfinite: Policy = "skip",
@@ -36,7 +44,9 @@ def attach(
     doctor: Collection[str] = CHECKS,
     split_over: SplitOver = None,
     deterministic: bool = False,
-) -> "Attached":
+    verify: Verify = False,
+    in_backward: bool = False,
+) -> "Attached | InBackward":
     r"""Clip the gradients of an optimizer inside its `step()`.
 
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$, then the step.
@@ -45,7 +55,7 @@ def attach(
     and with closures, and takes up parameters that are added later.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer; with `in_backward` several, or a dictionary.
         rule: Any rule.
         model: Gives the parameters their names in messages; an optimizer made from
             `named_parameters()` has them already.
@@ -56,13 +66,20 @@ def attach(
         doctor: As for `Clipper`.
         split_over: As for `Clipper`.
         deterministic: As for `Clipper`.
+        verify: As for `Clipper`; a step that is refused is not taken.
+        in_backward: Whether the optimizers step in hooks during `backward()`, one for
+            each parameter. The norm of all gradients is known too late then: the limit
+            acts on that of the previous pass, or on that of the gradients so far,
+            whichever is larger, and `info` is there when `backward()` returns.
 
     Returns:
         The clipper, with the latest `info`; `detach()` ends the clipping.
 
     Raises:
         TypeError: For what is not an optimizer, a rule or a module.
-        ValueError: For an unknown policy.
+        ValueError: For an unknown policy, and with `in_backward` for rules that need
+            more than one norm of all gradients, or for split parameters.
+        VerifyError: As for `Clipper`, also by `step()`.
 
     Example:
         >>> import torch, gradclip
@@ -75,26 +92,42 @@ def attach(
         >>> float(clipper.info.norm), bool(clipper.info.clipped)
         (5.0, True)
     """
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        raise TypeError(
-            f"attach() takes an optimizer, not {type(optimizer).__name__}; for "
-            "parameters or a module use Clipper(params, rule)."
-        )
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"attach(model=…) takes a module for the names, not {type(model).__name__}."
         )
-    return Attached(
-        optimizer,
-        rule,
-        model,
-        on_nonfinite=on_nonfinite,
-        max_consecutive_skips=max_consecutive_skips,
-        history=history,
-        doctor=doctor,
-        split_over=split_over,
-        deterministic=deterministic,
+    options: dict[str, Any] = {
+        "on_nonfinite": on_nonfinite,
+        "max_consecutive_skips": max_consecutive_skips,
+        "history": history,
+        "doctor": doctor,
+        "split_over": split_over,
+        "deterministic": deterministic,
+        "verify": verify,
+    }
+    if in_backward:
+        return InBackward(_several(optimizer), rule, model, **options)
+    return Attached(_one(optimizer), rule, model, **options)
+
+
+def _one(optimizer: Any) -> torch.optim.Optimizer:
+    """Return an optimizer, or say what to do with something else."""
+    if hasattr(optimizer, "register_step_pre_hook"):
+        return optimizer
+    raise TypeError(
+        f"attach() takes an optimizer, not {type(optimizer).__name__}; for "
+        "parameters or a module use Clipper(params, rule), and for several optimizers "
+        "that step during backward() in_backward=True."
     )
+
+
+def _several(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """Return optimizers from a list, from a dictionary, or from one of them."""
+    if isinstance(optimizers, Mapping):
+        optimizers = optimizers.values()
+    if hasattr(optimizers, "register_step_pre_hook"):
+        optimizers = [optimizers]
+    return [_one(optimizer) for optimizer in optimizers]
 
 
 class Attached(Clipper):
@@ -109,9 +142,7 @@ class Attached(Clipper):
     ) -> None:
         """Find the names and register the hooks; the options are those of `Clipper`."""
         self.optimizer, self._module = optimizer, model
-        named = {} if model is None else {p: n for n, p in model.named_parameters()}
-        self._model_names = {id(p): name for p, name in named.items()}
-        super().__init__(self._named_by_optimizer(), rule, **options)
+        super().__init__(named_by_optimizers([optimizer], model), rule, **options)
         # Here the scale is known, and part of the step.
         self._doctor.checks.discard("scaled")
         if model is not None and (names := unheld(model, self.params)):
@@ -132,15 +163,6 @@ class Attached(Clipper):
         """Take the clipping out of the optimizer again."""
         for hook in self._hooks:
             hook.remove()
-
-    def _named_by_optimizer(self) -> list[tuple[str, Tensor]]:
-        found: list[tuple[str, Tensor]] = []
-        for group in self.optimizer.param_groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            for name, p in zip(names, group["params"], strict=True):
-                known = name or self._model_names.get(id(p)) or f"[{len(found)}]"
-                found.append((known, p))
-        return named_parameters(found)
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
@@ -174,6 +196,7 @@ class Attached(Clipper):
         """Clip, or have the optimizer do it, or keep the gradients away from it."""
         self._restore_flags()
         self._take_up_new_parameters()
+        self._verify_gradients()
         if self._layout is None and all(p.grad is None for p in self.params):
             self._doctor.tell(
                 "missing",
@@ -214,7 +237,8 @@ class Attached(Clipper):
         count = sum(len(group["params"]) for group in self.optimizer.param_groups)
         if count == len(self.params):
             return
-        named, old = self._named_by_optimizer(), self._memory.states
+        named = named_by_optimizers([self.optimizer], self._module)
+        old = self._memory.states
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self._make_room()

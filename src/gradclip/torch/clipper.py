@@ -1,6 +1,7 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.sharded import Sharded, SplitOver, layout_of
 from gradclip.torch.verbs import InPlace
+from gradclip.torch.verify import Verify, verifier_for
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -44,10 +46,15 @@ class Clipper:
         deterministic: Whether norms are summed in float64 and rounded to 24 bits before
             the limit is decided, so that any split of the same gradients over processes
             is clipped to the same bits. It takes more time.
+        verify: Whether all processes compare gradients, norm, limit and scale at every
+            step; a process group, where not all of them have this model. Each has to
+            make the clipper then. It takes time; see the page on sharded models.
 
     Raises:
         TypeError: If the parameters are not tensors, or `rule` is not a rule.
         ValueError: If there are no parameters, or for an unknown policy.
+        VerifyError: With `verify`, where processes do not clip the same model alike:
+            it names the rank, the parameters and the likely cause.
 
     Example:
         >>> import torch
@@ -73,6 +80,7 @@ class Clipper:
         doctor: Collection[str] = CHECKS,
         split_over: SplitOver = None,
         deterministic: bool = False,
+        verify: Verify = False,
     ) -> None:
         """Check everything before the first step."""
         self.rule = check_rule(rule)
@@ -83,6 +91,7 @@ class Clipper:
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self.split_over, self.deterministic = split_over, deterministic
+        self.verify = verify
         if isinstance(params, torch.nn.Module):
             self._module = params
         self._doctor = Doctor(doctor, self.params, rule)
@@ -110,7 +119,10 @@ class Clipper:
         Raises:
             ValueError: If no parameter has a gradient.
             NonFiniteError: By policy, or after too many skipped steps in a row.
+            VerifyError: With `verify`, before anything is changed, if gradients are at
+                fault.
         """
+        self._verify_gradients()
         found = self._collect()
         info = self._run(found, self._verbs(found), self.on_nonfinite)
         if self._skipping:
@@ -151,6 +163,9 @@ class Clipper:
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:
             self._layout.check(self._bound)
+        self._verifier = verifier_for(
+            self.verify, self.names, self.params, self._layout
+        )
         self._memory.states = [
             stage.init(
                 torch.zeros(
@@ -162,6 +177,13 @@ class Clipper:
             )
             for stage in stages(self._bound)
         ]
+
+    def _verify_gradients(self) -> None:
+        """Compare gradients with those of other processes, where that was asked."""
+        if self._verifier is not None:
+            # A process without gradients takes part like all others.
+            found = collect(self.params, split=True)
+            self._verifier.before(found.present, found.leaves)
 
     def _collect(self) -> Gradients:
         weights = any(stage.needs_weight for stage in stages(self.rule))
@@ -187,7 +209,8 @@ class Clipper:
             self._doctor.before(found.leaves)
         if self.history is not None and self.history.wants_tensors():
             self._record_tensors(self.history, found, verbs)
-        _, info, memory.states = run(
+        clip = partial(
+            run,
             verbs,
             found.leaves,
             self._bound,
@@ -198,6 +221,8 @@ class Clipper:
             name_of=lambda i: self.names[found.present[i]],
             absent=verbs.absent,
         )
+        outcome = clip() if self._verifier is None else self._verifier.compare(clip)
+        _, info, memory.states = outcome
         if self.history is not None:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)

@@ -1,6 +1,7 @@
 """The functions of `torch.nn.utils`, with their signatures, made exact and safe."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from gradclip.torch.sharded import (
     part_of,
 )
 from gradclip.torch.verbs import InPlace
+from gradclip.torch.verify import Verify, verifier_for
 
 Tensors = Tensor | Iterable[Tensor]
 _VERBS = InPlace()
@@ -39,6 +41,7 @@ def clip_grad_norm_(
     *,
     on_nonfinite: Policy = "ignore",
     split_over: SplitOver = None,
+    verify: Verify = False,
 ) -> Tensor:
     r"""Clip the norm of all gradients together, in place.
 
@@ -56,6 +59,7 @@ def clip_grad_norm_(
             `"zero"` clears the bad elements and clips the rest, `"raise"` raises.
         split_over: As for `Clipper`; parameters have the names `"[0]"`, `"[1]"` and so
             on here. DTensors need nothing.
+        verify: As for `Clipper`; here parameters are made known at every call.
 
     Returns:
         The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
@@ -65,6 +69,7 @@ def clip_grad_norm_(
         ValueError: For a limit or order that is not above 0, for no parameters and for
             no gradients.
         NonFiniteError: A `RuntimeError`, where that was asked for.
+        VerifyError: As for `Clipper`.
 
     Example:
         >>> import torch
@@ -80,7 +85,7 @@ def clip_grad_norm_(
     """
     policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
     rule = Norm(max_norm, p=float(norm_type))
-    return _clip_parameters(parameters, rule, policy, split_over)
+    return _clip_parameters(parameters, rule, policy, split_over, verify)
 
 
 def clip_grad_value_(
@@ -90,6 +95,7 @@ def clip_grad_value_(
     *,
     on_nonfinite: Policy = "ignore",
     split_over: SplitOver = None,
+    verify: Verify = False,
 ) -> None:
     r"""Clamp every element of the gradients, in place; complex ones by modulus.
 
@@ -102,11 +108,13 @@ def clip_grad_value_(
         on_nonfinite: As for `clip_grad_norm_`; `"ignore"` clamps infinity too, and
             leaves NaN.
         split_over: As for `clip_grad_norm_`.
+        verify: As for `clip_grad_norm_`.
 
     Raises:
         TypeError: For what is not a tensor.
         ValueError: For a limit that is not above 0, no parameters or no gradients.
         NonFiniteError: Where that was asked for.
+        VerifyError: As for `Clipper`.
 
     Example:
         >>> import torch
@@ -117,7 +125,8 @@ def clip_grad_value_(
         >>> w.grad
         tensor([-1.0000,  0.5000])
     """
-    _clip_parameters(parameters, Value(clip_value), on_nonfinite, split_over)
+    rule = Value(clip_value)
+    _clip_parameters(parameters, rule, on_nonfinite, split_over, verify)
 
 
 @torch.no_grad()
@@ -211,15 +220,26 @@ def clip_grads_with_norm_(
 
 @torch.no_grad()
 def _clip_parameters(
-    parameters: Tensors, rule: Rule, policy: Policy, split_over: SplitOver
+    parameters: Tensors,
+    rule: Rule,
+    policy: Policy,
+    split_over: SplitOver,
+    verify: Verify,
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
     params = distinct(parameters)
     layout = _layout(params, split_over)
+    verifier = None
+    if verify:
+        verifier = verifier_for(verify, _names(params), params, layout)
+    if verifier is not None:
+        found = collect(params, split=True)
+        verifier.before(found.present, found.leaves)
     found = collect(params, split=layout is not None)
     verbs = _VERBS if layout is None else Sharded(layout, rule, found.present)
-    _, info, _ = run(
+    clip = partial(
+        run,
         verbs,
         found.leaves,
         rule,
@@ -227,6 +247,7 @@ def _clip_parameters(
         policy=policy,
         name_of=lambda i: f"parameter [{found.present[i]}]",
     )
+    _, info, _ = clip() if verifier is None else verifier.compare(clip)
     if policy == "skip" and not only_records(rule):
         drop(params, info.kept)
     return info.norm.to(_report_type(found.leaves))
@@ -235,7 +256,11 @@ def _clip_parameters(
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:
     if split_over is None and not holds_dtensor(tensors):
         return None
-    return layout_of([(f"[{i}]", t) for i, t in enumerate(tensors)], split_over)
+    return layout_of(zip(_names(tensors), tensors, strict=True), split_over)
+
+
+def _names(tensors: list[Tensor]) -> list[str]:
+    return [f"[{i}]" for i in range(len(tensors))]
 
 
 def _report_type(leaves: list[Tensor]) -> torch.dtype:

@@ -46,6 +46,19 @@ def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
     return list(found.values())
 
 
+def named_by_optimizers(
+    optimizers: Iterable[torch.optim.Optimizer], model: torch.nn.Module | None
+) -> list[tuple[str, Tensor]]:
+    """Return the parameters of optimizers with the names that these or a model know."""
+    named = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+    found: list[tuple[str, Tensor]] = []
+    for group in (group for o in optimizers for group in o.param_groups):
+        names = group.get("param_names", [None] * len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            found.append((name or named.get(id(p)) or f"[{len(found)}]", p))
+    return named_parameters(found)
+
+
 def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """Return tensors as a list, for the functions that do not take a module."""
     if isinstance(params, torch.nn.Module):

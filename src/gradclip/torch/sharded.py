@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Says that a plain tensor is a piece of one tensor, cut along a dimension.
+    r"""Says that a plain tensor is a piece of one tensor, cut along a dimension.
+
+    $\lVert t \rVert_p^p = \sum_r \lVert t_r \rVert_p^p$ over the ranks $r$ of a group.
 
     A bare process group says that its members hold different tensors. For the norm of
     all gradients that is the same, but only pieces have norms of tensors and rows that
@@ -36,8 +38,7 @@ class Pieces:
         dim: The dimension that was cut; None for tensors that were laid flat before.
 
     Example:
-        >>> from gradclip.torch import Clipper
-        >>> from gradclip.torch.sharded import Pieces
+        >>> from gradclip.torch import Clipper, Pieces
         >>> def split_over(name, p):
         ...     return Pieces(tp_group, dim=1) if name.endswith("proj.weight") else None
     """
@@ -327,6 +328,17 @@ class Sharded(InPlace):
         ]
         found = self.layout.each_unit(found, p, self.axis)
         return torch.cat([none, *(found[i] for i in self.present)])
+
+    def gathered(self, findings: list[str]) -> list[str]:
+        """Return what was found on any process, with its rank; all ask together."""
+        import torch.distributed as dist
+
+        found = {(dist.get_rank(), finding) for finding in findings}
+        for group in self.layout.groups:
+            told: list[set[tuple[int, str]]] = [found] * group.size
+            dist.all_gather_object(told, found, group=group.handle)
+            found = found.union(*told)
+        return [f"{finding} on rank {rank}" for rank, finding in sorted(found)]
 
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope

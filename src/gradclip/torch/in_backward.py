@@ -1,0 +1,221 @@
+"""Clipping where optimizers step during the backward pass, to free each gradient early.
+
+When a gradient is stepped with, most others do not exist yet, and so the norm of all of
+them is not known. It is taken to be that of the previous pass, or that of the gradients
+which have come so far in this one, whichever is larger.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.arrays import check_rule
+from gradclip.pipeline import Info, admit, check_scheduled, clip_scale, decide
+from gradclip.rules import Measured, Rule, stages
+from gradclip.torch import norms
+from gradclip.torch.clipper import Clipper
+from gradclip.torch.gradients import collect, drop, named_by_optimizers
+from gradclip.torch.verbs import InPlace
+
+
+class InBackward(Clipper):
+    r"""A clipper that many optimizers call during `backward()`; made by `attach`.
+
+    $g_i \leftarrow g_i \cdot \min(1, \text{limit} / n_i)$ with
+    $n_i = \max(\lVert g^{t-1} \rVert, \lVert (g_1^t, …, g_i^t) \rVert)$
+    """
+
+    def __init__(
+        self,
+        optimizers: Iterable[torch.optim.Optimizer],
+        rule: Rule,
+        model: torch.nn.Module | None,
+        **options: Any,
+    ) -> None:
+        """Refuse what cannot be known in time, and register the hooks."""
+        _check_rule(rule)
+        self.optimizers, self._module = list(optimizers), model
+        super().__init__(named_by_optimizers(self.optimizers, model), rule, **options)
+        if self._layout is not None or self._verifier is not None:
+            raise ValueError(
+                "in_backward=True measures whole parameters of one process, and these "
+                "are split over several; step after backward(), with attach(optimizer)."
+            )
+        self._index = {id(p): i for i, p in enumerate(self.params)}
+        device = self.params[0].device
+        self._previous = torch.zeros((), dtype=torch.float64, device=device)
+        self._pass: _Pass | None = None
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._hooks = [
+            hook
+            for o in self.optimizers
+            for hook in (
+                o.register_step_pre_hook(self._before_step),
+                o.register_step_post_hook(self._after_step),
+            )
+        ]
+
+    def detach(self) -> None:
+        """Take the clipping out of the optimizers again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the memory and the norm of the last pass, for any checkpoint."""
+        return super().state_dict() | {"previous": self._previous.clone()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a saved memory, exactly.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it was saved by another rule, or by a clipper that does not
+                clip during backward; nothing is changed then.
+        """
+        if "previous" not in state:
+            raise ValueError(
+                "this state has no norm of the last pass; it was saved by a clipper "
+                "without in_backward=True."
+            )
+        super().load_state_dict(state)
+        self._previous = torch.as_tensor(state["previous"]).to(self._previous)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip what this optimizer is about to use."""
+        groups = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for p in groups if p.grad is not None]
+        if not params:
+            return
+        now, verbs = self._pass_with(params), self._tools()
+        names = [self.names[self._index[id(p)]] for p in params]
+        leaves = collect(params).leaves
+        norm = verbs.measure(leaves, "all", self.rule.p)
+        leaves, norm = admit(
+            verbs, leaves, self.rule, norm, self.on_nonfinite, names.__getitem__
+        )
+        now.take(norm)
+        limit = self.rule.update(self._seen(now.estimate), self._state())[0]
+        check_scheduled(verbs, self.rule, limit, int(self._memory.step))
+        scale = clip_scale(now.estimate, limit, torch, self.rule.stretches)
+        scale = torch.where(norm.isfinite(), scale, 1.0)
+        now.note(norm * scale, limit, scale)
+        if verbs.known(scale == 1) is not True:
+            verbs.multiply(leaves, scale, "all")
+        if self._skipping:
+            self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+            drop(params, norm.isfinite())
+
+    def _after_step(self, *_: Any) -> None:
+        """Give back the gradients that were hidden from a step."""
+        for p, grad in self._hidden:
+            p.grad = grad
+        self._hidden = []
+
+    def _pass_with(self, params: list[Tensor]) -> "_Pass":
+        """Return the pass that is going on, or begin one and have its end reported."""
+        ids = set(map(id, params))
+        if self._pass is None or self._pass.stepped & ids:
+            # A pass that has such a step already was broken off by an error.
+            now = _Pass(self._previous, self.rule.p)
+            try:
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(lambda: self._end(now))
+            except RuntimeError:
+                raise RuntimeError(
+                    "step() was called outside backward(): with in_backward=True each "
+                    "optimizer steps in a hook of its parameters, which "
+                    "register_post_accumulate_grad_hook registers. For a step after "
+                    "backward() take attach(optimizer) without it."
+                ) from None
+            self._pass = now
+        self._pass.stepped |= ids
+        return self._pass
+
+    @torch.no_grad()
+    def _end(self, now: "_Pass") -> None:
+        """Teach the rule the norm that is known at last, and report the pass."""
+        if now is not self._pass:
+            return
+        self._pass, memory = None, self._memory
+        info, state = decide(self.rule, self._seen(now.total), self._state())
+        kept = info.finite if self._skipping else torch.ones_like(info.finite)
+        if self.history is not None:
+            self.history.record(memory.step, now.report(info, kept))
+        memory.states = [state]
+        memory.count((~kept).to(torch.int64))
+        self._previous = torch.where(info.finite, now.total, self._previous)
+        self.info = now.report(info, kept)._replace(skipped=memory.skipped)
+        memory.check(int(memory.in_a_row), self.max_consecutive_skips)
+
+    def _tools(self) -> InPlace:
+        verbs = InPlace()
+        verbs.deterministic = self.deterministic
+        return verbs
+
+    def _seen(self, norm: Tensor) -> Measured:
+        return Measured(norm, None, int(self._memory.step), self._tools().xp)
+
+    def _state(self) -> dict[str, Any]:
+        return dict(self._memory.states[0] or {})
+
+
+class _Pass:
+    """One backward pass: which norms have come, and what was made of them."""
+
+    def __init__(self, previous: Tensor, p: float) -> None:
+        """Begin with the norm of the pass before."""
+        zero = torch.zeros_like(previous)
+        self.previous, self.p, self.stepped = previous, p, set[int]()
+        self.total = self.so_far = self.after = zero
+        self.limit, self.scale = zero + math.inf, zero + 1
+
+    @property
+    def estimate(self) -> Tensor:
+        """What the norm of the whole pass is taken to be."""
+        return torch.maximum(self.previous, self.so_far)
+
+    def take(self, norm: Tensor) -> None:
+        """Take in the norm of one more gradient."""
+        self.total = self._joined(self.total, norm)
+        more = self._joined(self.so_far, norm)
+        self.so_far = torch.where(norm.isfinite(), more, self.so_far)
+
+    def note(self, after: Tensor, limit: Tensor, scale: Tensor) -> None:
+        """Note what was made of it."""
+        self.after = self._joined(self.after, after)
+        self.limit, self.scale = limit, torch.minimum(self.scale, scale)
+
+    def report(self, info: Info, kept: Tensor) -> Info:
+        """Return what was done: not what would be right, now that all is known."""
+        return info._replace(
+            limit=self.limit,
+            scale=self.scale,
+            clipped=self.scale != 1,
+            norm_after=self.after,
+            kept=kept,
+        )
+
+    def _joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return norms.safe_norm(torch.stack([a, b]), self.p)
+
+
+def _check_rule(rule: Rule) -> None:
+    """Refuse rules that need more than the norm of everything, or can drop a step."""
+    first, *others = stages(check_rule(rule))
+    if first.over != "all" and not others and not first.by_place:
+        raise ValueError(
+            f"{rule!r} needs no other gradient than the one at hand, so nothing has to "
+            "come late: attach it to each optimizer by itself, "
+            "[attach(o, rule) for o in optimizers]."
+        )
+    if others or first.over != "all" or first.drops:
+        raise ValueError(
+            f"{rule!r} cannot act during backward(), when other parameters have been "
+            "stepped already; take one rule over 'all' that rescales."
+        )

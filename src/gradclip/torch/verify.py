@@ -1,0 +1,362 @@
+"""Checks, made at every step, that processes clip the same model in the same way.
+
+Before a clip all processes compare their gradients, after it what was decided. All of
+them see the same numbers and judge them alike, so all raise together and nobody waits.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.pipeline import Info, NonFiniteError
+from gradclip.torch.sharded import Group, Layout, local_of
+from gradclip.torch.verbs import InPlace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Verify: TypeAlias = "bool | ProcessGroup"
+Outcome: TypeAlias = tuple[Any, Info, Any]
+
+NEAR = 1e-4
+"""Copies may differ by this: not every device rounds the same sum alike twice."""
+SHOWN = 5
+"""How many parameters a message names."""
+_SUMS = " The numbers are sums over the tensors that all of them have."
+DECIDED = ("norm", "limit", "scale", "finite", "clipped", "kept")
+
+
+class VerifyError(RuntimeError):
+    """Processes do not clip the same model in the same way."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process says about one of its parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    place: tuple[int, ...]
+    """Its number in each group that the parameter is spread over: none for copies."""
+    declared: tuple[tuple[int, ...], ...]
+    """The ranks of such groups, of those that `split_over` named."""
+    whole: bool
+    """Whether its norm is that of a tensor which the others know too."""
+
+
+@dataclass(frozen=True)
+class Print:
+    """A parameter of a process, and two norms that tell its numbers from others."""
+
+    rank: int
+    held: Held
+    norm: float
+    largest: float
+
+    @property
+    def constant(self) -> bool:
+        """Whether all moduli are alike, so that other tensors may look like this."""
+        flat = self.largest * math.sqrt(math.prod(self.held.shape))
+        return math.isclose(self.norm, flat, rel_tol=1e-6)
+
+    def near(self, other: "Print") -> bool:
+        """Return whether two copies are the same, up to rounding."""
+        return _near(self.norm, other.norm) and _near(self.largest, other.largest)
+
+
+class Verifier:
+    """Compares the processes of a group; made by all of them at the same time.
+
+    Args:
+        names: The names of the parameters of this process.
+        params: These parameters.
+        layout: How they lie on the processes; None for whole ones.
+        group: The processes that have the model together.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        layout: Layout | None,
+        group: "ProcessGroup",
+    ) -> None:
+        """Tell each other which parameters and groups there are."""
+        import torch.distributed as dist
+
+        self.group, self.params, self.layout = Group(group, 0), params, layout
+        self.ranks = dist.get_process_group_ranks(group)
+        mine = list(_described(names, params, layout))
+        groups = [] if layout is None else [_ranks(g) for g in layout.groups]
+        told: list[tuple[list[Held], list[tuple[int, ...]]]]
+        told = [([], []) for _ in self.ranks]
+        dist.all_gather_object(told, (mine, groups), group=group)
+        self.held = dict(zip(self.ranks, (held for held, _ in told), strict=True))
+        self.groups = dict(zip(self.ranks, (g for _, g in told), strict=True))
+        self.width = max(map(len, self.held.values()))
+        whole = [{h.name for h in held if h.whole} for held in self.held.values()]
+        self.common = set.intersection(*whole)
+        self._check_groups()
+        self._check_places()
+
+    def before(self, present: Sequence[int], leaves: Sequence[Tensor]) -> None:
+        """Compare gradients that are about to be clipped."""
+        prints = self._exchange(present, leaves)
+        apart, alike = list(_unlike_copies(prints)), list(_like_shards(prints))
+        if not (apart or alike):
+            return
+        weights = [local_of(p.detach()) for p in self.params]
+        found = self._exchange(range(len(weights)), weights)
+        of = {(x.rank, x.held): x for x in found}
+        if apart:
+            raise VerifyError(_about_copies(apart, of))
+        replicas = [pair for pair in alike if _also_weights(*pair, of)]
+        if replicas:
+            raise VerifyError(_about_replicas(replicas))
+
+    def compare(self, clip: Callable[[], Outcome]) -> Outcome:
+        """Clip, and compare what is reported with what is reported elsewhere."""
+        try:
+            outcome = clip()
+        except (NonFiniteError, ValueError):
+            self._gathered([1.0] + [0.0] * len(DECIDED))
+            raise
+        info = outcome[1]
+        decided = [self._common(getattr(info, name)) for name in DECIDED]
+        failed, *columns = self._gathered([0.0, *decided])
+        if failed.any():
+            raise VerifyError(self._about_failure(failed))
+        for name, column in zip(DECIDED, columns, strict=True):
+            for i, value in enumerate(column.tolist()):
+                if not _near(value, column[0].item()):
+                    said = self._about_decision(name, i, columns)
+                    raise VerifyError(said if info.norm.ndim == 0 else said + _SUMS)
+        return outcome
+
+    def _exchange(self, which: Iterable[int], tensors: Sequence[Tensor]) -> list[Print]:
+        """Return two norms of each tensor of each process; -1 where there is none."""
+        row = torch.full((self.width, 2), -1.0, dtype=torch.float64)
+        if tensors:
+            verbs, at = InPlace(), list(which)
+            row[at, 0] = verbs.per_tensor(tensors, 2.0).cpu()
+            row[at, 1] = verbs.per_tensor(tensors, math.inf).cpu()
+        seen = self.group.gather(row.flatten()).view(-1, self.width, 2).tolist()
+        return [
+            Print(rank, held, *numbers)
+            for rank, rows in zip(self.ranks, seen, strict=True)
+            for held, numbers in zip(self.held[rank], rows, strict=False)
+        ]
+
+    def _common(self, x: Tensor) -> float:
+        """Return a number that has to be equal everywhere; 0 for cells of one's own."""
+        if x.ndim == 0:
+            return float(x)
+        if len(x) != len(self.params):
+            return 0.0
+        mine = self.held[self.ranks[self.group.handle.rank()]]
+        at = [i for i, held in enumerate(mine) if held.name in self.common]
+        return float(x[at].sum())
+
+    def _gathered(self, mine: Sequence[float]) -> Sequence[Tensor]:
+        row = torch.tensor(mine, dtype=torch.float64)
+        return self.group.gather(row).unbind(1)
+
+    def _about_failure(self, failed: Tensor) -> str:
+        ranks = [str(self.ranks[i]) for i in failed.nonzero().flatten().tolist()]
+        return (
+            f"rank {', '.join(ranks)} refused this step, for which its own error gives "
+            "the reason, and would leave the others waiting at the next one."
+        )
+
+    def _about_decision(self, name: str, i: int, columns: list[Tensor]) -> str:
+        there, here = (
+            ", ".join(
+                f"{n} {column[at].item():.6g}"
+                for n, column in zip(DECIDED[:3], columns, strict=False)
+            )
+            for at in (0, i)
+        )
+        return (
+            f"rank {self.ranks[i]} has {here}, but rank {self.ranks[0]} has {there}: "
+            f"the gradients agree, the {name} does not. Likely cause: another limit or "
+            "another saved memory was given to one of them. Give all the same rule, "
+            "and load the same state."
+        )
+
+    def _check_groups(self) -> None:
+        """Refuse a group that one of its members does not know: others would wait."""
+        pairs = [(rank, g) for rank, groups in self.groups.items() for g in groups]
+        for rank, group in pairs:
+            unaware = [r for r in group if group not in self.groups.get(r, [group])]
+            if unaware:
+                raise VerifyError(
+                    f"rank {rank} splits {self._names_in(rank, group)} over the "
+                    f"{_group(group)}, of which rank {unaware[0]} knows nothing, so "
+                    f"that rank {rank} would wait for it for ever. Likely cause: a "
+                    f"group is missing on rank {unaware[0]}: split_over has to name it "
+                    "there for at least one parameter."
+                )
+
+    def _names_in(self, rank: int, group: tuple[int, ...]) -> str:
+        names = [held.name for held in self.held[rank] if group in held.declared]
+        return _listed(names) if names else "its parameters"
+
+    def _check_places(self) -> None:
+        """Refuse whole parameters of which some processes would never hear."""
+        holders: dict[Held, set[int]] = defaultdict(set)
+        for rank, held in self._all_held():
+            if not held.place:
+                holders[held].add(rank)
+        lacking: dict[tuple[int, int], list[str]] = defaultdict(list)
+        connected = self._connected()
+        for held, ranks in holders.items():
+            for together in connected:
+                if not together & ranks:
+                    lacking[min(ranks), min(together)].append(held.name)
+        if lacking:
+            (having, without), names = next(iter(lacking.items()))
+            raise VerifyError(
+                f"rank {having} has {_listed(names)}, which rank {without} does not "
+                "have, and no group connects the two, so that each would clip by a "
+                "norm of its own. Likely cause: a group is missing: declare stages of "
+                "a pipeline, experts and slices with split_over."
+            )
+
+    def _all_held(self) -> Iterator[tuple[int, Held]]:
+        return ((rank, held) for rank, every in self.held.items() for held in every)
+
+    def _connected(self) -> list[set[int]]:
+        """Return the sets of ranks whose norms reach each other."""
+        found = [{rank} for rank in self.ranks]
+        for groups in self.groups.values():
+            for group in map(set, groups):
+                joined = group.union(*(s for s in found if s & group))
+                found = [s for s in found if not s & group] + [joined]
+        return found
+
+
+def verifier_for(
+    verify: Verify,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    layout: Layout | None,
+) -> Verifier | None:
+    """Return what compares processes; None where that was not asked, or is only one."""
+    if verify is False or not torch.distributed.is_available():
+        return None
+    if not torch.distributed.is_initialized():
+        return None
+    group = torch.distributed.group.WORLD if verify is True else verify
+    if group is None or group.size() < 2:
+        return None
+    return Verifier(names, params, layout, group)
+
+
+def _described(
+    names: Sequence[str], params: Sequence[Tensor], layout: Layout | None
+) -> Iterator[Held]:
+    for i, (name, p) in enumerate(zip(names, params, strict=True)):
+        ways = {} if layout is None else layout.ways[i]
+        groups = [] if layout is None else layout.groups
+        spread = [groups[g] for g, way in sorted(ways.items()) if way.kind != "copy"]
+        yield Held(
+            name,
+            tuple(local_of(p.detach()).shape),
+            tuple(group.handle.rank() for group in spread),
+            tuple(_ranks(group) for group in spread if group.level > 0),
+            all(way.kind != "other" for way in ways.values()),
+        )
+
+
+def _ranks(group: Group) -> tuple[int, ...]:
+    return tuple(torch.distributed.get_process_group_ranks(group.handle))
+
+
+Pair: TypeAlias = tuple[Print, Print]
+
+
+def _unlike_copies(prints: Sequence[Print]) -> Iterator[Pair]:
+    """Yield gradients that differ though they belong to one and the same piece."""
+    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Print] = {}
+    for x in prints:
+        key = x.held.name, x.held.shape, x.held.place
+        reference = first.setdefault(key, x)
+        if not x.near(reference):
+            yield reference, x
+
+
+def _like_shards(prints: Sequence[Print]) -> Iterator[Pair]:
+    """Yield gradients that are equal though they were declared to be different."""
+    first: dict[tuple[object, ...], Print] = {}
+    for x in prints:
+        for group in x.held.declared if x.norm > 0 else ():
+            key = group, x.held.shape, x.norm, x.largest
+            reference = first.setdefault(key, x)
+            if reference.rank != x.rank:
+                yield reference, x
+
+
+def _also_weights(a: Print, b: Print, of: dict[tuple[int, Held], Print]) -> bool:
+    """Return whether weights are equal too, and not by accident, as all zeros are."""
+    v, w = of[a.rank, a.held], of[b.rank, b.held]
+    told = not (a.constant and v.constant)
+    return told and (v.norm, v.largest) == (w.norm, w.largest)
+
+
+def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Print]) -> str:
+    unlike = [
+        (a, b) for a, b in apart if not of[a.rank, a.held].near(of[b.rank, b.held])
+    ]
+    a, b = (unlike or apart)[0]
+    names = _listed([x.held.name for _, x in (unlike or apart) if x.rank == b.rank])
+    if unlike:
+        v, w = of[a.rank, a.held], of[b.rank, b.held]
+        return (
+            f"rank {b.rank} has other parameters than rank {a.rank} under the same "
+            f"name: {names} (of the first, the norm of the parameter is {w.norm:.6g} "
+            f"and {v.norm:.6g}). Likely cause: a group is missing: declare experts, "
+            "slices and stages of a pipeline with split_over. Nothing was changed."
+        )
+    return (
+        f"rank {b.rank} has other gradients than rank {a.rank} for parameters that are "
+        f"equal: {names} (of the first, the norm is {_size(b)} and {_size(a)}). Likely "
+        "cause: the clip comes before the gradients are synchronised, as under "
+        "no_sync(), or ahead of an all-reduce of your own. Clip after it. Nothing was "
+        "changed."
+    )
+
+
+def _about_replicas(replicas: list[Pair]) -> str:
+    a, b = replicas[0]
+    names = _listed([x.held.name for _, x in replicas if x.rank == b.rank])
+    group = next(g for g in b.held.declared if a.rank in g)
+    return (
+        f"rank {b.rank} has the same parameters and gradients as rank {a.rank}, though "
+        f"split_over says that they differ within the {_group(group)}: {names}. Likely "
+        "cause: a replica is counted as a shard, which makes the norm too large by up "
+        f"to the root of {len(group)}. Have split_over return None for it. Nothing was "
+        "changed."
+    )
+
+
+def _size(x: Print) -> str:
+    return "missing" if x.norm < 0 else f"{x.norm:.6g}"
+
+
+def _near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=NEAR) or (math.isnan(a) and math.isnan(b))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:SHOWN])
+    more = len(names) - SHOWN
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
+def _group(ranks: Sequence[int]) -> str:
+    return f"group of ranks {', '.join(map(str, ranks))}"
