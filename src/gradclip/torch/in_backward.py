@@ -100,9 +100,10 @@ class InBackward(Clipper):
             verbs, leaves, self.rule, norm, self.on_nonfinite, names.__getitem__
         )
         now.take(norm)
-        limit = self.rule.update(self._seen(now.estimate), self._state())[0]
-        check_scheduled(verbs, self.rule, limit, int(self._memory.step))
-        scale = clip_scale(now.estimate, limit, torch, self.rule.stretches)
+        check_scheduled(verbs, self.rule, int(self._memory.step))
+        seen = self._seen(now.estimate)
+        limit = self.rule.update(seen, self._state())[0]
+        scale = clip_scale(now.estimate, limit, seen.xp, self.rule.most(seen))
         scale = torch.where(norm.isfinite(), scale, 1.0)
         now.note(norm * scale, limit, scale)
         if verbs.known(scale == 1) is not True:
