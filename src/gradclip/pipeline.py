@@ -104,7 +104,7 @@ def decide(
     xp = seen.xp
     limit, state = rule.update(seen, state)
     scale = clip_scale(seen.norm, limit, xp, rule.most(seen))
-    finite = xp.isfinite(seen.norm)
+    finite = seen.norm < math.inf
     after = xp.where(finite & (scale != 1), limit, seen.norm)
     whole = xp.all(finite if absent is None else finite | absent)
     clipped = xp.any(scale != 1)
