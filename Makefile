@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations fuzz bench clean
+.PHONY: demo test test-integrations golden fuzz bench clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -18,6 +18,10 @@ test: .venv/ready
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -W default tests/integrations $(ARGS)
+
+# As in the tests, and with every rule compiled by inductor: some minutes.
+golden: .venv/ready
+	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py $(ARGS)
 
 fuzz: .venv/ready
 	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)

@@ -3,6 +3,7 @@
 A twin takes the gradients of one step as a list of float64 arrays (and the parameters,
 where the method asks for them) and returns the clipped ones. NaN and infinity follow
 the default policy: the step is skipped, and what was not finite is not remembered.
+One with a memory also tells its last `limits` and its `state()`, cell by cell.
 """
 
 import copy
@@ -121,13 +122,24 @@ class Remembering:
         norms = [norm(part) for part in parts]
         if not all(map(math.isfinite, norms)):
             return grads
-        clipped = []
+        clipped, self.limits = [], []
         for i, (part, n) in enumerate(zip(parts, norms, strict=True)):
             limit = math.inf
             if n > 0:
-                limit = self.limit(n, self.memories.setdefault(i, {}))
+                memory = self.memories.setdefault(i, {"count": 0})
+                limit = self.limit(n, memory)
+                memory["count"] += 1
+            self.limits.append(limit)
             clipped.append(rescale(part, limit))
         return join(clipped)
+
+    def state(self):
+        """Return what is remembered under the names of the rule, a list per name."""
+        cells = [self.remembered(self.memories[i]) for i in sorted(self.memories)]
+        return {name: [cell[name] for cell in cells] for name in next(iter(cells), {})}
+
+    def remembered(self, memory):
+        return memory
 
 
 class Percentile(Remembering):
@@ -178,6 +190,10 @@ class ZScore(Remembering):
         )
         return min(limit, most)
 
+    def remembered(self, memory):
+        std = math.sqrt(memory["var"])
+        return {"mean": memory["mean"], "std": std, "count": memory["count"]}
+
 
 class EMA(Remembering):
     def __init__(
@@ -191,20 +207,21 @@ class EMA(Remembering):
         norms = [norm(part) for part in cells(grads, self.over)[0]]
         total = norm([np.array(norms)])
         most = math.inf if self.warmup_limit is None else self.warmup_limit
-        self.factor = min(1.0, most / total) if total > 0 else 1.0
+        self.factor = most / total if total > 0 else math.inf
         return super().step(grads)
 
     def limit(self, n, memory):
-        count = memory.get("count", 0)
-        memory["count"] = count + 1
-        if count < self.warmup:
+        if memory["count"] < self.warmup:
             limit = n * self.factor
-            memory["gamma"] = min(memory.get("gamma", math.inf), limit)
+            memory["gamma"] = min(memory.get("gamma", math.inf), n, limit)
             return limit
         limit = self.ratio * memory["gamma"]
         memory["gamma"] *= self.decay
         memory["gamma"] += (1 - self.decay) * min(n, limit)
         return limit
+
+    def remembered(self, memory):
+        return {"ema": memory["gamma"], "count": memory["count"]}
 
 
 class Deviation(Remembering):
@@ -246,6 +263,7 @@ class Skip:
     def step(self, grads, params=None):
         before = copy.deepcopy(self.rule)
         clipped = self.rule.step(grads, params)
+        self.limits = getattr(self.rule, "limits", None)
         finite = [np.isfinite(g) for g in grads]
         moved = [
             np.any((a != b) & ok)
@@ -256,6 +274,9 @@ class Skip:
         self.rule = before
         return [np.zeros_like(g) for g in grads]
 
+    def state(self):
+        return getattr(self.rule, "state", dict)()
+
 
 class Chain:
     def __init__(self, *rules):
@@ -265,6 +286,14 @@ class Chain:
         before = copy.deepcopy(self.rules)
         for rule in self.rules:
             grads = rule.step(grads, params)
+            self.limits = getattr(rule, "limits", None)
             if isinstance(rule, Skip) and not any(np.any(g) for g in grads):
                 self.rules = before
         return grads
+
+    def state(self):
+        return {
+            f"{i}.{name}": cells
+            for i, rule in enumerate(self.rules)
+            for name, cells in getattr(rule, "state", dict)().items()
+        }
