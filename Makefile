@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations fuzz bench clean
+.PHONY: demo test test-integrations test-published golden fuzz bench clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -18,6 +18,14 @@ test: .venv/ready
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -W default tests/integrations $(ARGS)
+
+# Published clippers, to see them fail as tests/published.py says they do.
+test-published: .venv-published/ready
+	.venv-published/bin/python -m pytest -W default tests/witnesses $(ARGS)
+
+# As in the tests, and with every rule compiled by inductor: some minutes.
+golden: .venv/ready
+	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py $(ARGS)
 
 fuzz: .venv/ready
 	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)
@@ -42,5 +50,15 @@ bench: .venv/ready
 		-c constraints-integrations.txt deepspeed
 	touch $@
 
+.venv-published/ready: pyproject.toml constraints.txt constraints-published.txt
+	$(PYTHON) -m venv .venv-published
+	.venv-published/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-published/bin/python -m pip install --quiet -c constraints.txt \
+		-e ".[torch,jax]" pytest
+	# Without what else they need, of which torch is all that is used here.
+	.venv-published/bin/python -m pip install --quiet --no-deps \
+		-r constraints-published.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-integrations demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations .venv-published demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 A twin takes the gradients of one step as a list of float64 arrays (and the parameters,
 where the method asks for them) and returns the clipped ones. NaN and infinity follow
 the default policy: the step is skipped, and what was not finite is not remembered.
+One with a memory also tells its last `limits` and its `state()`, cell by cell.
 """
 
 import copy
@@ -121,18 +122,31 @@ class Remembering:
         norms = [norm(part) for part in parts]
         if not all(map(math.isfinite, norms)):
             return grads
-        clipped = []
+        clipped, self.limits = [], []
         for i, (part, n) in enumerate(zip(parts, norms, strict=True)):
+            limit = math.inf
             if n > 0:
-                part = self.one(part, n, self.memories.setdefault(i, {}))
+                memory = self.memories.setdefault(i, {"count": 0})
+                part, limit = self.one(part, n, memory)
+                memory["count"] += 1
+            self.limits.append(limit)
             clipped.append(part)
         return join(clipped)
 
     def one(self, part, n, memory):
         if hasattr(self, "length"):
             length = self.length(n, memory)
-            return [g / n * length for g in part]
-        return rescale(part, self.limit(n, memory))
+            return [g / n * length for g in part], length
+        limit = self.limit(n, memory)
+        return rescale(part, limit), limit
+
+    def state(self):
+        """Return what is remembered under the names of the rule, a list per name."""
+        cells = [self.remembered(self.memories[i]) for i in sorted(self.memories)]
+        return {name: [cell[name] for cell in cells] for name in next(iter(cells), {})}
+
+    def remembered(self, memory):
+        return memory
 
 
 class Percentile(Remembering):
@@ -183,6 +197,10 @@ class ZScore(Remembering):
         )
         return min(limit, most)
 
+    def remembered(self, memory):
+        std = math.sqrt(memory["var"])
+        return {"mean": memory["mean"], "std": std, "count": memory["count"]}
+
 
 class EMA(Remembering):
     def __init__(
@@ -196,20 +214,21 @@ class EMA(Remembering):
         norms = [norm(part) for part in cells(grads, self.over)[0]]
         total = norm([np.array(norms)])
         most = math.inf if self.warmup_limit is None else self.warmup_limit
-        self.factor = min(1.0, most / total) if total > 0 else 1.0
+        self.factor = most / total if total > 0 else math.inf
         return super().step(grads)
 
     def limit(self, n, memory):
-        count = memory.get("count", 0)
-        memory["count"] = count + 1
-        if count < self.warmup:
+        if memory["count"] < self.warmup:
             limit = n * self.factor
-            memory["gamma"] = min(memory.get("gamma", math.inf), limit)
+            memory["gamma"] = min(memory.get("gamma", math.inf), n, limit)
             return limit
         limit = self.ratio * memory["gamma"]
         memory["gamma"] *= self.decay
         memory["gamma"] += (1 - self.decay) * min(n, limit)
         return limit
+
+    def remembered(self, memory):
+        return {"ema": memory["gamma"], "count": memory["count"]}
 
 
 class Deviation(Remembering):
@@ -283,14 +302,15 @@ class MovingBand(Remembering):
         self.over, self.warmup = over, warmup
 
     def length(self, n, memory):
-        count = memory.get("count", 0)
-        memory["count"] = count + 1
         average = memory.get("average", n)
         effective = n
-        if count >= self.warmup:
+        if memory["count"] >= self.warmup:
             effective = max(self.low * average, min(n, self.high * average))
         memory["average"] = self.decay * average + (1 - self.decay) * effective
         return effective
+
+    def remembered(self, memory):
+        return {"ema": memory["average"], "count": memory["count"]}
 
 
 class Quantile(Remembering):
@@ -304,6 +324,9 @@ class Quantile(Remembering):
         memory["limit"] = limit * math.exp(-self.rate * (unclipped - self.q / 100))
         return limit
 
+    def remembered(self, memory):
+        return {"limit": memory["limit"]}
+
 
 class Stabilize(Remembering):
     def __init__(self, decay=0.7, square_decay=0.9, over="tensor", eps=0.0):
@@ -316,13 +339,17 @@ class Stabilize(Remembering):
         )
 
     def length(self, n, memory):
-        t = memory["t"] = memory.get("t", 0) + 1
+        t = memory["count"] + 1
         a, b = self.decay, self.square_decay
         memory["m"] = a * memory.get("m", 0.0) + (1 - a) * n
         memory["v"] = b * memory.get("v", 0.0) + (1 - b) * n**2
         first = memory["m"] / (1 - a**t)
         second = memory["v"] / (1 - b**t)
         return first / (math.sqrt(second) + self.eps)
+
+    def remembered(self, memory):
+        root = math.sqrt(memory["v"])
+        return {"mean": memory["m"], "root": root, "count": memory["count"]}
 
 
 class Skip:
@@ -332,6 +359,7 @@ class Skip:
     def step(self, grads, params=None):
         before = copy.deepcopy(self.rule)
         clipped = self.rule.step(grads, params)
+        self.limits = getattr(self.rule, "limits", None)
         finite = [np.isfinite(g) for g in grads]
         moved = [
             np.any((a != b) & ok)
@@ -342,6 +370,9 @@ class Skip:
         self.rule = before
         return [np.zeros_like(g) for g in grads]
 
+    def state(self):
+        return getattr(self.rule, "state", dict)()
+
 
 class Chain:
     def __init__(self, *rules):
@@ -351,6 +382,14 @@ class Chain:
         before = copy.deepcopy(self.rules)
         for rule in self.rules:
             grads = rule.step(grads, params)
+            self.limits = getattr(rule, "limits", None)
             if isinstance(rule, Skip) and not any(np.any(g) for g in grads):
                 self.rules = before
         return grads
+
+    def state(self):
+        return {
+            f"{i}.{name}": cells
+            for i, rule in enumerate(self.rules)
+            for name, cells in getattr(rule, "state", dict)().items()
+        }

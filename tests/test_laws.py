@@ -147,21 +147,6 @@ def test_order_of_tensors(name, grads):
     assert_same(a, b[::-1], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("norm", "norm-p1", "normalize", "percentile", "zscore", "ema", "deviation"),
-        *("smooth", "skip-norm"),
-    ],
-)
-@given(grads=gradients)
-def test_splitting_a_tensor_changes_nothing(name, grads):
-    whole, _ = warmed(name).clip(grads, params=weights)
-    parts = [*grads[0], *grads[1:]]
-    split, _ = warmed(name).clip(parts, params=None)
-    assert_same([np.stack(split[:2]), *split[2:]], whole, rtol=1e-12)
-
-
 @pytest.mark.parametrize("name", STATEFUL)
 @given(
     norms=st.lists(

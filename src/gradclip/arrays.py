@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from gradclip.backends import Backend, find_backend
+from gradclip.backends import Backend, find_backend, on_host
 from gradclip.memory import Memory
 from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Array, Rule, stages
@@ -143,7 +143,7 @@ class Clipper:
 
     def state_dict(self) -> dict[str, Array]:
         """Return the memory as NumPy arrays, for any kind of checkpoint."""
-        return self._memory.state_dict(np.array)
+        return self._memory.state_dict(lambda x: on_host(x).copy())
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from a saved memory, exactly.

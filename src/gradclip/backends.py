@@ -11,6 +11,7 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from gradclip.rules import Array, Scope
 
@@ -521,6 +522,11 @@ def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
             "one call takes the arrays of one library."
         )
     return next(iter(found.values()))[2]
+
+
+def on_host(x: Any) -> NDArray[Any]:
+    """Return an array of any library as one of NumPy's, which may share its memory."""
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
 
 
 def _described(x: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import numpy as np
 
+from gradclip.backends import on_host
 from gradclip.pipeline import Info
 from gradclip.record import Floats
 
@@ -176,11 +177,7 @@ def to_numpy(values: Sequence[Any]) -> list[Floats]:
         return list(np.asarray(stacked, np.float64))
     except (TypeError, ValueError, RuntimeError):
         # Shapes may differ where the gradients of a step do.
-        return [np.asarray(_on_host(x), np.float64) for x in values]
-
-
-def _on_host(value: Any) -> Any:
-    return value.detach().cpu() if hasattr(value, "detach") else value
+        return [on_host(x).astype(np.float64) for x in values]
 
 
 def whole(cells: Floats) -> float:
@@ -196,7 +193,7 @@ def whole(cells: Floats) -> float:
 
 def plain(number: Any) -> float | str:
     """Return a number as JSON can hold it: NaN and infinity by their names."""
-    x = float(_on_host(number))
+    x = float(on_host(number))
     if math.isfinite(x):
         return x
     return "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
