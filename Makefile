@@ -48,6 +48,9 @@ bench: .venv/ready
 		setuptools wheel ninja
 	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation \
 		-c constraints-integrations.txt deepspeed
+	# For one file of it; the torchvision it asks for has no build for torch's CPU one.
+	.venv-integrations/bin/python -m pip install --quiet --no-deps \
+		-c constraints-integrations.txt timm
 	touch $@
 
 .venv-published/ready: pyproject.toml constraints.txt constraints-published.txt

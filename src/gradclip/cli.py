@@ -67,7 +67,7 @@ def demo(
 
     Ctrl-C ends it early and keeps what is done.
     """
-    _require("demo", "torch", "matplotlib", "rich")
+    _require("demo", "demo", "torch", "matplotlib", "rich")
     from rich.console import Console
 
     from gradclip.demo import Setup, compare, show
@@ -82,13 +82,41 @@ def demo(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def doctor(
+    script: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A program that trains.")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="What it is started with.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="End it after so many.")] = 50,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, nothing else.")
+    ] = False,
+) -> None:
+    """Run a training script for some steps, and tell what its clipping really did.
+
+    Example: gradclip doctor --steps 20 train.py --lr 0.1
+
+    Ends with 0 if all is well, 1 if the script fails or takes no step, 3 if a clip is
+    out of place.
+    """
+    _require("doctor", "torch", "torch")
+    from gradclip.checkup import check_up
+
+    code = check_up(script, arguments or [], steps, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
 app.command()(commands.advise)
 app.command()(commands.replay)
 app.command()(commands.report)
 app.command()(commands.watch)
 
 
-def _require(command: str, *modules: str) -> None:
+def _require(command: str, extra: str, *modules: str) -> None:
     """Import what a command needs, or say how to install it."""
     try:
         for module in modules:
@@ -96,7 +124,7 @@ def _require(command: str, *modules: str) -> None:
     except ModuleNotFoundError as missing:
         typer.echo(
             f"gradclip {command} needs {missing.name}, which is not installed: "
-            f'pip install "gradclip[{command}]"',
+            f'pip install "gradclip[{extra}]"',
             err=True,
         )
         raise typer.Exit(1) from None

@@ -13,6 +13,7 @@ from common import BATCH, RATE, RULE, STEPS, Data, Net, plain_norms
 
 import gradclip as gc
 from gradclip.keras import Clipped
+from table import ROWS
 
 
 def network():
@@ -65,11 +66,51 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found[:, 1], limit[-len(found) :], rtol=1e-5)
 
 
-def test_it_equals_plain_torch(tmp_path):
-    assert_same(fit(compiled()), plain_norms(tmp_path / "plain.jsonl"))
+@pytest.mark.parametrize("rule", [RULE, gc.Percentile(window=8)], ids=repr)
+def test_it_equals_plain_torch(rule, tmp_path):
+    assert_same(fit(compiled(rule)), plain_norms(tmp_path / "plain.jsonl", rule))
 
 
-@pytest.mark.parametrize("rule", [RULE, gc.EMA(warmup=5)], ids=["ZScore", "EMA"])
+# JAX has its own tests for all rules, and is slow where nothing is compiled.
+NAMES = [name for name, row in ROWS.items() if not row.make().grows]
+NAMES = ["percentile-window"] if keras.backend.backend() == "jax" else NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_does_what_it_does_in_numpy(name):
+    rule, draw = ROWS[name].make(), np.random.default_rng(0)
+    optimizer, clipper = Clipped(keras.optimizers.SGD(1.0), rule), gc.Clipper(rule)
+    shapes = [(3, 4), (5,)]
+    variables = [keras.Variable(draw.normal(size=s), dtype="float32") for s in shapes]
+    for step in range(12):
+        size = 8 if step in (7, 11) else 1
+        grads = [np.float32(size * draw.normal(size=s)) for s in shapes]
+        before = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+        optimizer.apply([keras.ops.convert_to_tensor(g) for g in grads], variables)
+        expected, info = clipper.clip(grads, params=before)
+        for v, old, clipped in zip(variables, before, expected, strict=True):
+            moved = old - keras.ops.convert_to_numpy(v)
+            np.testing.assert_allclose(moved, clipped, rtol=1e-4, atol=1e-5)
+        numbers = optimizer.metrics()
+        assert numbers["grad_norm"] == pytest.approx(info.to_dict()["norm"], rel=1e-5)
+        assert numbers["grad_limit"] == pytest.approx(info.to_dict()["limit"], rel=1e-5)
+
+
+def test_the_gradient_of_an_embedding():
+    layers = [keras.layers.Embedding(6, 3), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), *layers])
+    model.compile(Clipped(keras.optimizers.SGD(1.0), gc.Norm(0.01)), "mse")
+    before = model.get_weights()[0].copy()
+    model.train_on_batch(np.array([[0, 1], [1, 5]]), np.ones((2, 6)))
+    moved = model.get_weights()[0] - before
+    assert model.optimizer.metrics()["grad_norm"] > 0.1
+    assert np.linalg.norm(moved) == pytest.approx(0.01, rel=1e-4)
+    assert np.flatnonzero(np.abs(moved).sum(1)).tolist() == [0, 1, 5]
+
+
+@pytest.mark.parametrize(
+    "rule", [RULE, gc.EMA(warmup=5), gc.Percentile(window=8)], ids=repr
+)
 def test_a_saved_model_goes_on(rule, tmp_path):
     whole = compiled(rule)
     expected = fit(whole)
@@ -138,10 +179,11 @@ def test_a_memory_that_grows_is_refused():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="this is the process")
-def test_the_same_on_jax():
+@pytest.mark.parametrize("backend", ["jax", "tensorflow"])
+def test_the_same_on_another_backend(backend):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "default", Path(__file__)],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

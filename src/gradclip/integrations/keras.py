@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gradclip.arrays import check_rule
-from gradclip.backends import backend_of
+from gradclip.backends import Backend, backend_of
 from gradclip.integrations import needed
 from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Rule, stages
@@ -27,8 +29,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
     The memory of the rule consists of optimizer variables, so `model.save` keeps it.
-    It works with the torch and the JAX backend. With mixed precision, Keras puts its
-    `LossScaleOptimizer` around this one, and it belongs there.
+    It works with the torch, JAX and TensorFlow backends. With mixed precision, Keras
+    puts its `LossScaleOptimizer` around this one, and it belongs there.
 
     Args:
         inner_optimizer: A Keras optimizer that neither clips nor accumulates.
@@ -41,7 +43,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
     Raises:
         TypeError: For what is not a rule.
         ValueError: For a rule whose memory grows, an inner optimizer that clips too,
-            scales or accumulates, and for the TensorFlow backend.
+            scales or accumulates, and for other backends.
 
     Example:
         >>> import keras
@@ -68,13 +70,15 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
     @keras.src.utils.tracking.no_automatic_dependency_tracking  # type: ignore[untyped-decorator]
     def build(self, variables: Sequence[Any]) -> None:
         """Make the variables that the rule's memory and the report live in."""
-        # No rule learns from a norm of 0, so this is the memory before the first step.
-        zeros = [keras.ops.zeros_like(v.value) for v in variables]
-        empty = [None] * len(stages(self.rule))
-        _, _, states = self._run(zeros, variables, empty, 0)
+        # TensorFlow builds inside of a traced function, where only NumPy has values.
+        cells = {"tensor": np.zeros(len(variables))}
+        memories = [
+            stage.init(cells.get(stage.over, np.zeros(())), np)
+            for stage in stages(self._bound(variables))
+        ]
         self._memory = [
-            {name: self._keep(name, x) for name, x in (state or {}).items()}
-            for state in states
+            {name: self._keep(name, x) for name, x in memory.items()}
+            for memory in memories
         ]
         for name in ("step", "clipped", "skipped"):
             setattr(self, f"_{name}", self.add_variable((), dtype="int", name=name))
@@ -83,11 +87,16 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.inner_optimizer.build(variables)
         super().build(variables)
 
+    def _bound(self, variables: Sequence[Any]) -> Rule:
+        shapes = [tuple(v.shape) for v in variables]
+        return self.rule.bind([v.path for v in variables], shapes)
+
     def _keep(self, name: str, value: Any) -> Any:
-        kind = keras.backend.standardize_dtype(value.dtype)
-        variable = self.add_variable(tuple(value.shape), dtype=kind, name=name)
-        variable.assign(value)
-        return variable
+        def start(shape: Any, dtype: Any) -> Any:
+            return keras.ops.convert_to_tensor(value, dtype)
+
+        wide = keras.backend.standardize_dtype(verbs().wide)
+        return self.add_variable(value.shape, start, dtype=wide, name=name)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Clip, and apply; a step that is dropped changes nothing but the counts."""
@@ -96,52 +105,36 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
             self.build(variables)
         pairs = [p for p in zip(grads, variables, strict=True) if p[0] is not None]
         grads, variables = (list(part) for part in zip(*pairs, strict=True))
-        memory = [{k: v.value for k, v in state.items()} for state in self._memory]
-        step = self._step.value
-        grads, info, states = self._run(grads, variables, memory, step)
+        engine, read = verbs(), keras.ops.convert_to_tensor
+        grads, info, states = run(
+            engine,
+            [engine.prepare(g, "") for g in grads],
+            self._bound(variables),
+            [{k: read(v) for k, v in memory.items()} for memory in self._memory],
+            step=read(self._step),
+            policy=self.on_nonfinite,
+            weights=[read(v) for v in variables],
+        )
         for kept, new in zip(self._memory, states, strict=True):
             for name, value in (new or {}).items():
                 kept[name].assign(value)
         self._report(info)
         self._apply_if(info.kept, grads, variables)
 
-    def _run(
-        self, grads: Any, variables: Any, memory: Any, step: Any
-    ) -> tuple[list[Any], Info, list[Any]]:
-        """Take native gradients through the rule."""
-        engine = self._engine(grads[0])
-        return run(
-            engine,
-            [engine.prepare(g, "") for g in grads],
-            self.rule.bind(
-                [v.path for v in variables], [tuple(v.shape) for v in variables]
-            ),
-            memory,
-            step=step,
-            policy=self.on_nonfinite,
-            weights=[keras.ops.convert_to_tensor(v) for v in variables],
-        )
-
-    def _engine(self, grad: Any) -> Any:
-        return next(filter(None, map(backend_of, type(grad).__mro__)))
-
     def _report(self, info: Info) -> None:
         """Keep the numbers of this step where saving and `metrics` find them."""
-        engine, ops = self._engine(info.norm), keras.ops
         self._step.assign_add(1)
-        self._clipped.assign_add(ops.cast(info.clipped, self._clipped.dtype))
-        self._skipped.assign_add(ops.cast(~info.kept, self._skipped.dtype))
-        self._norm.assign(engine.norm(info.norm, 2.0))
-        self._limit.assign(engine.norm(info.limit, 2.0))
+        self._clipped.assign_add(keras.ops.cast(info.clipped, self._clipped.dtype))
+        self._skipped.assign_add(keras.ops.cast(~info.kept, self._skipped.dtype))
+        self._norm.assign(verbs().norm(info.norm, 2.0))
+        self._limit.assign(verbs().norm(info.limit, 2.0))
 
     def _apply_if(self, kept: Any, grads: Any, variables: Any) -> None:
         """Let the inner optimizer apply the gradients, unless the step is dropped."""
-        known = self._engine(grads[0]).known(kept)
-        if known is not None:
-            if known:
-                self.inner_optimizer.apply(grads, variables)
+        known = verbs().known(kept)
+        if known is False:
             return
-        held = [*self.inner_optimizer.variables, *variables]
+        held = [] if known else [*self.inner_optimizer.variables, *variables]
         before = [keras.ops.copy(v.value) for v in held]
         self.inner_optimizer.apply(grads, variables)
         for v, old in zip(held, before, strict=True):
@@ -198,12 +191,22 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         return cls(**{**config, "inner_optimizer": inner})
 
 
+def verbs() -> Backend:
+    """Return the verbs for the tensors of the backend in use."""
+    if keras.backend.backend() == "tensorflow":
+        from gradclip.integrations.tensorflow import TensorFlow
+
+        return TensorFlow()
+    kinds = type(keras.ops.zeros(())).__mro__
+    return next(filter(None, map(backend_of, kinds)))
+
+
 def _check(inner: Any, rule: Rule, policy: Policy) -> None:
     """Refuse what would clip twice, or clip something else than whole gradients."""
-    if keras.backend.backend() not in ("torch", "jax"):
+    if keras.backend.backend() not in ("torch", "jax", "tensorflow"):
         raise ValueError(
-            f"Clipped works with the torch and jax backends of Keras, not with "
-            f"{keras.backend.backend()!r}."
+            f"Clipped works with the torch, jax and tensorflow backends of Keras, not "
+            f"with {keras.backend.backend()!r}."
         )
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         raise ValueError(

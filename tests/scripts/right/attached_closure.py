@@ -1,0 +1,25 @@
+"""LBFGS with gradclip's attach."""
+
+import torch
+
+import gradclip as gc
+from gradclip.torch import attach
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+)
+optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+attach(optimizer, gc.Norm(0.1))
+x = torch.randn(8, 4)
+
+
+def closure():
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+
+
+for _ in range(20):
+    optimizer.step(closure=closure)

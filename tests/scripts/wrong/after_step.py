@@ -1,0 +1,16 @@
+"""The clip comes after the step, as in five trainers at once."""
+
+import torch
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+for _ in range(20):
+    loss = model(torch.randn(8, 4)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)

@@ -1,0 +1,17 @@
+"""An iterator is handed over again and again, and is empty from then on."""
+
+import torch
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+params = model.parameters()
+for _ in range(20):
+    optimizer.zero_grad()
+    loss = model(torch.randn(8, 4)).square().mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 0.1)
+    optimizer.step()

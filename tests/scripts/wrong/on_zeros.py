@@ -1,0 +1,16 @@
+"""The clip comes before backward, on gradients that were set to zero."""
+
+import torch
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+for _ in range(20):
+    optimizer.zero_grad(set_to_none=False)
+    loss = model(torch.randn(8, 4)).square().mean()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    loss.backward()
+    optimizer.step()

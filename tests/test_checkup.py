@@ -1,0 +1,123 @@
+"""`gradclip doctor`: what it says of scripts that clip in vain, and of proper ones."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from gradclip.checkup import examine, findings, to_text
+from gradclip.torch import Clipper
+
+SCRIPTS = Path(__file__).with_name("scripts")
+PROPER = sorted(path.stem for path in (SCRIPTS / "right").glob("*.py"))
+WRONG = {
+    "after_step": "used",
+    "before_backward": "early",
+    "on_zeros": "early",
+    "on_the_last_steps": "used",
+    "before_unscale": "scaled",
+    "before_unscale_fused": "scaled",
+    "logs_scaled_norms": "scaled",
+    "exhausted_iterator": "exhausted",
+    "each_micro_batch": "added",
+    "raw_gradients": "raw",
+    "raw_with_norm": "raw",
+    "step_in_backward": "absent",
+    "other_model": "absent",
+    "outside_closure": "remade",
+    "before_sync": "unsynced",
+    "twice": "twice",
+    "clipper_after_step": "used",
+    "clipper_before_unscale": "scaled",
+}
+
+
+def seen(name, steps=100):
+    with warnings.catch_warnings():
+        # Torch itself warns of some of these, once.
+        warnings.simplefilter("ignore")
+        return examine(SCRIPTS / f"{name}.py", [], steps)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_misuse_is_told(name):
+    ledger, _ = seen(f"wrong/{name}")
+    assert [x["kind"] for x in findings(ledger)] == [WRONG[name]]
+    text = (SCRIPTS / "wrong" / f"{name}.py").read_text().splitlines()
+    place, line = findings(ledger)[0]["line"].split(":")
+    assert place == f"{name}.py"
+    assert "clip" in text[int(line) - 1]
+
+
+@pytest.mark.parametrize("name", PROPER)
+def test_proper_use_is_silent(name):
+    ledger, ended = seen(f"right/{name}")
+    assert ended.error is None
+    assert findings(ledger) == []
+    assert min(s.steps for s in ledger.steppers if s.steps) >= 10
+
+
+def test_every_wrong_script_is_listed():
+    assert {path.stem for path in (SCRIPTS / "wrong").glob("*.py")} == set(WRONG)
+
+
+def test_all_that_happened_is_told():
+    ledger, ended = seen("right/norm_then_value", steps=7)
+    text = to_text(Path("train.py"), ledger, ended)
+    assert "train.py was ended after step 7; backward() was called 7 times." in text
+    assert "SGD: 7 steps, 7 of them with clipped gradients, of 4 of its 4" in text
+    fired = r"7 calls, 7 of them clipped; norm [\d.]+ to [\d.]+, limit 0.1; 4 of 4"
+    assert re.search(fired, text)
+    assert "6 without a limit, to measure" in text
+    assert text.endswith("Nothing was seen that needs mending.")
+
+
+def test_nothing_stays_behind():
+    def functions():
+        replaced = torch.autograd.backward, torch.nn.utils.clip_grad_norm_
+        return *replaced, Clipper._run, torch.amp.GradScaler.unscale_, sys.path[:]
+
+    before = functions()
+    seen("right/loss_scaling", steps=3)
+    assert functions() == before
+    assert not _global_optimizer_post_hooks
+
+
+def program(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "gradclip", "doctor", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_program_prints_json_and_nothing_else(tmp_path):
+    script = tmp_path / "train.py"
+    body = (SCRIPTS / "wrong" / "after_step.py").read_text()
+    script.write_text(f"{body}    import sys; print(sys.argv[1:])\n")
+    done = program("--json", "--steps", "5", script, "--lr", "0.1")
+    assert done.returncode == 3, done.stderr
+    assert "['--lr', '0.1']" in done.stderr
+    told = json.loads(done.stdout)
+    assert told["optimizers"][0]["steps"] == 5
+    assert told["clips"][0]["came_to"] == {"used": 4}
+    assert told["findings"][0]["message"].startswith(
+        "in 4 of 4 calls, first after step 1 of SGD: that step had used the gradients"
+    )
+
+
+def test_a_script_that_fails_shows_its_own_traceback(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import torch\n\n1 / 0\n")
+    done = program(script)
+    assert done.returncode == 1
+    assert "train.py failed with ZeroDivisionError" in done.stdout
+    assert "No torch optimizer took a step in this process." in done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[1] == f'  File "{script}", line 3, in <module>'
