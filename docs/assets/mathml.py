@@ -1,4 +1,4 @@
-"""Set equations when the site is built, as MathML: no script, and no network to read."""
+"""Set equations when the site is built, as MathML: no script, and no network."""
 
 import html
 import re
