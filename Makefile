@@ -29,6 +29,14 @@ bench: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Builds the wheel from the sdist, and uses it where nothing else is.
+dist: .venv-dist/ready
+	.venv-dist/bin/cffconvert --validate -i CITATION.cff
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python .ci/check_wheel.py dist/*.whl
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -46,5 +54,12 @@ docs: .venv/ready
 		-c constraints-integrations.txt deepspeed
 	touch $@
 
+# One of them wants an old jsonschema, and so they have an environment of their own.
+.venv-dist/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-dist/bin/python -m pip install --quiet -c constraints.txt --group release
+	touch $@
+
 clean:
-	rm -rf .venv .venv-integrations demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dist .venv-integrations demo-out site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

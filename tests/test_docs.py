@@ -26,6 +26,7 @@ import gradclip.torch
 from gradclip.cli import app
 from gradclip.per_sample import clipped_sum
 from gradclip.torch.ghost import PerSample
+from pages import blocks, version
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -36,12 +37,7 @@ PAGES = [
 # They need the trainers, and are run by tests/integrations.
 ELSEWHERE = ("docs/trainers.md", "gradclip.integrations", "gradclip.keras")
 PAGES = [page for page in PAGES if not str(page).endswith(ELSEWHERE)]
-BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 SHOWN_ONLY = {"mermaid", "bash", "json", "yaml", "toml", "html", "tree"}
-
-
-def blocks(page):
-    return [(info.split(), text) for info, text in BLOCK.findall(page.read_text())]
 
 
 def output_of(program, names):
@@ -63,11 +59,6 @@ def session(text):
             )
             shown += [line, *map(str.rstrip, result.output.splitlines())]
     return "\n".join(shown) + "\n"
-
-
-def version(diff, dropped):
-    lines = [line for line in diff.splitlines() if not line.startswith(dropped)]
-    return "\n".join(line[1:] for line in lines)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
