@@ -59,8 +59,7 @@ def documented(site):
 def test_every_public_name_is_in_the_reference(site):
     names = documented(site)
     for module in (gc, gradclip.torch, gradclip.jax):
-        for thing in offered(module).values():
-            assert f"{module.__name__}.{thing.__name__}" in names
+        assert set(offered(module)) <= names
     index = (site / "reference/index.html").read_text("utf-8")
     called = {n: x.__name__ for n, x in vars(gc).items() if callable(x)}
     aliases = {name for name, own in called.items() if name != own}
