@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations test-published golden fuzz bench clean
+.PHONY: demo test test-integrations test-published golden fuzz bench docs dist clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -32,6 +32,18 @@ fuzz: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Its theme is at the end of its life in 2027, and says so at every build.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Builds the wheel from the sdist, and uses it where nothing else is.
+dist: .venv-dist/ready
+	.venv-dist/bin/cffconvert --validate -i CITATION.cff
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python .ci/check_wheel.py dist/*.whl
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -63,5 +75,13 @@ bench: .venv/ready
 		-r constraints-published.txt
 	touch $@
 
+# One of them wants an old jsonschema, and so they have an environment of their own.
+.venv-dist/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-dist/bin/python -m pip install --quiet -c constraints.txt --group release
+	touch $@
+
 clean:
-	rm -rf .venv .venv-integrations .venv-published demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dist .venv-integrations .venv-published demo-out site build dist \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,29 @@
-"""One thread a process: the tests run in several, and small sums gain nothing."""
+"""One thread a process, and a browser where there is one."""
 
+import os
+import shutil
+
+import pytest
 import torch
 
+# The tests run in several processes, and small sums gain nothing from threads.
 torch.set_num_threads(1)
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None:
+        message = "no chromium here: the pages were not looked at in a browser"
+        if os.environ.get("GRADCLIP_BROWSER") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()

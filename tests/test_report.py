@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from gradclip.cli import app
 from gradclip.report import write_report
 from gradclip.report.figures import heat_map, thinned
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = "<script>alert(1)</script>"
 
 
@@ -87,23 +85,6 @@ def test_the_command_report(tmp_path):
     result = CliRunner().invoke(app, ["report", str(log), "-o", str(out)])
     assert result.exit_code == 0
     assert "Recommended" in out.read_text("utf-8")
-
-
-@pytest.fixture
-def browser():
-    if CHROMIUM is None:
-        message = "no chromium here: the page was not looked at in a browser"
-        if os.environ.get("GRADCLIP_BROWSER") == "required":
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
-        )
-        yield browser
-        browser.close()
 
 
 def opened(browser, path, **options):

@@ -130,6 +130,9 @@ def load_state_dict(
         state: A state made by `as_optax(rule).init(params)`.
         saved: What `state_dict` returned, here or on a clipper.
 
+    Returns:
+        The state with the memory, the step and the count of skipped steps taken over.
+
     Raises:
         ValueError: If another rule was saved, or other parameters.
 

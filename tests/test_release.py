@@ -1,0 +1,82 @@
+"""What a release says in several places, it says once."""
+
+import re
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+
+import gradclip
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+README = (ROOT / "README.md").read_text("utf-8")
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def floors():
+    """Return the lowest version of each package that the metadata allow."""
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = map(Requirement, chain(PROJECT["dependencies"], *extras))
+    found = {}
+    for requirement in wanted:
+        if requirement.name != "gradclip":
+            (bound,) = requirement.specifier
+            assert bound.operator == ">=", requirement
+            assert found.setdefault(requirement.name, bound.version) == bound.version
+    return found
+
+
+def test_the_readme_tells_the_floors_of_the_metadata():
+    table = README.partition("| package, from version |")[2].partition("\n\n")[0]
+    told = re.findall(r"`([a-z\d-]+)` (\d[\d.]*)", table)
+    assert dict(told) == floors()
+    python = re.search(r"Python (\d\.\d+) or later", README)[1]
+    assert PROJECT["requires-python"] == f">={python}"
+
+
+def test_the_version_is_one():
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    version = PROJECT["version"]
+    assert gradclip.__version__ == version
+    assert re.search(r"^## (\S+)", changes, re.M)[1] == version
+    assert re.search(r"^version: (.+)$", citation, re.M)[1] == version
+    assert re.search(r"^license: (.+)$", citation, re.M)[1] == PROJECT["license"]
+
+
+def test_the_metadata_name_every_front():
+    for front in ("NumPy", "PyTorch", "JAX"):
+        assert front in PROJECT["description"]
+        assert front.lower() in PROJECT["keywords"]
+
+
+def lint(*files):
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    return subprocess.run(
+        [sys.executable, *command, *files], capture_output=True, text=True, check=False
+    )
+
+
+def test_workflows_fit_their_schema(tmp_path):
+    done = lint(*WORKFLOWS)
+    assert done.returncode == 0, done.stdout
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(WORKFLOWS[0].read_text("utf-8").replace("runs-on:", "runs:"))
+    assert lint(wrong).returncode != 0
+
+
+@pytest.mark.parametrize("job", ["oldest", "newest", "wheel", "docs"])
+def test_the_workflow_has_the_job(job):
+    assert any(f"\n  {job}:\n" in path.read_text("utf-8") for path in WORKFLOWS)
+
+
+def test_workflows_name_tests_that_exist():
+    text = "".join(path.read_text("utf-8") for path in WORKFLOWS)
+    named = set(re.findall(r"tests/\w+\.py", text))
+    assert named
+    assert all((ROOT / name).exists() for name in named)
