@@ -325,6 +325,71 @@ class Stabilize(Remembering):
         return first / (math.sqrt(second) + self.eps)
 
 
+class Inside:
+    """A rule for the elements of each tensor, with a memory for each tensor."""
+
+    def __init__(self):
+        self.memories = {}
+
+    def step(self, grads, params=None):
+        if not all(np.all(np.isfinite(g)) for g in grads):
+            return grads
+        return [
+            self.one(g, self.memories.setdefault(i, {})) if np.any(g) else g
+            for i, g in enumerate(grads)
+        ]
+
+
+class Moment(Inside):
+    def __init__(self, ratio=5000**0.5, decay=0.999, warmup=20, corrected=False):
+        super().__init__()
+        self.ratio, self.decay, self.warmup = ratio, decay, warmup
+        self.corrected = corrected
+
+    def one(self, g, memory):
+        b, t = self.decay, memory.setdefault("t", 0)
+        v = memory.setdefault("v", np.zeros_like(g))
+        limit = self.ratio * np.sqrt(v)
+        if self.corrected and t > 0:
+            limit = limit / math.sqrt(1 - b**t)
+        spike = (np.abs(g) > limit) & (v > 0)
+        taken = np.where(spike, np.sign(g) * limit, g)
+        late = (1 - b ** (t + 1)) * taken**2
+        moved = np.where(v > 0, b * v + (1 - b) * taken**2, late)
+        memory["v"], memory["t"] = np.where(g != 0, moved, v), t + 1
+        return taken if t >= self.warmup else g
+
+
+class Peak(Inside):
+    def __init__(self, decay=0.999):
+        super().__init__()
+        self.decay = decay
+
+    def one(self, g, memory):
+        top = np.max(np.abs(g))
+        t = memory["t"] = memory.get("t", 0) + 1
+        memory["m"] = self.decay * memory.get("m", 0.0) + (1 - self.decay) * top
+        most = memory["m"] / (1 - self.decay**t)
+        return np.where(np.abs(g) > most, g / top * most, g)
+
+
+class Spectral:
+    """A rule for singular values, by the decomposition that LAPACK gives."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def step(self, grads, params=None):
+        return [self.one(g) for g in grads]
+
+    def one(self, g):
+        if not np.all(np.isfinite(g)):
+            return g
+        matrix = g.reshape(g.shape[0] if g.ndim > 1 else 1, -1)
+        u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+        return (u @ np.diag(self.change(s)) @ vh).reshape(g.shape)
+
+
 class Skip:
     def __init__(self, rule):
         self.rule = rule

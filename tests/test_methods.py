@@ -10,6 +10,7 @@ import torch
 
 import gradclip as gc
 import gradclip.backends
+import gradclip.jax
 from gradclip.torch import Clipper, attach
 from table import ROWS, STATEFUL
 
@@ -422,10 +423,41 @@ def test_units_lie_along_any_axis(axis):
     np.testing.assert_allclose(model.grad.numpy(), clipped, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.cosine_decay_schedule(1.0, 8),
+        optax.linear_schedule(1.0, 0.5, 8),
+        lambda step: 1 / (1 + step),
+    ],
+)
+def test_schedules_of_any_library_on_all_fronts(schedule):
+    want = [float(schedule(step)) for step in range(6)]
+    rule = gc.Norm(schedule)
+    assert limits(rule, [9.0] * 6) == want
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper, transform = attach(optimizer, rule), gradclip.jax.as_optax(rule)
+    state = transform.init(np.zeros(2))
+    for limit in want:
+        weight.grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        _, state = jax.jit(transform.update)(np.full(2, 9.0), state)
+        assert [float(clipper.info.limit), float(state.info.limit)] == [
+            pytest.approx(limit, rel=1e-6)
+        ] * 2
+
+
 def test_schedules_are_any_function_of_the_step():
     rules = [gc.Norm(lambda step: 1.0 / (1 + step)), gc.Smooth(lambda step: 2.0 + step)]
     assert limits(rules[0], [9.0] * 4) == [1.0, 0.5, 1 / 3, 0.25]
     assert limits(rules[1], [2.0, 3.0]) == [1.0, 1.5]
+    for rule in (
+        gc.Band(0.1, lambda s: 1.0 - s),
+        gc.by_name({"*": gc.RMS(lambda s: -s)}),
+    ):
+        with pytest.raises(ValueError, match="a limit is above 0"):
+            limits(rule, [3.0, 3.0])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,11 +8,18 @@ from torch import Tensor
 
 from gradclip.arrays import check_rule
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, may_drop, run
+from gradclip.pipeline import (
+    Info,
+    Policy,
+    check_policy,
+    empty_inside,
+    may_drop,
+    run,
+)
 from gradclip.rules import Rule, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
-from gradclip.torch.sharded import Sharded, SplitOver, layout_of
+from gradclip.torch.sharded import Sharded, SplitOver, is_dtensor, layout_of
 from gradclip.torch.verbs import InPlace
 
 if TYPE_CHECKING:
@@ -151,15 +158,13 @@ class Clipper:
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:
             self._layout.check(self._bound)
+            check_split(self._bound, self.params)
+        several = torch.zeros(len(self.params), dtype=torch.float64, device=device)
+        parts = [p.detach() for p in self.params]
         self._memory.states = [
-            stage.init(
-                torch.zeros(
-                    (len(self.params),) if stage.over == "tensor" else (),
-                    dtype=torch.float64,
-                    device=device,
-                ),
-                verbs.xp,
-            )
+            empty_inside(verbs, stage, parts)
+            if stage.by_part
+            else stage.init(several if stage.over == "tensor" else several[0], verbs.xp)
             for stage in stages(self._bound)
         ]
 
@@ -225,3 +230,19 @@ class Clipper:
     def _skipping(self) -> bool:
         """Whether a step may have to be dropped."""
         return may_drop(self.rule, self.on_nonfinite)
+
+
+def check_split(rule: Rule, params: Sequence[Tensor]) -> None:
+    """Refuse, for parameters that are split, rules that have to see whole tensors."""
+    for stage in stages(rule):
+        inner = {r.over for _, r in getattr(stage, "rules", ())}
+        if stage.by_part or {"unit"} < inner:
+            raise ValueError(
+                f"{stage!r} looks at whole tensors, and processes have parts of these; "
+                "use a rule over 'all', each 'tensor' or each 'unit'."
+            )
+        if stage.needs_shape and not all(map(is_dtensor, params)):
+            raise ValueError(
+                f"{stage!r} counts elements, and only a DTensor tells how many there "
+                "are on all processes; use Norm."
+            )
