@@ -350,7 +350,7 @@ class Moment(Inside):
         b, t = self.decay, memory.setdefault("t", 0)
         v = memory.setdefault("v", np.zeros_like(g))
         limit = self.ratio * np.sqrt(v)
-        if self.corrected and t > 0:
+        if t > 0 and (self.corrected or t < self.warmup):
             limit = limit / math.sqrt(1 - b**t)
         spike = (np.abs(g) > limit) & (v > 0)
         taken = np.where(spike, np.sign(g) * limit, g)

@@ -133,6 +133,33 @@ def test_percentile_clips_its_share():
     np.testing.assert_array_equal(floor, np.minimum.accumulate(norms))
 
 
+@pytest.mark.parametrize("q", [10.0, 50.0, 90.0])
+def test_quantile_settles_where_its_share_passes(q):
+    below = np.array(scales(gc.Quantile(q, rate=0.05), noise(4000)))[500:] == 1
+    assert np.mean(below) == pytest.approx(q / 100, abs=0.02)
+
+
+def test_quantile_moves_by_its_rate_whatever_the_spike():
+    first, *_, last = limits(gc.Quantile(50.0, rate=0.2), [1.0, 0.5, 1e30, 1.0])
+    assert (first, last) == (1.0, pytest.approx(1.0))
+
+
+def test_bands_of_module_groups_hold_from_both_sides():
+    band = gc.AGGC(0.5, 2.0, over="all")
+    rule = gc.by_name({"*.q": band, "*.k": band, "*": None})
+    clipper, size = gc.Clipper(rule), np.array([3.0, 4.0])
+    for spike in (1.0, 1.0, 100.0):
+        grads = {"0.q": size, "1.q": spike * size, "0.k": 1e-6 * size, "1.v": size}
+        if spike == 1.0:
+            grads["0.k"] = size
+        clipped, info = clipper.clip(grads)
+    together = np.concatenate([clipped["0.q"], clipped["1.q"]])
+    assert np.linalg.norm(together) == pytest.approx(2 * 50**0.5)
+    assert np.linalg.norm(clipped["0.k"]) == pytest.approx(2.5)
+    np.testing.assert_array_equal(clipped["1.v"], size)
+    assert info.scale[2] == pytest.approx(0.5e6)
+
+
 def test_ema_warms_up_under_one_limit_for_all_tensors():
     clipper = gc.Clipper(gc.AdaGC(warmup=2, warmup_limit=1.0))
     clipped, info = clipper.clip([np.array([3.0]), np.array([4.0])])
@@ -475,6 +502,23 @@ def test_schedules_are_any_function_of_the_step():
         lambda: gc.Smooth(0.0),
         lambda: gc.Smooth(1.0, curve="arctan"),
         lambda: gc.ZScore(mode="median"),
+        lambda: gc.RMS(-1.0),
+        lambda: gc.RMS(1.0, over="element"),
+        lambda: gc.Band(2.0, 1.0),
+        lambda: gc.Band(0.0, 1.0),
+        lambda: gc.Band(0.1, 1.0, over="singular"),
+        lambda: gc.MovingBand(1.2, 1.1),
+        lambda: gc.MovingBand(0.5, 2.0, decay=1.5),
+        lambda: gc.MovingBand(0.5, 2.0, warmup=0),
+        lambda: gc.Quantile(q=101.0),
+        lambda: gc.Quantile(rate=0.0),
+        lambda: gc.Quantile(start=-1.0),
+        lambda: gc.Stabilize(decay=1.0),
+        lambda: gc.Stabilize(eps=-1.0),
+        lambda: gc.Moment(ratio=0.0),
+        lambda: gc.Moment(decay=1.0),
+        lambda: gc.Moment(warmup=0),
+        lambda: gc.Peak(decay=0.0),
     ],
 )
 def test_numbers_outside_their_range_are_named(make):

@@ -77,13 +77,13 @@ class Moment(Rule):
         """Return the limit of each element, and its moment with it taken in."""
         xp, n, root, count = seen.xp, seen.norm, state["root"], state["count"]
         known, met = usable(n, xp), root > 0
-        typical = root
-        if self.corrected:
-            typical = root / xp.where(count > 0, self._weight(count, xp), 1.0)
+        warming, weight = count < self.warmup, self._weight(count, xp)
+        corrects = (count > 0) & (warming | self.corrected)
+        typical = root / xp.where(corrects, weight, 1.0)
         limit = xp.where(met, self.ratio * typical, math.inf)
 
         taken, b = xp.where(n > limit, limit, n), self.decay
-        limit = xp.where(count < self.warmup, math.inf, limit)
+        limit = xp.where(warming, math.inf, limit)
         # The root, since the square of 1e30 is infinite in float32.
         moved = xp.hypot(b**0.5 * root, (1 - b) ** 0.5 * taken)
         # One that is met late counts as if it had always been of this size.
