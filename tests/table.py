@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 import gradclip as gc
 import reference
 
@@ -21,8 +19,6 @@ class Row:
     """Whether clipping twice is clipping once."""
     drops: bool = False
     """Whether a whole step may be dropped."""
-    mixes: bool = False
-    """Whether elements are mixed, so that rounding is that of the largest one."""
     scales: object = None
     """The rule for gradients that are c times as large, if limits have that unit."""
 
@@ -120,22 +116,6 @@ ROWS = {
     "stabilize-tensor": _row("Stabilize"),
     "stabilize": _row("Stabilize", 0.85, 0.99, rule=over("all", eps=1e-8)),
 }
-
-
-ROWS["spectral"] = Row(
-    lambda: gc.Norm(0.8, over="singular"),
-    lambda: reference.Spectral(lambda s: np.minimum(s, 0.8)),
-    mixes=True,
-    keeps_direction=False,
-    scales=lambda c: gc.Norm(0.8 * c, over="singular"),
-)
-ROWS["spectral-smooth"] = Row(
-    lambda: gc.Smooth(1.0, over="singular", curve="root"),
-    lambda: reference.Spectral(lambda s: s / np.sqrt(1 + s**2)),
-    mixes=True,
-    keeps_direction=False,
-    projects=False,
-)
 
 
 def _skip(name, *args, **kwargs):

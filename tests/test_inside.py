@@ -1,5 +1,7 @@
 """Rules that look inside tensors: at elements, with a memory, and singular values."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ import torch
 
 import gradclip as gc
 import gradclip.jax
+import reference
 from gradclip.torch import Clipper, attach
 from gradclip.torch.clipper import check_split
+from test_twins import SHAPES, finite, quietly, steps
 
 RNG = np.random.default_rng(0)
 REMEMBERING = [gc.SPAM(warmup=2), gc.AdaClip(0.9)]
@@ -133,6 +137,73 @@ def test_other_shapes_are_refused_before_anything_changes():
             gc.replay(gc.History.of([1.0]), rule)
     with pytest.raises(ValueError, match="counts elements"):
         check_split(gc.RMS(1.0), [torch.ones(1)])
+
+
+SPECTRAL = {
+    "hard": (gc.Norm(0.8, over="singular"), lambda s: np.minimum(s, 0.8)),
+    "smooth": (
+        gc.Smooth(1.0, over="singular", curve="root"),
+        lambda s: s / np.sqrt(1 + s**2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+@pytest.mark.parametrize("front", ["numpy", "torch", "attach", "jax"])
+def test_spectral_rules_equal_their_twins(name, front):
+    rule, change = SPECTRAL[name]
+    twin, clip = reference.Spectral(change), MAKERS[front](rule)
+    for step, grads in enumerate(itertools.islice(steps(), 80)):
+        want = quietly(twin, grads, None)
+        if not finite(grads):
+            want = [np.zeros_like(g) for g in grads]
+        rtol = 1e-4 if front == "jax" else 1e-9
+        for got, expected in zip(clip(grads), want, strict=True):
+            # An element comes from several: rounding is that of the largest.
+            size = max(np.max(np.abs(expected)), np.finfo(float).tiny)
+            assert np.max(np.abs(got - expected)) <= rtol * size, f"step {step}"
+
+
+def on_numpy(rule):
+    return lambda grads: gc.clip(grads, rule)[0]
+
+
+def on_torch(rule):
+    params = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    clipper = Clipper(params, rule)
+
+    def clip(grads):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g)
+        clipper.clip_()
+        return [np.zeros(p.shape) if p.grad is None else p.grad.numpy() for p in params]
+
+    return clip
+
+
+def on_attach(rule):
+    params = [torch.nn.Parameter(torch.zeros(s, dtype=torch.float64)) for s in SHAPES]
+    optimizer = torch.optim.SGD(params, lr=1.0, fused=True)
+    attach(optimizer, rule)
+
+    def clip(grads):
+        for p, g in zip(params, grads, strict=True):
+            p.data.zero_()
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        return [-p.detach().numpy() for p in params]
+
+    return clip
+
+
+def on_jax(rule):
+    transform = gradclip.jax.as_optax(rule)
+    update, state = jax.jit(transform.update), transform.init(SHAPED)
+    return lambda grads: update([jnp.asarray(g, jnp.float32) for g in grads], state)[0]
+
+
+SHAPED = [jnp.zeros(shape) for shape in SHAPES]
+MAKERS = {"numpy": on_numpy, "torch": on_torch, "attach": on_attach, "jax": on_jax}
 
 
 def newton_schulz(x, c, steps=40):

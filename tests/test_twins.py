@@ -42,11 +42,6 @@ def quietly(twin, grads, weights):
         return twin.step(grads, weights)
 
 
-def rounding(name, want, rtol):
-    """Return how far off an element may be that comes from several."""
-    return rtol * np.max(np.abs(want)) if ROWS[name].mixes else 0.0
-
-
 def finite(grads):
     return all(np.all(np.isfinite(g)) for g in grads)
 
@@ -61,10 +56,7 @@ def test_numpy_equals_twin(name):
         assert bool(info.finite) == finite(grads)
         for got, want in zip(clipped, expected, strict=True):
             wanted = want if finite(grads) else np.zeros_like(want)
-            atol = rounding(name, wanted, 1e-9)
-            np.testing.assert_allclose(
-                got, wanted, rtol=1e-9, atol=atol, err_msg=f"step {step}"
-            )
+            np.testing.assert_allclose(got, wanted, rtol=1e-9, err_msg=f"step {step}")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -88,9 +80,8 @@ def test_torch_equals_twin(name, dtype):
                 assert p.grad is None
                 assert not np.any(want)
                 continue
-            atol = max(1e-12, rounding(name, want, rtol))
             np.testing.assert_allclose(
-                p.grad.numpy(), want, rtol=rtol, atol=atol, err_msg=f"step {step}"
+                p.grad.numpy(), want, rtol=rtol, atol=1e-12, err_msg=f"step {step}"
             )
 
 

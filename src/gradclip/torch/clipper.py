@@ -1,6 +1,6 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from gradclip.pipeline import (
     may_drop,
     run,
 )
-from gradclip.rules import Rule, stages
+from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.sharded import Sharded, SplitOver, is_dtensor, layout_of
@@ -158,15 +158,19 @@ class Clipper:
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:
             self._layout.check(self._bound)
-            check_split(self._bound, self.params)
-        several = torch.zeros(len(self.params), dtype=torch.float64, device=device)
-        parts = [p.detach() for p in self.params]
         self._memory.states = [
-            empty_inside(verbs, stage, parts)
-            if stage.by_part
-            else stage.init(several if stage.over == "tensor" else several[0], verbs.xp)
-            for stage in stages(self._bound)
+            self._empty(stage, verbs, device) for stage in stages(self._bound)
         ]
+        if self._layout is not None:
+            check_split(self._bound, self.params)
+
+    def _empty(self, stage: Rule, verbs: InPlace, device: torch.device) -> State:
+        """Return the memory of a stage before the first step."""
+        if stage.by_part:
+            return empty_inside(verbs, stage, [p.detach() for p in self.params])
+        shape = (len(self.params),) if stage.over == "tensor" else ()
+        norm = torch.zeros(shape, dtype=torch.float64, device=device)
+        return stage.init(norm, verbs.xp)
 
     def _collect(self) -> Gradients:
         weights = any(stage.needs_weight for stage in stages(self.rule))
@@ -232,7 +236,7 @@ class Clipper:
         return may_drop(self.rule, self.on_nonfinite)
 
 
-def check_split(rule: Rule, params: Sequence[Tensor]) -> None:
+def check_split(rule: Rule, params: list[Tensor]) -> None:
     """Refuse, for parameters that are split, rules that have to see whole tensors."""
     for stage in stages(rule):
         inner = {r.over for _, r in getattr(stage, "rules", ())}
