@@ -334,10 +334,15 @@ class Inside:
     def step(self, grads, params=None):
         if not all(np.all(np.isfinite(g)) for g in grads):
             return grads
-        return [
-            self.one(g, self.memories.setdefault(i, {})) if np.any(g) else g
-            for i, g in enumerate(grads)
-        ]
+        most, clipped = [], []
+        for i, g in enumerate(grads):
+            limit = np.zeros(())
+            if np.any(g):
+                g, limit = self.one(g, self.memories.setdefault(i, {}))
+            most.append(np.max(np.where(g != 0, limit, 0.0)))
+            clipped.append(g)
+        self.limits = [max(most)]
+        return clipped
 
 
 class Moment(Inside):
@@ -357,7 +362,9 @@ class Moment(Inside):
         late = (1 - b ** (t + 1)) * taken**2
         moved = np.where(v > 0, b * v + (1 - b) * taken**2, late)
         memory["v"], memory["t"] = np.where(g != 0, moved, v), t + 1
-        return taken if t >= self.warmup else g
+        if t < self.warmup:
+            return g, np.full(g.shape, math.inf)
+        return taken, np.where(v > 0, limit, math.inf)
 
 
 class Peak(Inside):
@@ -370,7 +377,9 @@ class Peak(Inside):
         t = memory["t"] = memory.get("t", 0) + 1
         memory["m"] = self.decay * memory.get("m", 0.0) + (1 - self.decay) * top
         most = memory["m"] / (1 - self.decay**t)
-        return np.where(np.abs(g) > most, g / top * most, g)
+        spike = np.abs(g) > most
+        limits = np.where(spike, np.abs(g) / top * most, most)
+        return np.where(spike, g / top * most, g), limits
 
 
 class Spectral:

@@ -166,7 +166,7 @@ def run(
         norm = engine.measure(parts, stage.over, stage.p)
         if i == 0:
             parts, norm = admit(engine, parts, rule, norm, policy, name_of)
-        check_scheduled(engine, stage, step, norm)
+        check_scheduled(engine, stage, step)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
         seen = Measured(norm, weight, step, engine.xp, counts)
@@ -195,7 +195,7 @@ def run(
     return leaves, total, [*new, *states[len(new) :]]
 
 
-def check_scheduled(engine: Backend, stage: Rule, step: Any, norm: Array) -> None:
+def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
     """Refuse what a schedule says where it can be seen, like a fixed limit."""
     rules = [stage, *(rule for _, rule in getattr(stage, "rules", ()))]
     found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
@@ -203,7 +203,7 @@ def check_scheduled(engine: Backend, stage: Rule, step: Any, norm: Array) -> Non
         schedule = getattr(rule, name, None)
         if not callable(schedule):
             continue
-        value = asked(schedule, step, norm)
+        value = asked(schedule, step, engine.xp.asarray(0.0))
         if engine.known(engine.xp.asarray(value > 0)) is False:
             raise ValueError(
                 f"the schedule of {rule!r} gives the {name} {float(value)} at step "

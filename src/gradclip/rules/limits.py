@@ -56,11 +56,11 @@ def limit_at(seen: Measured, limit: Limit) -> Array:
     return seen.xp.zeros_like(seen.norm) + value
 
 
-def asked(schedule: Callable[[Any], Any], step: Any, norm: Array) -> Any:
-    """Return what a schedule says: a number, or an array of the norms' library."""
+def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
+    """Return what a schedule says: a number, or an array of the library in use."""
     value = schedule(step)
     # One of optax gives JAX arrays, whoever asks.
-    foreign = hasattr(value, "shape") and _library(value) != _library(norm)
+    foreign = hasattr(value, "shape") and _library(value) != _library(like)
     return float(value) if foreign else value
 
 
