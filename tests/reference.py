@@ -352,6 +352,80 @@ class Stabilize(Remembering):
         return {"mean": memory["m"], "root": root, "count": memory["count"]}
 
 
+class Inside:
+    """A rule for the elements of each tensor, with a memory for each tensor."""
+
+    def __init__(self):
+        self.memories = {}
+
+    def step(self, grads, params=None):
+        if not all(np.all(np.isfinite(g)) for g in grads):
+            return grads
+        most, clipped = [], []
+        for i, g in enumerate(grads):
+            limit = np.zeros(())
+            if np.any(g):
+                g, limit = self.one(g, self.memories.setdefault(i, {}))
+            most.append(np.max(np.where(g != 0, limit, 0.0)))
+            clipped.append(g)
+        self.limits = [max(most)]
+        return clipped
+
+
+class Moment(Inside):
+    def __init__(self, ratio=5000**0.5, decay=0.999, warmup=20, corrected=False):
+        super().__init__()
+        self.ratio, self.decay, self.warmup = ratio, decay, warmup
+        self.corrected = corrected
+
+    def one(self, g, memory):
+        b, t = self.decay, memory.setdefault("t", 0)
+        v = memory.setdefault("v", np.zeros_like(g))
+        limit = self.ratio * np.sqrt(v)
+        if t > 0 and (self.corrected or t < self.warmup):
+            limit = limit / math.sqrt(1 - b**t)
+        spike = (np.abs(g) > limit) & (v > 0)
+        taken = np.where(spike, np.sign(g) * limit, g)
+        late = (1 - b ** (t + 1)) * taken**2
+        moved = np.where(v > 0, b * v + (1 - b) * taken**2, late)
+        memory["v"], memory["t"] = np.where(g != 0, moved, v), t + 1
+        if t < self.warmup:
+            return g, np.full(g.shape, math.inf)
+        return taken, np.where(v > 0, limit, math.inf)
+
+
+class Peak(Inside):
+    def __init__(self, decay=0.999):
+        super().__init__()
+        self.decay = decay
+
+    def one(self, g, memory):
+        top = np.max(np.abs(g))
+        t = memory["t"] = memory.get("t", 0) + 1
+        memory["m"] = self.decay * memory.get("m", 0.0) + (1 - self.decay) * top
+        most = memory["m"] / (1 - self.decay**t)
+        spike = np.abs(g) > most
+        limits = np.where(spike, np.abs(g) / top * most, most)
+        return np.where(spike, g / top * most, g), limits
+
+
+class Spectral:
+    """A rule for singular values, by the decomposition that LAPACK gives."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def step(self, grads, params=None):
+        return [self.one(g) for g in grads]
+
+    def one(self, g):
+        if not np.all(np.isfinite(g)):
+            return g
+        matrix = g.reshape(g.shape[0] if g.ndim > 1 else 1, -1)
+        u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+        return (u @ np.diag(self.change(s)) @ vh).reshape(g.shape)
+
+
 class Skip:
     def __init__(self, rule):
         self.rule = rule

@@ -105,6 +105,14 @@ ROWS = {
     "band-moving": _row("MovingBand", 0.0, 1.1, rule=over("all", warmup=4)),
     "quantile": _row("Quantile", scales=lambda c: gc.Quantile()),
     "quantile-tensor": _row("Quantile", 90.0, rule=over("tensor", rate=0.1, start=3.0)),
+    "moment-tensor": _row(
+        "Moment", keeps_direction=False, scales=lambda c: gc.Moment()
+    ),
+    "moment-corrected-tensor": _row(
+        "Moment", 1.5, 0.9, 3, rule={"corrected": True}, keeps_direction=False
+    ),
+    "peak-tensor": _row("Peak", keeps_direction=False, scales=lambda c: gc.Peak()),
+    "peak-short-tensor": _row("Peak", 0.99, keeps_direction=False),
     "stabilize-tensor": _row("Stabilize"),
     "stabilize": _row("Stabilize", 0.85, 0.99, rule=over("all", eps=1e-8)),
 }

@@ -10,6 +10,7 @@ import torch
 
 import gradclip as gc
 import gradclip.backends
+import gradclip.jax
 from gradclip.torch import Clipper, attach
 from table import ROWS, STATEFUL
 
@@ -130,6 +131,33 @@ def test_percentile_clips_its_share():
     norms = noise(100)
     floor = limits(gc.AutoClip(q=0, window=None), norms)
     np.testing.assert_array_equal(floor, np.minimum.accumulate(norms))
+
+
+@pytest.mark.parametrize("q", [10.0, 50.0, 90.0])
+def test_quantile_settles_where_its_share_passes(q):
+    below = np.array(scales(gc.Quantile(q, rate=0.05), noise(4000)))[500:] == 1
+    assert np.mean(below) == pytest.approx(q / 100, abs=0.02)
+
+
+def test_quantile_moves_by_its_rate_whatever_the_spike():
+    got = limits(gc.Quantile(50.0, rate=0.2), [1.0, 0.5, 1e30, 1.0])
+    np.testing.assert_allclose(got, np.exp([0.0, -0.1, -0.2, -0.1]))
+
+
+def test_bands_of_module_groups_hold_from_both_sides():
+    band = gc.AGGC(0.5, 2.0, over="all")
+    rule = gc.by_name({"*.q": band, "*.k": band, "*": None})
+    clipper, size = gc.Clipper(rule), np.array([3.0, 4.0])
+    for spike in (1.0, 1.0, 100.0):
+        grads = {"0.q": size, "1.q": spike * size, "0.k": 1e-6 * size, "1.v": size}
+        if spike == 1.0:
+            grads["0.k"] = size
+        clipped, info = clipper.clip(grads)
+    together = np.concatenate([clipped["0.q"], clipped["1.q"]])
+    assert np.linalg.norm(together) == pytest.approx(2 * 50**0.5)
+    assert np.linalg.norm(clipped["0.k"]) == pytest.approx(2.5)
+    np.testing.assert_array_equal(clipped["1.v"], size)
+    assert info.scale[2] == pytest.approx(0.5e6)
 
 
 def test_ema_warms_up_under_one_limit_for_all_tensors():
@@ -422,10 +450,41 @@ def test_units_lie_along_any_axis(axis):
     np.testing.assert_allclose(model.grad.numpy(), clipped, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.cosine_decay_schedule(1.0, 8),
+        optax.linear_schedule(1.0, 0.5, 8),
+        lambda step: 1 / (1 + step),
+    ],
+)
+def test_schedules_of_any_library_on_all_fronts(schedule):
+    want = [float(schedule(step)) for step in range(6)]
+    rule = gc.Norm(schedule)
+    assert limits(rule, [9.0] * 6) == want
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper, transform = attach(optimizer, rule), gradclip.jax.as_optax(rule)
+    state = transform.init(np.zeros(2))
+    for limit in want:
+        weight.grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        _, state = jax.jit(transform.update)(np.full(2, 9.0), state)
+        assert [float(clipper.info.limit), float(state.info.limit)] == [
+            pytest.approx(limit, rel=1e-6)
+        ] * 2
+
+
 def test_schedules_are_any_function_of_the_step():
     rules = [gc.Norm(lambda step: 1.0 / (1 + step)), gc.Smooth(lambda step: 2.0 + step)]
     assert limits(rules[0], [9.0] * 4) == [1.0, 0.5, 1 / 3, 0.25]
     assert limits(rules[1], [2.0, 3.0]) == [1.0, 1.5]
+    for rule in (
+        gc.Band(0.1, lambda s: 1.0 - s),
+        gc.by_name({"*": gc.RMS(lambda s: -s)}),
+    ):
+        with pytest.raises(ValueError, match="a limit is above 0"):
+            limits(rule, [3.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -443,6 +502,23 @@ def test_schedules_are_any_function_of_the_step():
         lambda: gc.Smooth(0.0),
         lambda: gc.Smooth(1.0, curve="arctan"),
         lambda: gc.ZScore(mode="median"),
+        lambda: gc.RMS(-1.0),
+        lambda: gc.RMS(1.0, over="element"),
+        lambda: gc.Band(2.0, 1.0),
+        lambda: gc.Band(0.0, 1.0),
+        lambda: gc.Band(0.1, 1.0, over="singular"),
+        lambda: gc.MovingBand(1.2, 1.1),
+        lambda: gc.MovingBand(0.5, 2.0, decay=1.5),
+        lambda: gc.MovingBand(0.5, 2.0, warmup=0),
+        lambda: gc.Quantile(q=101.0),
+        lambda: gc.Quantile(rate=0.0),
+        lambda: gc.Quantile(start=-1.0),
+        lambda: gc.Stabilize(decay=1.0),
+        lambda: gc.Stabilize(eps=-1.0),
+        lambda: gc.Moment(ratio=0.0),
+        lambda: gc.Moment(decay=1.0),
+        lambda: gc.Moment(warmup=0),
+        lambda: gc.Peak(decay=0.0),
     ],
 )
 def test_numbers_outside_their_range_are_named(make):

@@ -7,13 +7,15 @@ are written once in the array API; a backend overrides what its library does bet
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
 from gradclip.rules import Array, Scope
+
+Scaling: TypeAlias = Callable[[Array], Array]
 
 ROW = 512
 """Elements summed in float32 before float64 takes over."""
@@ -119,6 +121,31 @@ class Backend:
         """Return one gradient times its scale, never longer than it should be."""
         scale = inward(scale, float(self.xp.finfo(x.dtype).eps), self.xp)
         return self.xp.astype(x * scale, x.dtype)
+
+    def places(self, leaves: Sequence[Array]) -> Sequence[int]:
+        """Return the place of each gradient among those that are remembered."""
+        return range(len(leaves))
+
+    def inside(self, x: Array, over: Scope) -> tuple[Array, Scaling]:
+        """Return moduli or singular values of a tensor, and how to scale them."""
+        xp = self.xp
+        if over == "element":
+            # A memory of them is of this type: float64 would take twice the room.
+            moduli = xp.abs(xp.astype(x, xp.result_type(x.dtype, xp.float32)))
+            return moduli, lambda scale: self.times(x, scale)
+        kind = xp.result_type(x.dtype, xp.asarray(0.0, dtype=self.wide).dtype)
+        flat = xp.reshape(x, (x.shape[0] if x.ndim > 1 else 1, -1))
+        # The decomposition of a matrix with NaN raises, or does not end.
+        fine = xp.where(xp.all(xp.isfinite(flat)), flat, xp.zeros_like(flat))
+        u, s, vh = xp.linalg.svd(xp.astype(fine, kind), full_matrices=False)
+        eps = float(xp.finfo(x.dtype).eps)
+
+        def put(scale: Array) -> Array:
+            again = (u * (s * inward(scale, eps, xp))[None, :]) @ vh
+            again = xp.astype(xp.reshape(again, x.shape), x.dtype)
+            return xp.where(xp.all(scale == 1), x, again)
+
+        return s, put
 
     def clamp(self, leaves: Sequence[Array], limit: Array) -> list[Array]:
         """Return the gradients with every modulus at most `limit`."""

@@ -15,7 +15,7 @@ import optax
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, run, turned
+from gradclip.pipeline import Info, Policy, check_policy, empty_inside, run, turned
 from gradclip.rules import Array, Rule, State, stages
 
 
@@ -175,17 +175,22 @@ def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
             f"{rule!r} remembers more norms at every step, and compiled code has "
             "arrays of one size; give it a window."
         )
-    if axis_name is not None and any(s.over == "unit" for s in stages(rule)):
+    whole = [s for s in stages(rule) if s.over == "unit" or s.by_part or s.needs_shape]
+    if axis_name is not None and whole:
         raise ValueError(
-            f"{rule!r} takes norms of whole rows, which an axis may have cut; leave "
-            "axis_name out and shard the arrays under jit."
+            f"{rule!r} looks at whole rows or tensors, which an axis may have cut; "
+            "leave axis_name out and shard the arrays under jit."
         )
 
 
 def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
     """Return the memory before the first step, for gradients of these shapes."""
-    engine, names = Jax(), _names(grads)
-    parts = stages(rule.bind(names, [x.shape for x in jax.tree.leaves(grads)]))
+    engine, names, shapes = Jax(), _names(grads), jax.tree.leaves(grads)
+    parts = stages(rule.bind(names, [x.shape for x in shapes]))
+
+    def inside(part: Rule) -> State:
+        blank = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in shapes]
+        return empty_inside(engine, part, blank)
 
     def measure(tree: Any) -> list[Array]:
         leaves = [engine.prepare(x, "") for x in jax.tree.leaves(tree)]
@@ -196,7 +201,10 @@ def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
 
     norms = jax.eval_shape(measure, grads)
     zeros = [jnp.zeros(norm.shape, norm.dtype) for norm in norms]
-    return tuple(part.init(n, jnp) for part, n in zip(parts, zeros, strict=True))
+    return tuple(
+        inside(part) if part.by_part else part.init(n, jnp)
+        for part, n in zip(parts, zeros, strict=True)
+    )
 
 
 def _empty_info(shapes: Info) -> Info:

@@ -20,6 +20,7 @@ from gradclip.rules import (
     stages,
     usable,
 )
+from gradclip.rules.limits import asked
 
 Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
@@ -169,16 +170,20 @@ def run(
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
         seen = Measured(norm, weight, step, engine.xp, counts)
-        old.append(fitting(stage, states[i], norm, engine))
-        missing = absent if stage.over == "tensor" else None
-        info, state = decide(stage, seen, old[i], missing)
+        old.append(recalled(engine, stage, states[i], parts, norm))
+        if stage.by_part:
+            going = not skips or engine.known(all_finite(norm, engine)) is not False
+            parts, info, state = look_inside(engine, parts, stage, seen, old[i], going)
+        else:
+            missing = absent if stage.over == "tensor" else None
+            info, state = decide(stage, seen, old[i], missing)
         if skips:
             info = info._replace(kept=info.kept & info.finite)
         infos.append(info)
         new.append(state)
         if engine.known(info.kept) is False:
             break
-        if not stage.drops:
+        if not (stage.drops or stage.by_part):
             parts = apply(engine, parts, stage, info, seen)
         if parts is not given:
             leaves = turned(parts, stage, engine.xp, back=True)
@@ -198,9 +203,8 @@ def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
         schedule = getattr(rule, name, None)
         if not callable(schedule):
             continue
-        value = schedule(step)
-        fine = engine.xp.asarray(value > 0)
-        if engine.known(fine) is False:
+        value = asked(schedule, step, engine.xp.asarray(0.0))
+        if engine.known(engine.xp.asarray(value > 0)) is False:
             raise ValueError(
                 f"the schedule of {rule!r} gives the {name} {float(value)} at step "
                 f"{step}; a limit is above 0. Nothing was changed."
@@ -230,6 +234,104 @@ def dropped(
     """Return what is left of a step that was dropped, unless it was kept after all."""
     after = engine.xp.where(info.kept, info.norm_after, 0.0)
     return engine.discard(leaves, info.kept), info._replace(norm_after=after)
+
+
+def look_inside(
+    engine: Backend,
+    leaves: list[Array],
+    stage: Rule,
+    seen: Measured,
+    state: State,
+    going: bool,
+) -> tuple[list[Array], Info, State]:
+    """Decide for the parts of one tensor at a time; change them where it is `going`."""
+    results, infos, new = [], [], dict(state)
+    memories = _by_tensor(state)
+    for i, x in zip(engine.places(leaves), leaves, strict=True):
+        parts, put = engine.inside(x, stage.over)
+        memory = memories.get(str(i), {})
+        for kept in memory.values():
+            if kept.ndim and tuple(kept.shape) != tuple(parts.shape):
+                raise ValueError(
+                    f"{stage!r} remembers the elements of a gradient of shape "
+                    f"{tuple(kept.shape)}, but this one has {tuple(parts.shape)}; hand "
+                    "over the same gradients at every step, and no sparse ones."
+                )
+        info, memory = decide(stage, seen._replace(norm=parts), memory)
+        results.append(put(info.scale) if going else x)
+        new |= {f"{name}.{i}": part for name, part in memory.items()}
+        if math.prod(parts.shape):
+            infos.append(_extremes(info, parts, seen))
+    return results, _most_of(infos, stage, seen), new
+
+
+def _extremes(info: Info, parts: Array, seen: Measured) -> Info:
+    """Return the largest numbers of one tensor, and the smallest scale."""
+    xp = seen.xp
+    # A coordinate that was never seen has no limit, but nothing to limit either.
+    limit = xp.max(xp.where(parts > 0, info.limit, 0.0))
+    return info._replace(
+        norm=xp.max(parts),
+        limit=limit,
+        scale=xp.min(info.scale),
+        norm_after=xp.max(info.norm_after),
+    )
+
+
+def _most_of(infos: Sequence[Info], stage: Rule, seen: Measured) -> Info:
+    """Return one report for all tensors, in the type of the norms."""
+    xp, norm = seen.xp, seen.norm
+
+    def top(name: str, choose: Callable[[Array], Array]) -> Array:
+        found = [xp.astype(getattr(info, name), norm.dtype) for info in infos]
+        return choose(xp.stack(found)) if found else norm
+
+    finite = xp.all(xp.isfinite(norm))
+    clipped = xp.any(xp.stack([info.clipped for info in infos])) if infos else ~finite
+    return Info(
+        top("norm", xp.max) if stage.over == "singular" else norm,
+        top("limit", xp.max),
+        top("scale", xp.min),
+        finite,
+        clipped,
+        top("norm_after", xp.max),
+        kept=xp.ones_like(clipped),
+    )
+
+
+def _by_tensor(state: State) -> dict[str, State]:
+    """Return what is remembered of each tensor, by its place."""
+    found: dict[str, State] = {}
+    for key, x in state.items():
+        name, _, place = key.rpartition(".")
+        found.setdefault(place, {})[name] = x
+    return found
+
+
+def recalled(
+    engine: Backend,
+    stage: Rule,
+    state: State | None,
+    leaves: Sequence[Array],
+    norm: Array,
+) -> State:
+    """Return the memory of a stage: what was kept, or an empty one."""
+    if not stage.by_part:
+        return fitting(stage, state, norm, engine)
+    if state is None:
+        return empty_inside(engine, stage, leaves)
+    return {name: engine.adopt(x, norm) for name, x in state.items()}
+
+
+def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State:
+    """Return the memory of the parts of tensors before the first step."""
+    if not stage.stateful:
+        return {}
+    return {
+        f"{name}.{i}": x
+        for i, leaf in zip(engine.places(leaves), leaves, strict=True)
+        for name, x in stage.init(engine.inside(leaf, stage.over)[0], engine.xp).items()
+    }
 
 
 def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> State:

@@ -106,7 +106,7 @@ def _check(rule: Rule) -> None:
                 f"replay: {stage!r} counts elements, and a history holds no shapes; "
                 "it can only be tried in training."
             )
-        if stage.over in ("unit", "element"):
+        if stage.over in ("unit", "element", "singular"):
             raise ValueError(
                 f"replay: {stage!r} looks at each {stage.over}, and a history holds "
                 "the norm of all gradients; use over='all'."

@@ -22,8 +22,12 @@ from gradclip.rules.groups import by_name as by_name
 from gradclip.rules.keeping import held as held
 from gradclip.rules.keeping import usable as usable
 from gradclip.rules.limits import Limit as Limit
+from gradclip.rules.moment import SPAM as SPAM
+from gradclip.rules.moment import Moment as Moment
 from gradclip.rules.norm import Norm as Norm
 from gradclip.rules.normalize import Normalize as Normalize
+from gradclip.rules.peak import AdaClip as AdaClip
+from gradclip.rules.peak import Peak as Peak
 from gradclip.rules.percentile import AutoClip as AutoClip
 from gradclip.rules.percentile import Percentile as Percentile
 from gradclip.rules.quantile import Quantile as Quantile

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 Array: TypeAlias = Any
 State: TypeAlias = dict[str, Array]
 Shape: TypeAlias = tuple[int, ...]
-Scope: TypeAlias = Literal["all", "tensor", "unit", "element"]
+Scope: TypeAlias = Literal["all", "tensor", "unit", "element", "singular"]
 
 
 class Measured(NamedTuple):
@@ -41,6 +41,8 @@ class Rule:
     """Whether passing the limit drops the whole step."""
     by_place: ClassVar[bool] = False
     """Whether it matters which tensor a norm belongs to, also without a memory."""
+    by_part: ClassVar[bool] = False
+    """Whether it looks inside one tensor at a time, at elements or singular values."""
     needs_weight: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
     """Whether the shapes of the tensors matter, which norms alone do not tell."""
@@ -53,6 +55,8 @@ class Rule:
                 f"{type(self).__name__}(over={self.over!r}): the norm is taken over "
                 f"one of {known}."
             )
+        if self.over == "singular":
+            object.__setattr__(self, "by_part", True)
 
     @property
     def stateful(self) -> bool:

@@ -52,5 +52,17 @@ def check_limit(rule: Rule, name: str) -> None:
 
 def limit_at(seen: Measured, limit: Limit) -> Array:
     """Return the limit at this step in the shape of the norms; ask a schedule here."""
-    value = limit(seen.step) if callable(limit) else limit
+    value = asked(limit, seen.step, seen.norm) if callable(limit) else limit
     return seen.xp.zeros_like(seen.norm) + value
+
+
+def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
+    """Return what a schedule says: a number, or an array of the library in use."""
+    value = schedule(step)
+    # One of optax gives JAX arrays, whoever asks.
+    foreign = hasattr(value, "shape") and _library(value) != _library(like)
+    return float(value) if foreign else value
+
+
+def _library(x: Any) -> str:
+    return type(x).__module__.partition(".")[0].removesuffix("lib")

@@ -19,7 +19,9 @@ class Norm(Limited):
             number, a 0-d array, or a function of the step that returns one.
             `float("inf")` records norms and never clips.
         over: What one norm is taken over: `"all"` gradients together, each
-            `"tensor"`, each `"unit"` (row of one axis) or each `"element"`.
+            `"tensor"`, each `"unit"` (row of one axis), each `"element"`, or each
+            `"singular"` value of a matrix (more axes than two are laid flat after the
+            first; that of a vector is its norm).
         p: The order of the norm, above 0; `float("inf")` is the largest modulus.
         axis: The axis that counts the units: 0 in torch's layout, -1 in that of JAX
             and Keras. Vectors and scalars are one unit.
@@ -43,7 +45,7 @@ class Norm(Limited):
     p: float = 2.0
     axis: int = 0
 
-    scopes = ("all", "tensor", "unit", "element")
+    scopes = ("all", "tensor", "unit", "element", "singular")
 
     def __post_init__(self) -> None:
         """Check the scope, the limit and the order of the norm."""

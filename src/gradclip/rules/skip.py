@@ -45,7 +45,8 @@ class Skip(Rule):
         rule = self.rule
         if not isinstance(rule, Rule):
             raise TypeError(f"Skip({rule!r}): give a rule, as in Skip(Norm(10.0)).")
-        if len(stages(rule)) > 1 or rule.stretches or rule.bends or rule.drops:
+        special = rule.stretches or rule.bends or rule.drops or rule.by_part
+        if len(stages(rule)) > 1 or special:
             raise ValueError(
                 f"Skip({rule!r}): give one rule with a limit that most steps keep, as "
                 "in chain(a, Skip(b))."

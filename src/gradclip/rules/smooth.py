@@ -51,7 +51,7 @@ class Smooth(Limited):
     curve: Literal["ratio", "tanh", "root"] = "ratio"
     axis: int = 0
 
-    scopes = ("all", "tensor", "unit", "element")
+    scopes = ("all", "tensor", "unit", "element", "singular")
     bends = True
 
     def __post_init__(self) -> None:

@@ -40,8 +40,8 @@ class Stabilize(Rule):
 
     Reference:
         Huang et al.: Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam
-        (later: GradientStabilizer: fix the norm, not the gradient). arXiv 2502.17055,
-        2025.
+        (later: GradientStabilizer: fix the norm, not the gradient).
+        arXiv 2502.17055, 2025.
     """
 
     decay: float = 0.7

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from gradclip.arrays import check_rule
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, may_drop, run
-from gradclip.rules import Rule, stages
+from gradclip.pipeline import (
+    Info,
+    Policy,
+    check_policy,
+    empty_inside,
+    may_drop,
+    run,
+)
+from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
-from gradclip.torch.sharded import Sharded, SplitOver, layout_of
+from gradclip.torch.sharded import Sharded, SplitOver, is_dtensor, layout_of
 from gradclip.torch.verbs import InPlace
 from gradclip.torch.verify import Verify, verifier_for
 
@@ -167,16 +174,18 @@ class Clipper:
             self.verify, self.names, self.params, self._layout
         )
         self._memory.states = [
-            stage.init(
-                torch.zeros(
-                    (len(self.params),) if stage.over == "tensor" else (),
-                    dtype=torch.float64,
-                    device=device,
-                ),
-                verbs.xp,
-            )
-            for stage in stages(self._bound)
+            self._empty(stage, verbs, device) for stage in stages(self._bound)
         ]
+        if self._layout is not None:
+            check_split(self._bound, self.params)
+
+    def _empty(self, stage: Rule, verbs: InPlace, device: torch.device) -> State:
+        """Return the memory of a stage before the first step."""
+        if stage.by_part:
+            return empty_inside(verbs, stage, [p.detach() for p in self.params])
+        shape = (len(self.params),) if stage.over == "tensor" else ()
+        norm = torch.zeros(shape, dtype=torch.float64, device=device)
+        return stage.init(norm, verbs.xp)
 
     def _verify_gradients(self) -> None:
         """Compare gradients with those of other processes, where that was asked."""
@@ -250,3 +259,19 @@ class Clipper:
     def _skipping(self) -> bool:
         """Whether a step may have to be dropped."""
         return may_drop(self.rule, self.on_nonfinite)
+
+
+def check_split(rule: Rule, params: list[Tensor]) -> None:
+    """Refuse, for parameters that are split, rules that have to see whole tensors."""
+    for stage in stages(rule):
+        inner = {r.over for _, r in getattr(stage, "rules", ())}
+        if stage.by_part or {"unit"} < inner:
+            raise ValueError(
+                f"{stage!r} looks at whole tensors, and processes have parts of these; "
+                "use a rule over 'all', each 'tensor' or each 'unit'."
+            )
+        if stage.needs_shape and not all(map(is_dtensor, params)):
+            raise ValueError(
+                f"{stage!r} counts elements, and only a DTensor tells how many there "
+                "are on all processes; use Norm."
+            )

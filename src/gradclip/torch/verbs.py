@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK, TorchArrays, inward
+from gradclip.backends import CHUNK, Scaling, TorchArrays, inward
 from gradclip.rules import Scope
 from gradclip.torch import norms
 
@@ -139,6 +139,17 @@ class InPlace(TorchArrays):
             ends = torch.tensor([self.units(t) for t in leaves]).cumsum(0)
             acted = torch.searchsorted(ends, acted, right=True).unique()
         return [int(i) for i in acted.tolist()]
+
+    def places(self, leaves: Sequence[Tensor]) -> Sequence[int]:
+        """Return which parameters the gradients belong to."""
+        return super().places(leaves) if self.cells is None else self.cells[1]
+
+    def inside(self, x: Tensor, over: Scope) -> tuple[Tensor, Scaling]:
+        """Return moduli or singular values, and how to scale them in place."""
+        parts, put = super().inside(x, over)
+        if self.amplified is not None:
+            parts = parts / self.amplified.to(parts.dtype)
+        return parts, lambda scale: x.copy_(put(scale))
 
     def clamp(self, leaves: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
         """Clamp every modulus to the limit."""
