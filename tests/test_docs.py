@@ -131,7 +131,11 @@ def is_rule(thing):
 
 
 NO_EQUATION = {"gradclip.jax.state_dict", "gradclip.jax.load_state_dict"}
-REFUSES_NOTHING = {"gradclip.advice.advise", "gradclip.jax.state_dict"}
+REFUSES_NOTHING = {
+    "gradclip.advice.advise",
+    "gradclip.jax.state_dict",
+    "gradclip.torch.sharded.Pieces",
+}
 
 
 @pytest.mark.parametrize("name", public())
