@@ -24,6 +24,8 @@ MARKS = "<!-- written by python -m benchmarks.sharded -->", "<!-- end -->"
 WORLD = 4
 LIMIT = 20
 """Seconds that processes wait for each other before a case counts as hanging."""
+SHARE = 0.1
+"""What is left of the gradients where the clip is right."""
 ORDERS = [1.0, 2.0, 3.0, math.inf]
 CASES = {
     "DDP": "ddp",
@@ -56,7 +58,7 @@ def theirs(net, kind, limit, p):
 
 
 def outcome(clip, rank, kind, p):
-    """Clip to half of the true norm; return how far off scale and number are."""
+    """Clip to a share of the true norm; return how far off scale and number are."""
     net, alone = programs.sharded_net(kind, WORLD), programs.whole_net(kind)
     for model in (net, alone):
         x = programs.batch(1, WORLD)
@@ -64,14 +66,15 @@ def outcome(clip, rank, kind, p):
     flat = torch.cat([q.grad.flatten().double() for q in alone.parameters()])
     true = float(torch.linalg.vector_norm(flat, p))
     before = lengths(net)
-    number = float(clip(net, kind, true / 2, p).detach())
+    number = float(clip(net, kind, SHARE * true, p).detach())
     scales = [a / b for a, b in zip(lengths(net), before, strict=True) if b]
-    apart = max((abs(2 * scale - 1) for scale in scales), default=0.0)
+    apart = max((abs(scale / SHARE - 1) for scale in scales), default=0.0)
     return {"scale": apart, "number": abs(number / true - 1)}
 
 
 def lengths(net):
-    grads = (programs.local(q.grad) for q in net.parameters() if q.grad is not None)
+    """Return the norm of each gradient, whole where it knows its other parts."""
+    grads = (programs.whole(q.grad) for q in net.parameters() if q.grad is not None)
     return [float(torch.linalg.vector_norm(g.double())) for g in grads]
 
 
@@ -85,7 +88,8 @@ def attempt(rank, world, kind, orders, folder):
                 found[name, p] = outcome(clip, rank, kind, p)
             except Exception as error:
                 hung = time.monotonic() - began > 0.9 * LIMIT
-                found[name, p] = {"hung": hung, "error": type(error).__name__}
+                said = f"{type(error).__name__}: {error}"
+                found[name, p] = {"hung": hung, "error": said}
             torch.save(found, f"{folder}/{rank}.part")
             os.rename(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
             if "error" in found[name, p] and not all_raised(world, (name, p), folder):
@@ -132,7 +136,7 @@ def said(every):
         return "hangs"
     hung = [i for i, x in enumerate(every) if x.get("hung")]
     errors = {i: x["error"] for i, x in enumerate(every) if "error" in x}
-    raised = {i: error for i, error in errors.items() if i not in hung}
+    raised = {i: e.partition(":")[0] for i, e in errors.items() if i not in hung}
     if raised and hung:
         ranks = ", ".join(map(str, raised))
         return f"rank {ranks} raises `{min(raised.values())}`, others hang"
@@ -142,6 +146,12 @@ def said(every):
     if scale > 1e-5:
         return f"**wrong by {scale:.0%}**"
     return "right" if number < 1e-5 else f"right, but shows {number:.0%} off"
+
+
+def errors(found):
+    """Return what was raised, each once."""
+    every = (x.get("error", "") for ranks in found.values() for x in ranks)
+    return sorted({error[:200] for error in every if error})
 
 
 def cases():
@@ -157,7 +167,7 @@ def cases():
             (max(x.values()) for e in mine for x in e if "scale" in x), default=1
         )
         shown = f"right: {worst:.0e}" if verdicts == {"right"} else "; ".join(verdicts)
-        print(label, cells, shown, flush=True)
+        print(label, cells, shown, *errors(found), sep="\n  ", flush=True)
         yield f"| {label} | {' | '.join(cells)} | {shown} |"
 
 
