@@ -43,8 +43,14 @@ from torch.distributed.tensor.parallel import (
 
 import gradclip as gc
 from gradclip.rules import stages
-from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm, sharded
-from gradclip.torch.sharded import Pieces
+from gradclip.torch import (
+    Clipper,
+    Pieces,
+    attach,
+    clip_grad_norm_,
+    get_total_norm,
+    sharded,
+)
 
 TIMEOUT = 480
 GROUP_TIMEOUT = 90

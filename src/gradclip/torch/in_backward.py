@@ -151,7 +151,8 @@ class InBackward(Clipper):
         memory.count((~kept).to(torch.int64))
         self._previous = torch.where(info.finite, now.total, self._previous)
         self.info = now.report(info, kept)._replace(skipped=memory.skipped)
-        memory.check(int(memory.in_a_row), self.max_consecutive_skips)
+        self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
+        memory.check(int(self._in_a_row), self.max_consecutive_skips)
 
     def _tools(self) -> InPlace:
         verbs = InPlace()
