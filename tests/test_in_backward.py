@@ -170,6 +170,7 @@ def test_a_tensor_with_nan_takes_no_step():
     assert torch.equal(net[0].weight, before)
     assert not bool(clipper.info.finite)
     assert not bool(clipper.info.kept)
+    assert float(clipper.info.norm_after) > 0, "of those that were stepped"
     assert int(clipper.info.skipped) == 1
     now = clipper.state_dict()
     assert all(torch.equal(now[k], memory[k]) for k in memory if k[0] in "0p")
