@@ -170,6 +170,7 @@ def test_a_tensor_with_nan_takes_no_step():
     assert torch.equal(net[0].weight, before)
     assert not bool(clipper.info.finite)
     assert not bool(clipper.info.kept)
+    assert float(clipper.info.norm_after) > 0, "of those that were stepped"
     assert int(clipper.info.skipped) == 1
     now = clipper.state_dict()
     assert all(torch.equal(now[k], memory[k]) for k in memory if k[0] in "0p")
@@ -260,6 +261,22 @@ TOO_LATE = [
 def test_rules_that_come_too_late_are_refused(rule):
     with pytest.raises(ValueError, match="stepped already"):
         clipped(rule)
+
+
+# Torch warns about parts of itself that it imports there.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_optimizers_that_torch_itself_puts_into_backward():
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    net, (other, theirs) = network(), clipped(gc.Norm(0.1))
+    _apply_optimizer_in_backward(torch.optim.SGD, net.parameters(), {"lr": 0.05})
+    optimizers = [o for p in net.parameters() for o in p._in_backward_optimizers]
+    ours = attach(optimizers, gc.Norm(0.1), in_backward=True, doctor=())
+    for x in batches():
+        loss_of(net, x).backward()
+        loss_of(other, x).backward()
+        assert torch.equal(ours.info.norm, theirs.info.norm)
+    same(net.parameters(), other.parameters())
 
 
 def test_misuse_is_said():

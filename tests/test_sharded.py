@@ -13,8 +13,7 @@ import torch
 
 import gradclip as gc
 import sharded_programs as programs
-from gradclip.torch import Clipper, norms
-from gradclip.torch.sharded import Pieces
+from gradclip.torch import Clipper, Pieces, clip_grad_norm_, norms
 
 WORLDS = [4, 2]
 
@@ -149,6 +148,13 @@ def test_verify_says_on_every_process_what_is_wrong(found, world, case):
         # What was decided is known only after it was done.
         assert grads_kept or case.startswith("limit")
         assert "'expert" not in said or case != "replica: dense"
+
+
+def test_verify_has_nothing_to_do_on_one_process():
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.tensor([3.0, 4.0])
+    assert float(Clipper([w], gc.Norm(1.0), verify=True).clip_().norm) == 5
+    assert float(clip_grad_norm_([w], 2.0, verify=True)) == pytest.approx(1)
 
 
 @each_world

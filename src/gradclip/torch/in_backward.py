@@ -92,25 +92,35 @@ class InBackward(Clipper):
         params = [p for p in groups if p.grad is not None]
         if not params:
             return
-        now, verbs = self._pass_with(params), self._tools()
-        names = [self.names[self._index[id(p)]] for p in params]
-        leaves = collect(params).leaves
-        norm = verbs.measure(leaves, "all", self.rule.p)
-        leaves, norm = admit(
-            verbs, leaves, self.rule, norm, self.on_nonfinite, names.__getitem__
-        )
+        now = self._pass_with(params)
+        leaves, norm = self._admitted(params)
         now.take(norm)
-        check_scheduled(verbs, self.rule, int(self._memory.step))
-        seen = self._seen(now.estimate)
-        limit = self.rule.update(seen, self._state())[0]
-        scale = clip_scale(now.estimate, limit, seen.xp, self.rule.most(seen))
-        scale = torch.where(norm.isfinite(), scale, 1.0)
-        now.note(norm * scale, limit, scale)
+        scale = self._scale(now, norm)
+        verbs = self._tools()
         if verbs.known(scale == 1) is not True:
             verbs.multiply(leaves, scale, "all")
         if self._skipping:
             self._hidden = [(p, p.grad) for p in params if p.grad is not None]
             drop(params, norm.isfinite())
+
+    def _admitted(self, params: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return gradients and their norm, after the policy for NaN."""
+        verbs, leaves = self._tools(), collect(params).leaves
+        names = [self.names[self._index[id(p)]] for p in params]
+        norm = verbs.measure(leaves, "all", self.rule.p)
+        policy = self.on_nonfinite
+        return admit(verbs, leaves, self.rule, norm, policy, names.__getitem__)
+
+    def _scale(self, now: "_Pass", norm: Tensor) -> Tensor:
+        """Return the factor for the latest gradients, by what is known so far."""
+        check_scheduled(self._tools(), self.rule, int(self._memory.step))
+        seen = self._seen(now.estimate)
+        limit = self.rule.update(seen, self._state())[0]
+        scale = clip_scale(now.estimate, limit, seen.xp, self.rule.most(seen))
+        scale = torch.where(norm.isfinite(), scale, 1.0)
+        dropped = self._skipping & ~norm.isfinite()
+        now.note(torch.where(dropped, 0.0, norm * scale), limit, scale)
+        return scale
 
     def _after_step(self, *_: Any) -> None:
         """Give back the gradients that were hidden from a step."""
@@ -152,7 +162,8 @@ class InBackward(Clipper):
         memory.count((~kept).to(torch.int64))
         self._previous = torch.where(info.finite, now.total, self._previous)
         self.info = now.report(info, kept)._replace(skipped=memory.skipped)
-        memory.check(int(memory.in_a_row), self.max_consecutive_skips)
+        self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
+        memory.check(int(self._in_a_row), self.max_consecutive_skips)
 
     def _tools(self) -> InPlace:
         verbs = InPlace()

@@ -50,7 +50,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Print:
+class Fingerprint:
     """A parameter of a process, and two norms that tell its numbers from others."""
 
     rank: int
@@ -64,7 +64,7 @@ class Print:
         flat = self.largest * math.sqrt(math.prod(self.held.shape))
         return math.isclose(self.norm, flat, rel_tol=1e-6)
 
-    def near(self, other: "Print") -> bool:
+    def near(self, other: "Fingerprint") -> bool:
         """Return whether two copies are the same, up to rounding."""
         return _near(self.norm, other.norm) and _near(self.largest, other.largest)
 
@@ -89,7 +89,7 @@ class Verifier:
         """Tell each other which parameters and groups there are."""
         import torch.distributed as dist
 
-        self.group, self.params, self.layout = Group(group, 0), params, layout
+        self.group, self.params = Group(group, 0), params
         self.ranks = dist.get_process_group_ranks(group)
         mine = list(_described(names, params, layout))
         groups = [] if layout is None else [_ranks(g) for g in layout.groups]
@@ -138,7 +138,9 @@ class Verifier:
                     raise VerifyError(said if info.norm.ndim == 0 else said + _SUMS)
         return outcome
 
-    def _exchange(self, which: Iterable[int], tensors: Sequence[Tensor]) -> list[Print]:
+    def _exchange(
+        self, which: Iterable[int], tensors: Sequence[Tensor]
+    ) -> list[Fingerprint]:
         """Return two norms of each tensor of each process; -1 where there is none."""
         row = torch.full((self.width, 2), -1.0, dtype=torch.float64)
         if tensors:
@@ -147,7 +149,7 @@ class Verifier:
             row[at, 1] = verbs.per_tensor(tensors, math.inf).cpu()
         seen = self.group.gather(row.flatten()).view(-1, self.width, 2).tolist()
         return [
-            Print(rank, held, *numbers)
+            Fingerprint(rank, held, *numbers)
             for rank, rows in zip(self.ranks, seen, strict=True)
             for held, numbers in zip(self.held[rank], rows, strict=False)
         ]
@@ -277,12 +279,12 @@ def _ranks(group: Group) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(group.handle))
 
 
-Pair: TypeAlias = tuple[Print, Print]
+Pair: TypeAlias = tuple[Fingerprint, Fingerprint]
 
 
-def _unlike_copies(prints: Sequence[Print]) -> Iterator[Pair]:
+def _unlike_copies(prints: Sequence[Fingerprint]) -> Iterator[Pair]:
     """Yield gradients that differ though they belong to one and the same piece."""
-    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Print] = {}
+    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Fingerprint] = {}
     for x in prints:
         key = x.held.name, x.held.shape, x.held.place
         reference = first.setdefault(key, x)
@@ -290,9 +292,9 @@ def _unlike_copies(prints: Sequence[Print]) -> Iterator[Pair]:
             yield reference, x
 
 
-def _like_shards(prints: Sequence[Print]) -> Iterator[Pair]:
+def _like_shards(prints: Sequence[Fingerprint]) -> Iterator[Pair]:
     """Yield gradients that are equal though they were declared to be different."""
-    first: dict[tuple[object, ...], Print] = {}
+    first: dict[tuple[object, ...], Fingerprint] = {}
     for x in prints:
         for group in x.held.declared if x.norm > 0 else ():
             key = group, x.held.shape, x.norm, x.largest
@@ -301,14 +303,16 @@ def _like_shards(prints: Sequence[Print]) -> Iterator[Pair]:
                 yield reference, x
 
 
-def _also_weights(a: Print, b: Print, of: dict[tuple[int, Held], Print]) -> bool:
+def _also_weights(
+    a: Fingerprint, b: Fingerprint, of: dict[tuple[int, Held], Fingerprint]
+) -> bool:
     """Return whether weights are equal too, and not by accident, as all zeros are."""
     v, w = of[a.rank, a.held], of[b.rank, b.held]
     told = not (a.constant and v.constant)
     return told and (v.norm, v.largest) == (w.norm, w.largest)
 
 
-def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Print]) -> str:
+def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Fingerprint]) -> str:
     unlike = [
         (a, b) for a, b in apart if not of[a.rank, a.held].near(of[b.rank, b.held])
     ]
@@ -344,7 +348,7 @@ def _about_replicas(replicas: list[Pair]) -> str:
     )
 
 
-def _size(x: Print) -> str:
+def _size(x: Fingerprint) -> str:
     return "missing" if x.norm < 0 else f"{x.norm:.6g}"
 
 
