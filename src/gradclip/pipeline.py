@@ -328,11 +328,13 @@ def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State
     """Return the memory of the parts of tensors before the first step."""
     if not stage.stateful:
         return {}
-    xp, found = engine.xp, {}
+    xp = engine.xp
+    found: State = {}
     for i, leaf in zip(engine.places(leaves), leaves, strict=True):
-        moduli = xp.abs(leaf)
-        # What is remembered of each element in float64 would take twice the room.
-        parts = xp.zeros_like(xp.astype(moduli, xp.result_type(moduli, xp.float32)))
+        parts = engine.inside(leaf, stage.over)[0]
+        if xp.finfo(leaf.dtype).eps > 1e-4:
+            # Half-precision gradients are not worth a memory in float64.
+            parts = xp.astype(parts, xp.float32)
         found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}
     return found
 
