@@ -371,6 +371,14 @@ class Inside:
         self.limits = [max(most)]
         return clipped
 
+    def state(self):
+        """Return what is remembered of each tensor, column by column."""
+        return {
+            f"{name}.{i}": x
+            for i, memory in self.memories.items()
+            for name, x in self.told(memory).items()
+        }
+
 
 class Moment(Inside):
     def __init__(self, ratio=5000**0.5, decay=0.999, warmup=20, corrected=False):
@@ -393,6 +401,13 @@ class Moment(Inside):
             return g, np.full(g.shape, math.inf)
         return taken, np.where(v > 0, limit, math.inf)
 
+    def told(self, memory):
+        root = np.sqrt(memory["v"])
+        columns = (
+            root.reshape(-1, root.shape[-1]).T if root.ndim > 1 else [root.ravel()]
+        )
+        return {"root": list(columns), "count": [memory["t"]]}
+
 
 class Peak(Inside):
     def __init__(self, decay=0.999):
@@ -407,6 +422,9 @@ class Peak(Inside):
         spike = np.abs(g) > most
         limits = np.where(spike, np.abs(g) / top * most, most)
         return np.where(spike, g / top * most, g), limits
+
+    def told(self, memory):
+        return {"mean": [memory["m"]], "count": [memory["t"]]}
 
 
 class Spectral:

@@ -129,11 +129,10 @@ class Backend:
     def inside(self, x: Array, over: Scope) -> tuple[Array, Scaling]:
         """Return moduli or singular values of a tensor, and how to scale them."""
         xp = self.xp
-        if over == "element":
-            # A memory of them is of this type: float64 would take twice the room.
-            moduli = xp.abs(xp.astype(x, xp.result_type(x.dtype, xp.float32)))
-            return moduli, lambda scale: self.times(x, scale)
         kind = xp.result_type(x.dtype, xp.asarray(0.0, dtype=self.wide).dtype)
+        if over == "element":
+            moduli = xp.abs(xp.astype(x, kind))
+            return moduli, lambda scale: self.times(x, scale)
         flat = xp.reshape(x, (x.shape[0] if x.ndim > 1 else 1, -1))
         # The decomposition of a matrix with NaN raises, or does not end.
         fine = xp.where(xp.all(xp.isfinite(flat)), flat, xp.zeros_like(flat))

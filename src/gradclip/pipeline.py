@@ -257,7 +257,8 @@ def look_inside(
                     f"{tuple(kept.shape)}, but this one has {tuple(parts.shape)}; hand "
                     "over the same gradients at every step, and no sparse ones."
                 )
-        info, memory = decide(stage, seen._replace(norm=parts), memory)
+        info, after = decide(stage, seen._replace(norm=parts), memory)
+        memory = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
         results.append(put(info.scale) if going else x)
         new |= {f"{name}.{i}": part for name, part in memory.items()}
         if math.prod(parts.shape):
@@ -327,11 +328,15 @@ def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State
     """Return the memory of the parts of tensors before the first step."""
     if not stage.stateful:
         return {}
-    return {
-        f"{name}.{i}": x
-        for i, leaf in zip(engine.places(leaves), leaves, strict=True)
-        for name, x in stage.init(engine.inside(leaf, stage.over)[0], engine.xp).items()
-    }
+    xp = engine.xp
+    found: State = {}
+    for i, leaf in zip(engine.places(leaves), leaves, strict=True):
+        parts = engine.inside(leaf, stage.over)[0]
+        if xp.finfo(leaf.dtype).eps > 1e-4:
+            # Half-precision gradients are not worth a memory in float64.
+            parts = xp.astype(parts, xp.float32)
+        found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}
+    return found
 
 
 def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> State:

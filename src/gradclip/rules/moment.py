@@ -17,10 +17,10 @@ class Moment(Rule):
     $g_i \leftarrow \operatorname{sign}(g_i) \min(|g_i|, k \sqrt{v_i})$, and
     $v_i \leftarrow \beta v_i + (1 - \beta) g_i^2$ of what was let through
 
-    $v$ is the second moment of Adam. The memory is as large as the gradients. An
-    element that is 0 teaches nothing, and the first one that is not is let through, so
-    that the row of a rare token is not frozen. In the warm-up nothing is clipped, but
-    what the memory takes in is, so that a spike there is forgotten.
+    $v$ is the second moment of Adam. The memory takes twice the room of the gradients.
+    An element that is 0 teaches nothing, and the first one that is not is let through,
+    so that the row of a rare token is not frozen. In the warm-up nothing is clipped,
+    but what the memory takes in is, so that a spike there is forgotten.
 
     Args:
         ratio: $k$, above 0: $\sqrt{\theta}$ with the $\theta = 5000$ of SPAM; 3 for
