@@ -23,6 +23,7 @@ from table import ROWS, STATEFUL
 SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
+WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "jax")
 EVERYWHERE = "GRADCLIP_GOLDEN" in os.environ
 """Set by `make golden`: inductor, which takes seconds a rule, compiles all of them."""
 
@@ -115,11 +116,11 @@ def states(name):
 
 def tolerance(front, name):
     """Return the largest relative error."""
-    if front in ("jax-float32", "jax-eager") and name in STATEFUL:
-        # Its memory is float32, too, and drifts by 1e-5 while a spike of the warm-up
+    if front in ("jax-float32", "jax-eager", "mlx") and name in STATEFUL:
+        # Their memory is float32, too, and drifts by 1e-5 while a spike of the warm-up
         # fades from it.
         return 2e-5
-    return 1e-9 if front in ("numpy", "tensors", "torch", "compiled", "jax") else 1e-6
+    return 1e-9 if front in WIDE else 1e-6
 
 
 def close(got, want, rtol, step):
@@ -170,6 +171,20 @@ def test_numpy_equals_twin(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_whatever_follows_the_array_api_equals_twin(name):
+    # It checks every argument, which takes a while.
+    follow("strict", name, STEPS if EVERYWHERE else 100)
+
+
+ON_MLX = ["norm", "value", "agc", "percentile-tensor", "zscore-default", "ema"]
+
+
+@pytest.mark.parametrize("name", ROWS if EVERYWHERE else ON_MLX)
+def test_mlx_equals_twin(name):
+    follow("mlx", name)
+
+
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("front", ["tensors", "torch"])
 def test_torch_equals_twin(name, front):
     follow(front, name)
@@ -195,6 +210,7 @@ INDUCED = ["norm", "agc", "zscore", "percentile-window"]
 
 
 @pytest.mark.filterwarnings(CACHED)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("name", COMPILED if EVERYWHERE else INDUCED)
 def test_inductor_equals_twin(name):
     follow("inductor", name)
