@@ -185,9 +185,13 @@ def test_mlx_equals_twin(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("front", ["tensors", "torch"])
-def test_torch_equals_twin(name, front):
-    follow(front, name)
+def test_torch_equals_twin(name):
+    follow("torch", name)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_tensors_without_parameters_equal_twin(name):
+    follow("tensors", name)
 
 
 @pytest.mark.parametrize("name", ROWS)
