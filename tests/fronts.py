@@ -6,8 +6,10 @@ ones as such (zeros where the step was dropped) and an `Info` of NumPy arrays.
 
 import functools
 
+import array_api_strict
 import jax
 import jax.numpy as jnp
+import mlx.core as mx
 import numpy as np
 import torch
 
@@ -108,6 +110,8 @@ FRONTS = {
     "numpy": functools.partial(Arrays, own=np.asarray),
     "numpy-float32": functools.partial(Arrays, own=np.float32),
     "tensors": functools.partial(Arrays, own=torch.tensor),
+    "strict": functools.partial(Arrays, own=array_api_strict.asarray),
+    "mlx": functools.partial(Arrays, own=lambda x: mx.array(np.float32(x))),
     "jax-eager": functools.partial(
         Arrays, own=functools.partial(jnp.asarray, dtype=float)
     ),

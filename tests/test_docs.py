@@ -89,6 +89,12 @@ def test_a_wrong_output_would_fail(tmp_path):
     assert output_of(program, {}) != text
 
 
+def test_an_own_rule_is_short():
+    (_, rule), *_ = blocks(ROOT / "docs" / "own-rule.md")
+    assert "class Growth(Rule)" in rule
+    assert len(rule.splitlines()) <= 40
+
+
 def modules():
     for found in pkgutil.walk_packages(gradclip.__path__, "gradclip."):
         if not found.name.endswith("__main__") and not found.name.startswith(ELSEWHERE):

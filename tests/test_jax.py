@@ -13,6 +13,7 @@ import pytest
 
 import gradclip as gc
 import gradclip.jax
+from gradclip.backends import Jax
 from gradclip.jax import as_optax
 from table import ROWS, STATELESS
 from test_twins import params, steps
@@ -169,6 +170,22 @@ def test_equal_to_optax(ours, theirs, grads):
         assert_close(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("policy", ["skip", "ignore"])
+def test_ordinary_gradients_cost_no_more_than_with_optax(policy, monkeypatch):
+    # XLA counts both branches; the other one is for gradients whose squares overflow.
+    monkeypatch.setattr(Jax, "root", lambda self, squares, safely: jnp.sqrt(squares))
+    grads = [jnp.ones((256, 256)), jnp.ones(256), jnp.ones((64, 3, 3))]
+
+    def cost(transform):
+        lowered = jax.jit(transform.update).lower(grads, transform.init(grads), grads)
+        return lowered.compile().cost_analysis()
+
+    ours = cost(as_optax(gc.Norm(1.0), on_nonfinite=policy))
+    theirs = cost(optax.clip_by_global_norm(1.0))
+    for what in ("flops", "bytes accessed"):
+        assert ours[what] <= 1.01 * theirs[what], what
+
+
 def test_what_optax_does_otherwise():
     for grads in (
         jnp.array([300, 400], jnp.float16),
@@ -221,10 +238,17 @@ CLIP, RULE = optax.clip_by_global_norm(0.5), gc.Norm(0.5)
             {"a": optax.chain(clip, optax.sgd(0.1)), "z": optax.set_to_zero()},
             {"w": "a", "b": "z"},
         ),
+        lambda clip: optax.partition(
+            {"a": optax.chain(clip, optax.adam(0.1)), "z": optax.sgd(0.1)},
+            {"w": "a", "b": "z"},
+        ),
         lambda clip: optax.MultiSteps(optax.chain(clip, optax.sgd(0.1)), 3),
         lambda clip: optax.apply_if_finite(optax.chain(clip, optax.adam(0.1)), 3),
     ],
-    ids=["chain", "masked", "multi_transform", "MultiSteps", "apply_if_finite"],
+    ids=[
+        *("chain", "masked", "multi_transform", "partition"),
+        *("MultiSteps", "apply_if_finite"),
+    ],
 )
 def test_optax_wrappers(wrap):
     ours, state = train(wrap(as_optax(RULE)))
@@ -390,3 +414,11 @@ def test_sharded_gradients_equal_whole_ones():
     flags = "--xla_force_host_platform_device_count=4"
     result = in_process(SHARDED, XLA_FLAGS=flags)
     assert result.stdout.strip() == "4 devices, 4 rules", result.stderr[-3000:]
+
+
+def test_the_flax_example():
+    path = Path(__file__).parent.parent / "examples" / "flax_nnx.py"
+    code = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
+    result = in_process(code)
+    clipped = [line.rpartition(" ")[2] for line in result.stdout.splitlines()]
+    assert clipped == ["False", "False", "True", "False"], result.stderr[-3000:]

@@ -33,8 +33,9 @@ def clip(
     $g \leftarrow g \cdot \min(1, \text{limit} / \lVert g \rVert)$
 
     Args:
-        grads: An array of any shape, or a list, tuple or dict of arrays (NumPy, PyTorch
-            or JAX). Integer arrays come back as floats.
+        grads: An array of any shape, or a list, tuple or dict of arrays: of NumPy,
+            PyTorch, JAX, or another library that follows the array API. Integer arrays
+            come back as floats.
         rule: A rule without memory, such as `Norm(1.0)`.
         params: The parameters, arranged like `grads`; only `Relative` asks for them.
         on_nonfinite: What NaN or infinity leads to: `"skip"` returns zeros, `"zero"`

@@ -6,6 +6,7 @@ are written once in the array API; a backend overrides what its library does bet
 
 import functools
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -529,18 +530,46 @@ def backend_of(kind: type) -> Backend | None:
     return None
 
 
+def conforming(x: Any) -> Backend | None:
+    """Return the plain verbs, if a library without its own follows the array API."""
+    if not array_api_compat.is_array_api_obj(x):
+        return None
+    xp = array_api_compat.array_namespace(x)
+    xp = xp if hasattr(xp, "hypot") else completed(xp)
+    return Backend(xp, xp.asarray(0.0).dtype)
+
+
+@functools.cache
+def completed(xp: Any) -> Any:
+    """Return the namespace of MLX with what it lacks of the array API."""
+
+    def hypot(a: Array, b: Array) -> Array:
+        largest = xp.maximum(xp.abs(a), xp.abs(b))
+        unit = xp.where(largest > 0, largest, 1.0)
+        return unit * xp.sqrt((a / unit) ** 2 + (b / unit) ** 2)
+
+    def asarray(values: Any, device: Any = None) -> Array:
+        return xp.asarray(values)
+
+    whole = types.ModuleType(xp.__name__)
+    vars(whole).update({**vars(xp), "hypot": hypot, "asarray": asarray})
+    return whole
+
+
 def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
     """Return the one backend of all gradients; refuse other things, and mixtures."""
-    found: dict[type, tuple[str, Any, Backend]] = {}
+    found: dict[Any, tuple[str, Any, Backend]] = {}
     for where, x in leaves:
         # Parameters and tracers are subclasses, so the type is asked, not its name.
-        backend = next(filter(None, map(backend_of, type(x).__mro__)), None)
+        known = next(filter(None, map(backend_of, type(x).__mro__)), None)
+        backend = known or conforming(x)
         if backend is None:
             raise TypeError(
                 f"gradients{where} is {type(x).__name__}, not an array; hand over "
-                "NumPy, PyTorch or JAX arrays, or a list, tuple or dict of them."
+                "NumPy, PyTorch, JAX or array-API arrays, or a list, tuple or dict of "
+                "them."
             )
-        found.setdefault(type(backend), (where, x, backend))
+        found.setdefault(backend.xp, (where, x, backend))
     if len(found) > 1:
         (a, x, _), (b, y, _), *_ = found.values()
         raise TypeError(
