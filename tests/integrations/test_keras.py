@@ -1,4 +1,4 @@
-"""Keras 3: real fits on the torch backend and, in a process of its own, on JAX."""
+"""Keras 3: real fits on torch and, each in a process of its own, JAX and TensorFlow."""
 
 import os
 import re

@@ -3,6 +3,10 @@
 import importlib
 from typing import Any
 
+from gradclip.arrays import check_rule
+from gradclip.rules import Rule
+from gradclip.ruletext import rule_from
+
 
 def needed(extra: str, *packages: str) -> Any:
     """Import the first of some packages that is installed, or say how to get it.
@@ -29,3 +33,16 @@ def needed(extra: str, *packages: str) -> Any:
         f"pip install 'gradclip[{extra}]'",
         name=packages[0],
     )
+
+
+def rule_of(rule: Rule | str) -> Rule:
+    """Return a rule that is given as such, or as the text of its constructor.
+
+    Args:
+        rule: The rule, or its text.
+
+    Raises:
+        TypeError: For what is neither.
+        ValueError: For a text that makes no rule.
+    """
+    return rule_from(rule) if isinstance(rule, str) else check_rule(rule)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradclip.arrays import Clipper, check_rule
-from gradclip.integrations import needed
+from gradclip.arrays import Clipper
+from gradclip.integrations import needed, rule_of
 from gradclip.rules import Rule, stages
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ needed("deepspeed", "deepspeed")
 
 
 def attach(
-    engine: Any, rule: Rule, history: "History | None" = None
+    engine: Any, rule: Rule | str, history: "History | None" = None
 ) -> "EngineClipper":
     r"""Clip inside of `engine.step()` of a ZeRO engine, at stage 1, 2 or 3.
 
@@ -31,7 +31,7 @@ def attach(
     Args:
         engine: What `deepspeed.initialize` returned, with `"gradient_clipping": 0` in
             its config; left out, DeepSpeed clips to 1.
-        rule: A rule with one norm over all parameters.
+        rule: A rule with one norm over all parameters, or the text of its constructor.
         history: Takes in every step.
 
     Returns:
@@ -48,7 +48,8 @@ def attach(
         >>> state = {"gradclip": clipper.state_dict()}  # doctest: +SKIP
         >>> engine.save_checkpoint("out", client_state=state)  # doctest: +SKIP
     """
-    _check(engine, check_rule(rule))
+    rule = rule_of(rule)
+    _check(engine, rule)
     return EngineClipper(engine, rule, history)
 
 

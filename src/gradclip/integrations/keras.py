@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from gradclip.arrays import check_rule
 from gradclip.backends import Backend, backend_of
-from gradclip.integrations import needed
+from gradclip.integrations import needed, rule_of
 from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Rule, stages
-from gradclip.ruletext import rule_from
 
 keras: Any = needed("keras", "keras")
+Wrapper = keras.optimizers.LossScaleOptimizer
+BACKENDS = ("torch", "jax", "tensorflow")
 TAKEN = (
     "clipnorm",
     "clipvalue",
@@ -53,6 +53,12 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         1.0
     """
 
+    # These ask the inner optimizer, as they do in Keras's own.
+    variables = Wrapper.variables
+    learning_rate = Wrapper.learning_rate
+    iterations = Wrapper.iterations
+    finalize_variable_values = Wrapper.finalize_variable_values
+
     def __init__(
         self,
         inner_optimizer: Any,
@@ -63,8 +69,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Check everything before the first step."""
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
-        self.rule = rule_from(rule) if isinstance(rule, str) else check_rule(rule)
-        self.on_nonfinite = check_policy(on_nonfinite)
+        self.rule, self.on_nonfinite = rule_of(rule), check_policy(on_nonfinite)
         _check(inner_optimizer, self.rule, on_nonfinite)
 
     @keras.src.utils.tracking.no_automatic_dependency_tracking  # type: ignore[untyped-decorator]
@@ -149,29 +154,6 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
             "clip_rate": int(self._clipped) / steps,
         }
 
-    @property
-    def variables(self) -> list[Any]:
-        """All variables, those of the inner optimizer too."""
-        return self._variables + self.inner_optimizer.variables
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's."""
-        return self.inner_optimizer.iterations
-
-    def finalize_variable_values(self, var_list: Any) -> None:
-        """Leave it to the inner optimizer, which may keep averages."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` makes an equal optimizer from."""
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
@@ -203,26 +185,19 @@ def verbs() -> Backend:
 
 def _check(inner: Any, rule: Rule, policy: Policy) -> None:
     """Refuse what would clip twice, or clip something else than whole gradients."""
-    if keras.backend.backend() not in ("torch", "jax", "tensorflow"):
-        raise ValueError(
-            f"Clipped works with the torch, jax and tensorflow backends of Keras, not "
-            f"with {keras.backend.backend()!r}."
-        )
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "gradients have to be unscaled before a clip: use "
-            "LossScaleOptimizer(Clipped(optimizer, rule))."
-        )
+    backend = keras.backend.backend()
     taken = [name for name in TAKEN if getattr(inner, name, None) is not None]
-    if taken:
-        raise ValueError(
-            f"the inner optimizer has {', '.join(taken)} set; leave that out, since "
-            "Clipped has to see whole gradients, and clip them alone."
-        )
-    if policy == "raise":
-        raise ValueError("on_nonfinite='raise': use 'skip', 'zero' or 'ignore' here.")
-    if rule.grows:
-        raise ValueError(
-            f"{rule!r} remembers more norms at every step, and variables have one "
-            "size; give it a window."
-        )
+    problems = {
+        f"Clipped works with the {', '.join(BACKENDS)} backends of Keras, not with "
+        f"{backend!r}.": backend not in BACKENDS,
+        "gradients have to be unscaled before a clip: use "
+        "LossScaleOptimizer(Clipped(optimizer, rule)).": isinstance(inner, Wrapper),
+        f"the inner optimizer has {', '.join(taken)} set; leave that out, since "
+        "Clipped has to see whole gradients, and clip them alone.": bool(taken),
+        "on_nonfinite='raise': use 'skip', 'zero' or 'ignore' here.": policy == "raise",
+        f"{rule!r} remembers more norms at every step, and variables have one size; "
+        "give it a window.": rule.grows,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ValueError(problem)

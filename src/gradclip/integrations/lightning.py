@@ -3,9 +3,8 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gradclip.arrays import check_rule
-from gradclip.integrations import needed
-from gradclip.integrations.tracking import Tracked
+from gradclip.integrations import needed, rule_of
+from gradclip.integrations.tracking import Tracked, check_alone
 from gradclip.rules import Rule
 from gradclip.torch.doctor import CHECKS
 
@@ -28,7 +27,7 @@ class GradientClipping(Callback):  # type: ignore[misc]
     has its own, as in `grad_norm/0`.
 
     Args:
-        rule: Any rule.
+        rule: Any rule, or the text of its constructor.
         history: Takes in every step; of several optimizers each needs one: a list.
         options: As for `gradclip.torch.attach`, such as `on_nonfinite`.
 
@@ -46,43 +45,35 @@ class GradientClipping(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Rule | str,
         history: "History | list[History] | None" = None,
         **options: Any,
     ) -> None:
         """Keep the choice; the optimizers are made later."""
-        self.rule, self.options = check_rule(rule), options
-        self.histories = history if isinstance(history, list) else [history]
+        self.rule, self.options = rule_of(rule), options
+        several = history if isinstance(history, list) else [history]
+        self.histories: list[History | None] = [*several]
         self.tracked: list[Tracked] = []
         self._saved: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse to clip twice, or where the clip would do nothing."""
-        if trainer.gradient_clip_val:
-            raise ValueError(
-                f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) clips too; "
-                "leave it out, GradientClipping does all of it."
-            )
-        if "DeepSpeed" in type(trainer.strategy).__name__:
-            raise ValueError(
-                "DeepSpeed steps with gradients of its own, which this callback never "
-                "sees; use gradclip.integrations.deepspeed."
-            )
+        setting = "Trainer(gradient_clip_val={})", trainer.gradient_clip_val
+        deepspeed = "DeepSpeed" in type(trainer.strategy).__name__
+        check_alone(*setting, "leave it out", deepspeed)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to every optimizer, and go on from a checkpoint."""
-        optimizers = trainer.optimizers
-        several = len(optimizers) > 1
-        histories = (
-            [None] * len(optimizers) if self.histories == [None] else self.histories
-        )
+        optimizers, histories = trainer.optimizers, self.histories
+        if histories == [None]:
+            histories = [None] * len(optimizers)
         if len(histories) != len(optimizers):
             raise ValueError(
                 f"{len(histories)} histories for {len(optimizers)} optimizers; hand "
                 "over a list with one for each."
             )
         # One of several optimizers never holds the whole model.
-        checks = [c for c in CHECKS if c != "unheld"] if several else CHECKS
+        checks = [c for c in CHECKS if c != "unheld" or len(optimizers) == 1]
         options = {"doctor": checks, "model": pl_module, **self.options}
         self.teardown(trainer, pl_module, "fit")
         self.tracked = [
@@ -106,8 +97,6 @@ class GradientClipping(Callback):  # type: ignore[misc]
         """Take the clipping out of the optimizers again, and write the histories."""
         for tracked in self.tracked:
             tracked.detach()
-            if tracked.clipper.history is not None:
-                tracked.clipper.history.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of each optimizer's clipper."""

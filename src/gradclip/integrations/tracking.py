@@ -64,6 +64,29 @@ class Tracked:
         self.clipped = torch.as_tensor(state["clipped"])
 
     def detach(self) -> None:
-        """Take everything out of the optimizer again."""
+        """Take everything out of the optimizer again, and write the history."""
         self.clipper.detach()
         self._hook.remove()
+        if self.clipper.history is not None:
+            self.clipper.history.flush()
+
+
+def check_alone(setting: str, value: Any, remedy: str, deepspeed: bool) -> None:
+    """Refuse to clip twice, or where the clip would do nothing.
+
+    Args:
+        setting: What turns the trainer's own clip on, with `{}` for the value.
+        value: The value it has.
+        remedy: What to do about it.
+        deepspeed: Whether DeepSpeed makes the steps.
+
+    Raises:
+        ValueError: If there is a value, and under DeepSpeed.
+    """
+    if value:
+        raise ValueError(f"{setting.format(value)} clips too; {remedy}.")
+    if deepspeed:
+        raise ValueError(
+            "DeepSpeed steps with gradients of its own, which this callback never "
+            "sees; use gradclip.integrations.deepspeed."
+        )

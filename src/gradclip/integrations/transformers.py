@@ -4,12 +4,10 @@ from typing import Any
 
 import torch
 
-from gradclip.arrays import check_rule
 from gradclip.history import History
-from gradclip.integrations import needed
-from gradclip.integrations.tracking import Tracked
+from gradclip.integrations import needed, rule_of
+from gradclip.integrations.tracking import Tracked, check_alone
 from gradclip.rules import Rule
-from gradclip.ruletext import rule_from
 
 Base: Any = needed("transformers", "transformers.trainer_callback")
 
@@ -44,16 +42,16 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         self, rule: Rule | str, history: History | str | None = None, **options: Any
     ) -> None:
         """Keep the choice; the optimizer is made later."""
-        self.rule = rule_from(rule) if isinstance(rule, str) else check_rule(rule)
+        self.rule, self.options = rule_of(rule), options
         self.history = History(history) if isinstance(history, str) else history
-        self.options = options
         self.tracked: Tracked | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Attach to the optimizer, and go on from a checkpoint."""
-        _check(args)
+        setting = "TrainingArguments(max_grad_norm={})", args.max_grad_norm
+        check_alone(*setting, "set max_grad_norm=0", bool(args.deepspeed))
         # Accelerate's wrapper steps through the optimizer inside, and has no hooks.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         options = {"model": kwargs.get("model"), "history": self.history}
@@ -76,8 +74,6 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         """Take the clipping out of the optimizer again, and write the history."""
         if self.tracked:
             self.tracked.detach()
-        if self.history:
-            self.history.flush()
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -98,17 +94,3 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         path = str(self.history.path) if self.history else None
         args = {"rule": repr(self.rule), "history": path, **self.options}
         return {"args": args, "attributes": {"memory": self.memory}}
-
-
-def _check(args: Any) -> None:
-    """Refuse to clip twice, or where the clip would do nothing."""
-    if args.max_grad_norm:
-        raise ValueError(
-            f"TrainingArguments(max_grad_norm={args.max_grad_norm!r}) clips too; set "
-            "max_grad_norm=0, GradientClippingCallback does all of it."
-        )
-    if getattr(args, "deepspeed", None):
-        raise ValueError(
-            "DeepSpeed steps with gradients of its own, which this callback never "
-            "sees; use gradclip.integrations.deepspeed."
-        )

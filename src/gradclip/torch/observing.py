@@ -106,7 +106,8 @@ class _Watch:
             once = hasattr(tensors, "__next__")
             given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
             note, fresh = self.ledger.before_clip(self._site(), call, given, once)
-            norm = others[0] if call.endswith("with_norm_") else _largest(given)
+            # The norm is handed over, or returned, or has to be taken before the clip.
+            norm = _largest(given) if call.endswith("value_") else [*others, None][0]
             name = next(iter(bound.arguments))
             bound.arguments[name] = (p for p in given) if once else given
             result = original(*bound.args, **bound.kwargs)
