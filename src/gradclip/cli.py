@@ -119,13 +119,8 @@ def study(
     _require("study", "rich", "torch", "matplotlib", "scipy", "sklearn")
     from gradclip.studies.command import perform
 
-    if full and quick:
-        raise typer.BadParameter(
-            "take one of --full and --quick.", param_hint="'--full'"
-        )
-    size = "full" if full else "quick" if quick else "usual"
     try:
-        perform(name, _folder(out), size, seeds, page, as_json)
+        perform(name, _folder(out), full, quick, seeds, page, as_json)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -25,7 +25,7 @@ def save(draw: Callable[[Any], None], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "gradclip",
         "svg.fonttype": "none",
         "font.family": "sans-serif",

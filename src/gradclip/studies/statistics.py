@@ -56,22 +56,34 @@ def share(hits: Sequence[bool]) -> Estimate:
     )
 
 
+def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    """Return the mean of the differences, seed by seed."""
+    size = min(len(values), len(others))
+    return mean(np.subtract(values[:size], others[:size]).tolist())
+
+
 def within_noise(values: Sequence[float], others: Sequence[float]) -> bool | None:
     """Return whether the differences, seed by seed, may as well be 0.
 
     None where that cannot be told: one seed, or values that are not finite.
     """
-    size = min(len(values), len(others))
-    apart = mean(np.subtract(values[:size], others[:size]).tolist())
-    if apart["low"] is None or apart["high"] is None:
+    apart = difference(values, others)
+    if apart["low"] is None:
         return None
-    return apart["low"] <= 0 <= apart["high"]
+    return not (positive(apart) or negative(apart))
 
 
-def overlap(one: Estimate, other: Estimate) -> bool | None:
-    """Return whether two intervals have a point in common; None without intervals."""
-    ends = (one["low"], one["high"], other["low"], other["high"])
-    if any(end is None for end in ends):
-        return None
-    low, high, other_low, other_high = ends
-    return low <= other_high and other_low <= high  # type: ignore[operator]
+def above(one: Estimate, other: Estimate) -> bool:
+    """Return whether an interval lies wholly above another one."""
+    low, high = one["low"], other["high"]
+    return low is not None and high is not None and low > high
+
+
+def positive(estimate: Estimate) -> bool:
+    """Return whether an interval lies wholly above 0."""
+    return estimate["low"] is not None and estimate["low"] > 0
+
+
+def negative(estimate: Estimate) -> bool:
+    """Return whether an interval lies wholly below 0."""
+    return estimate["high"] is not None and estimate["high"] < 0
