@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations fuzz bench clean
+.PHONY: demo test test-integrations fuzz bench studies clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -24,6 +24,12 @@ fuzz: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# About an hour; what is in docs/studies already is not computed again.
+studies: .venv/ready
+	for name in $$($(BIN)/gradclip study | cut -d' ' -f1); do \
+		$(BIN)/gradclip study $$name --out docs/studies $(ARGS) || exit 1; done
+	$(BIN)/gradclip study --page docs/studies.md --out docs/studies
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

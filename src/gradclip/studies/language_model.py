@@ -1,7 +1,9 @@
 """The classic recipe of an LSTM, over learning rates and rules."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ RULES: dict[str, gc.Rule] = {
     "EMA(all)": gc.EMA(over="all"),
 }
 RATES = (1.25, 5.0, 20.0, 80.0)
+library = functools.cache(library_text)
 LAST = 50
 """The steps at the end whose loss counts."""
 
@@ -60,12 +63,16 @@ def cells(size: Size) -> list[Cell]:
 
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
     """Train once for each seed."""
-    library = library_text()
+    text = library()
     settings = {name: x for name, x in cell.items() if name != "rule"}
     for i, seed in enumerate(seeds):
         setup = Setup(seed=seed, **settings)
         torch.manual_seed(seed)
-        steps = list(train(RULES[cell["rule"]], Network(setup), library, setup))
+        steps = []
+        # A run that is lost for a hundred steps ends with an error.
+        with suppress(gc.NonFiniteError):
+            for step in train(RULES[cell["rule"]], Network(setup), text, setup):
+                steps.append(step)
         losses = [step.loss for step in steps] + [math.nan] * (setup.steps - len(steps))
         yield (
             seed,
