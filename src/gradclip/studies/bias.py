@@ -65,7 +65,7 @@ much as the limit was lowered. See Koloskova, Hendrikx, Stich (arXiv 2305.01588)
 
 def cells(size: Size) -> list[Cell]:
     """Return the three parts."""
-    steps = {"quick": 40, "usual": 20_000, "full": 200_000}[size]
+    steps = {"quick": 40, "usual": 5_000, "full": 100_000}[size]
     points = [{"part": "points", "rule": rule, "steps": steps} for rule in TWO_POINT]
     rare = [
         {"part": "rare", "limit": limit, "batch": batch, "steps": steps}
@@ -73,7 +73,7 @@ def cells(size: Size) -> list[Cell]:
         for batch in ("1", "32", "expectation")
     ]
     tiny = [
-        {"part": "tiny", "limit": limit, "rate": rate, "steps": max(20, steps // 20)}
+        {"part": "tiny", "limit": limit, "rate": rate, "steps": max(20, steps // 5)}
         for limit in LIMITS
         for rate in ("as it was", "raised")
     ]

@@ -52,7 +52,7 @@ METHODS = (
 TRAINED = {"digits": 200, "digits, 20 % wrong": 200, "cancer": 100, "wine": 40}
 """The data, and the size of the training and of the validation set."""
 
-SETUP = """A network of 64 ReLU units, SGD with momentum 0.9 and batches of 32, trained
+SETUP = """A network of 64 ReLU units, SGD with momentum 0.9, 200 steps of 32 samples
 on 200 of scikit-learn's digits (and on the same with 20 % of the training labels
 wrong), on 100 samples of its breast cancer data and on 40 of its wine data: few enough
 to overfit. As many samples again choose the learning rate (0.03, 0.1, 0.3) and the
@@ -83,7 +83,7 @@ class Strengths:
 
 def cells(size: Size) -> list[Cell]:
     """Return each data set and method."""
-    steps = {"quick": 3, "usual": 400, "full": 4000}[size]
+    steps = {"quick": 3, "usual": 200, "full": 4000}[size]
     names = ["wine"] if size == "quick" else list(TRAINED)
     return [
         {"data": name, "method": method, "steps": steps}

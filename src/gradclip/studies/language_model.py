@@ -43,7 +43,7 @@ LAST = 50
 
 SETUP = """The recipe of pytorch/examples' word language model (plain SGD, rate 20,
 limit 0.25) for an LSTM that guesses the next character of Python's own library text:
-two layers of 64 units, 8 excerpts of 32 characters a step, 300 steps. The loss is the
+two layers of 64 units, 8 excerpts of 32 characters a step, 200 steps. The loss is the
 mean over the last 50 steps; hardly any excerpt has been seen before, as all steps
 together read 1 % of the text. A guess at random has a loss of ln 128 = 4.85."""
 
@@ -53,7 +53,7 @@ def cells(size: Size) -> list[Cell]:
     small = {"layers": 2, "hidden": 64, "embedding": 32, "batch": 8, "length": 32}
     large = {"layers": 2, "hidden": 200, "embedding": 200, "batch": 20, "length": 35}
     shape = large if size == "full" else small
-    steps = {"quick": 4, "usual": 300, "full": 3000}[size]
+    steps = {"quick": 4, "usual": 200, "full": 3000}[size]
     return [
         {"rule": rule, "lr": lr, "steps": steps} | shape
         for lr in RATES

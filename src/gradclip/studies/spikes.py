@@ -45,15 +45,17 @@ ADAPTIVE = ("Percentile", "ZScore", "EMA", "Skip(Deviation)")
 SPIKES = ("none", "gradient", "data", "label")
 THRESHOLDS = {"good": 1.0, "× 100": 100.0, "÷ 1000": 1e-3, "loss × 1000": 1.0}
 OPTIMIZERS = ("SGD", "AdamW")
-MODELS = {"mlp": 300, "transformer": 200}
+MODELS = {"mlp": 200, "transformer": 160}
 """The steps of each."""
-FIRST, EVERY = 100, 50
+LENGTH = 16
+"""The characters that the transformer sees."""
+FIRST, EVERY = 100, 25
 """The step of the first spike, and the steps between two."""
 
-SETUP = """From step 100 on every fiftieth step is spoiled: all gradients × 10⁴
+SETUP = """From step 100 on every 25th step is spoiled: all gradients × 10⁴
 (*gradient*), inputs × 100 or random characters (*data*), or random labels (*label*).
-The MLP (20-64-64-10, batch 64, 300 steps) learns the labels of another random network;
-the transformer (one layer, width 32, two heads, 200 steps) the next character of
+The MLP (20-64-64-10, batch 64, 200 steps) learns the labels of another random network;
+the transformer (one layer, width 32, two heads, 160 steps) the next character of
 Python's library text. SGD has momentum 0.9. Good thresholds: `Norm(1)`, `Norm(0.5)` for
 each tensor, `Value(0.1)`, `Smooth(1)`, `Normalize(1)`, `Relative(0.02)`,
 `Percentile(50)`, `ZScore(2.5)`, `EMA(1.05)`, `Skip(Deviation(6))`; chosen before the
@@ -125,7 +127,7 @@ def mlp(seed: int) -> Task:
 class Transformer(nn.Module):
     """One layer over characters."""
 
-    def __init__(self, width: int = 32, length: int = 32) -> None:
+    def __init__(self, width: int = 32, length: int = LENGTH) -> None:
         """Make the layers, with weights from torch's random numbers."""
         super().__init__()
         self.embed = nn.Embedding(CHARACTERS, width)
@@ -159,8 +161,8 @@ def transformer(seed: int) -> Task:
     def excerpts(
         text: Tensor, count: int, source: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(text) - 32, (count, 1), generator=source)
-        found = text[starts + torch.arange(33)].long()
+        starts = torch.randint(len(text) - LENGTH, (count, 1), generator=source)
+        found = text[starts + torch.arange(LENGTH + 1)].long()
         return found[:, :-1], found[:, 1:]
 
     def spoil(x: Tensor, source: torch.Generator) -> Tensor:
