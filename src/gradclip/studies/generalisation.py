@@ -316,7 +316,7 @@ def draw(results: Results, figure: Any) -> None:
     axes.axvline(0, color="#7F7F7F", linewidth=1)
     axes.set_xlabel("test accuracy above that without any")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:+.1%}")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
 
 
 STUDY = Study(

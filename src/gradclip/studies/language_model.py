@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import gradclip as gc
-from gradclip.demo import Network, Setup, library_text, train
+from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
 from gradclip.studies.drawing import curve
 from gradclip.studies.frame import (
     Cell,
@@ -38,6 +38,8 @@ RULES: dict[str, gc.Rule] = {
 }
 RATES = (1.25, 5.0, 20.0, 80.0)
 library = functools.cache(library_text)
+GUESS = math.log(CHARACTERS)
+"""The loss of a guess at random."""
 LAST = 50
 """The steps at the end whose loss counts."""
 
@@ -45,7 +47,8 @@ SETUP = """The recipe of pytorch/examples' word language model (plain SGD, rate 
 limit 0.25) for an LSTM that guesses the next character of Python's own library text:
 two layers of 64 units, 8 excerpts of 32 characters a step, 200 steps. The loss is the
 mean over the last 50 steps; hardly any excerpt has been seen before, as all steps
-together read 1 % of the text. A guess at random has a loss of ln 128 = 4.85."""
+together read 1 % of the text. A guess at random has a loss of ln 128 = 4.85,
+which counts for runs that end above it or are lost."""
 
 
 def cells(size: Size) -> list[Cell]:
@@ -77,7 +80,8 @@ def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row
         yield (
             seed,
             {
-                "loss": float(np.mean(losses[-LAST:])),
+                "raw_loss": (loss := float(np.mean(losses[-LAST:]))),
+                "loss": loss if loss < GUESS else GUESS,
                 "clip_rate": float(np.mean([step.scale < 1 for step in steps])),
                 "largest_norm": float(np.max([step.norm for step in steps])),
             },

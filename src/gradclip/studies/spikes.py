@@ -349,7 +349,8 @@ def draw(results: Results, figure: Any) -> None:
             dots(axes, names, [found.get(r, absent) for r in names], i, threshold)
         axes.set(title=optimizer, xlabel="test accuracy after gradient spikes")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    figure.axes[0].legend(fontsize="small")
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper center", ncols=4)
 
 
 STUDY = Study(

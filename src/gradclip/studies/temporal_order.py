@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradclip.rules import Norm
@@ -168,20 +169,23 @@ class Passes:
         """Write the gradient that follows from that of the logits."""
         into.V.copy_(self.states[-1].transpose(1, 2) @ error)
         into.c.copy_(error.sum(1, keepdim=True))
-        W = net.W.transpose(1, 2).contiguous().numpy()
-        delta, slope = (error @ net.V.transpose(1, 2)).numpy(), self.slope
-        states, back = self.states.numpy()[1:], self.back.numpy()
-        for state, at in zip(states[::-1], back[::-1], strict=True):
-            np.multiply(state, state, out=slope)
-            np.subtract(1, slope, out=slope)
-            np.multiply(delta, slope, out=at)
-            np.matmul(at, W, out=delta)
+        self.through_time((error @ net.V.transpose(1, 2)).numpy(), net.W)
         self.one_hot.zero_().scatter_(3, symbols[..., None], 1.0)
         before, back, one_hot = self.by_run()
         into.W.copy_(before.transpose(1, 2) @ back)
         into.U.copy_(one_hot.transpose(1, 2) @ back)
         # At every place there is one symbol.
         into.b.copy_(into.U.sum(1, keepdim=True))
+
+    def through_time(self, delta: NDArray[Any], W: Tensor) -> None:
+        """Go back from what the last states are told."""
+        turned, slope = W.transpose(1, 2).contiguous().numpy(), self.slope
+        states, back = self.states.numpy()[1:], self.back.numpy()
+        for state, at in zip(states[::-1], back[::-1], strict=True):
+            np.multiply(state, state, out=slope)
+            np.subtract(1, slope, out=slope)
+            np.multiply(delta, slope, out=at)
+            np.matmul(at, turned, out=delta)
 
     def by_run(self) -> list[Tensor]:
         """Return what all places of a run have, in one matrix for each run."""
@@ -192,10 +196,8 @@ class Passes:
 
     def gradient(self, net: Net, into: Net, symbols: Tensor, classes: Tensor) -> None:
         """Write the gradient of the mean cross-entropy of each run."""
-        error = self.forward(net, symbols).softmax(2)
-        error.scatter_add_(
-            2, classes[:, :, None], error.new_full((1,), -1.0).expand(*classes.shape, 1)
-        )
+        truth = torch.nn.functional.one_hot(classes, CLASSES)
+        error = self.forward(net, symbols).softmax(2) - truth
         self.backward(net, into, symbols, error / BATCH)
 
 
