@@ -22,7 +22,7 @@ from gradclip.studies import generalisation as general
 from gradclip.studies import temporal_order as temporal
 from gradclip.studies.frame import Results, load, plain, read_rows, seen
 from gradclip.studies.page import write_page
-from gradclip.studies.statistics import above, mean, share, within_noise
+from gradclip.studies.statistics import above, geometric, mean, share, within_noise
 from gradclip.studies.tables import text
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -169,6 +169,16 @@ def test_runs_that_are_lost_are_counted_and_not_averaged():
     assert text({**found}, ".2f") == "1 of 3 not finite"
     assert not above(found, mean([0.0, 0.1]))
     assert plain({"x": [math.nan, -math.inf]}) == {"x": ["NaN", "-Infinity"]}
+
+
+def test_the_geometric_mean_is_that_of_scipy():
+    x = [1.0, 30.0, 4.0, 900.0]
+    found = geometric(x)
+    assert found["value"] == pytest.approx(stats.gmean(x))
+    low, high = stats.t.interval(0.95, 3, np.mean(np.log(x)), stats.sem(np.log(x)))
+    assert (found["low"], found["high"]) == pytest.approx(
+        (math.exp(low), math.exp(high))
+    )
 
 
 def test_verdicts():

@@ -41,6 +41,22 @@ def _around(centre: float, x: np.ndarray) -> tuple[float, float]:
     return centre - width, centre + width
 
 
+def geometric(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean with the interval of the mean of the logarithms."""
+    found = mean([math.log(x) if x > 0 else math.nan for x in values])
+    value, low, high = (
+        None if x is None else math.exp(x)
+        for x in (found["value"], found["low"], found["high"])
+    )
+    return Estimate(
+        value=value,
+        low=low,
+        high=high,
+        seeds=found["seeds"],
+        not_finite=found["not_finite"],
+    )
+
+
 def share(hits: Sequence[bool]) -> Estimate:
     """Return the share of hits with Wilson's interval, which 0 and 1 have as well."""
     from scipy import stats

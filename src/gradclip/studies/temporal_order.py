@@ -27,7 +27,7 @@ from gradclip.studies.frame import (
     Tick,
     seen,
 )
-from gradclip.studies.statistics import above, share
+from gradclip.studies.statistics import above, geometric, share
 from gradclip.studies.tables import Table, pivot, rates, text
 from gradclip.torch import Clipper
 
@@ -275,7 +275,15 @@ def find(results: Results) -> Findings:
     tables = [
         rates(main, "Runs that solve the task", "solved", rows="arm", columns="T"),
         pivot(main, "Best error", "best", rows="arm", columns="T", form=".1%"),
-        pivot(main, "Largest norm", "largest_norm", rows="arm", columns="T"),
+        pivot(
+            main,
+            "Largest norm, geometric mean",
+            "largest_norm",
+            rows="arm",
+            columns="T",
+            form=",.0f",
+            estimate=geometric,
+        ),
         rated,
     ]
     both = {
