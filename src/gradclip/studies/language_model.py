@@ -166,7 +166,7 @@ def draw(results: Results, figure: Any) -> None:
 STUDY = Study(
     name="language-model",
     setup=SETUP,
-    seeds=5,
+    seeds=3,
     cells=cells,
     run=run,
     find=find,
