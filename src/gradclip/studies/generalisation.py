@@ -108,12 +108,12 @@ def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row
             chosen = {"rate": rate, "limit": clip, "strength": strength}
             measured.append({"chosen": chosen, **measure(rows, data)})
     for i, seed in enumerate(seeds):
-        best = min(measured, key=lambda found: math_key(found["valid"][i]))
+        best = min(measured, key=lambda found: comparable(found["valid"][i]))
         numbers = {name: best[name][i] for name in ("accuracy", "loss", "gap")}
         yield seed, {**numbers, "chosen": best["chosen"]}
 
 
-def math_key(loss: float) -> float:
+def comparable(loss: float) -> float:
     """Return a loss that can be compared: NaN is the worst."""
     return loss if math.isfinite(loss) else math.inf
 

@@ -358,7 +358,7 @@ def draw(results: Results, figure: Any) -> None:
 STUDY = Study(
     name="spikes",
     setup=SETUP,
-    seeds=3,
+    seeds=5,
     cells=cells,
     run=run,
     find=find,
