@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations test-published golden fuzz bench docs dist clean
+.PHONY: demo test test-integrations test-published golden fuzz bench studies docs dist clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -32,6 +32,12 @@ fuzz: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# About an hour; what is in docs/studies already is not computed again.
+studies: .venv/ready
+	for name in $$($(BIN)/gradclip study | cut -d' ' -f1); do \
+		$(BIN)/gradclip study $$name --out docs/studies $(ARGS) || exit 1; done
+	$(BIN)/gradclip study --page docs/studies.md --out docs/studies
 
 # Its theme is at the end of its life in 2027, and says so at every build.
 docs: .venv/ready

@@ -110,6 +110,50 @@ def doctor(
         raise typer.Exit(code)
 
 
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="None lists them.")] = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")
+    ] = Path("study-out"),
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many; the study's own if not given.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The size of the paper.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="See that it runs; the numbers say nothing.")
+    ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write a page about all studies in --out."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")
+    ] = False,
+) -> None:
+    """Run an experiment behind the claims about clipping, or list them.
+
+    Example: gradclip study smoothness --out DIR
+
+    What is in the folder already is not computed again, also after Ctrl-C.
+    """
+    from gradclip.studies import listing
+
+    if name is None and page is None:
+        typer.echo(listing())
+        return
+    _require("study", "study", "rich", "torch", "matplotlib", "scipy", "sklearn")
+    from gradclip.studies.command import perform
+
+    try:
+        perform(name, _folder(out), full, quick, seeds, page, as_json)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on from here.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 app.command()(commands.advise)
 app.command()(commands.replay)
 app.command()(commands.report)
