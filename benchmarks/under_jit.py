@@ -38,4 +38,4 @@ def rows(rounds):
             }
             times = alternate(sides, rounds)
             ratio = times["ours"] / times["optax"]
-            yield f"as_optax {kind}: {name}", times, ratio, TARGET
+            yield f"as_optax {kind}: {name}", times, ratio, None, TARGET

@@ -6,6 +6,7 @@ from gradclip.integrations import needed
 from gradclip.pipeline import Info
 from gradclip.torch import Clipper
 from gradclip.torch.attach import Attached
+from gradclip.torch.in_backward import InBackward
 
 DistributedType: Any = needed("accelerate", "accelerate").DistributedType
 
@@ -36,7 +37,7 @@ def clip_(accelerator: Any, clipper: Clipper, optimizer: Any = None) -> Info | N
         >>> info = clip_(accelerator, clipper)  # doctest: +SKIP
         >>> optimizer.step()  # doctest: +SKIP
     """
-    if not isinstance(clipper, Clipper) or isinstance(clipper, Attached):
+    if not isinstance(clipper, Clipper) or isinstance(clipper, Attached | InBackward):
         raise TypeError(
             f"clip_() takes a gradclip.torch.Clipper, not {type(clipper).__name__}; "
             "one made by attach() clips inside optimizer.step() already."
