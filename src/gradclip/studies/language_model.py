@@ -174,6 +174,7 @@ STUDY = Study(
     find=find,
     draw=draw,
     not_run=(
+        "learning rates between the four, each of which may be better for either side",
         "words instead of characters, dropout, and the 40 epochs of the recipe",
         "the learning rate divided by four when the loss stops falling",
         "in the usual size, two layers of 200 units",
