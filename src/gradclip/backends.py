@@ -548,8 +548,8 @@ def completed(xp: Any) -> Any:
         unit = xp.where(largest > 0, largest, 1.0)
         return unit * xp.sqrt((a / unit) ** 2 + (b / unit) ** 2)
 
-    def asarray(values: Any, device: Any = None) -> Array:
-        return xp.asarray(values)
+    def asarray(values: Any, dtype: Any = None, device: Any = None) -> Array:
+        return xp.asarray(values, dtype)
 
     whole = types.ModuleType(xp.__name__)
     vars(whole).update({**vars(xp), "hypot": hypot, "asarray": asarray})
