@@ -243,7 +243,13 @@ def test_singular_values_are_cut_and_the_others_stay():
 
 
 @pytest.mark.parametrize(
-    "rule", [*REMEMBERING, gc.Norm(1.0, over="singular"), gc.RMS(0.5)]
+    "rule",
+    [
+        *REMEMBERING,
+        gc.Norm(1.0, over="singular"),
+        gc.RMS(0.5),
+        gc.by_name({"x": gc.Norm(1.0, over="unit"), "*": gc.Quantile()}),
+    ],
 )
 def test_tensors_without_elements_are_nothing(rule):
     weights = [torch.zeros(0, 3), torch.zeros(2, 2)]
@@ -253,9 +259,12 @@ def test_tensors_without_elements_are_nothing(rule):
     clipped, other = gc.Clipper(rule).clip(grads)
     np.testing.assert_allclose(clipped[1], weights[1].grad, rtol=1e-6)
     np.testing.assert_allclose(info.norm, other.norm)
-    jax.jit(gradclip.jax.as_optax(rule).update)(
-        grads, gradclip.jax.as_optax(rule).init([jnp.zeros(g.shape) for g in grads])
-    )
+    transform = gradclip.jax.as_optax(rule)
+    for some in (grads, []):
+        state = transform.init([jnp.zeros(g.shape) for g in some])
+        updates, _ = jax.jit(transform.update)(some, state)
+        for got, want in zip(updates, clipped, strict=False):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
