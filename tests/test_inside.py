@@ -242,6 +242,31 @@ def test_singular_values_are_cut_and_the_others_stay():
     assert not info.clipped
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *REMEMBERING,
+        gc.Norm(1.0, over="singular"),
+        gc.RMS(0.5),
+        gc.by_name({"x": gc.Norm(1.0, over="unit"), "*": gc.Quantile()}),
+    ],
+)
+def test_tensors_without_elements_are_nothing(rule):
+    weights = [torch.zeros(0, 3), torch.zeros(2, 2)]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    info, grads = Clipper(weights, rule).clip_(), [np.zeros((0, 3)), np.ones((2, 2))]
+    clipped, other = gc.Clipper(rule).clip(grads)
+    np.testing.assert_allclose(clipped[1], weights[1].grad, rtol=1e-6)
+    np.testing.assert_allclose(info.norm, other.norm)
+    transform = gradclip.jax.as_optax(rule)
+    for some in (grads, []):
+        state = transform.init([jnp.zeros(g.shape) for g in some])
+        updates, _ = jax.jit(transform.update)(some, state)
+        for got, want in zip(updates, clipped, strict=False):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_matrix_that_is_not_finite_is_never_decomposed(bad):
     rule, grads = gc.Norm(1.0, over="singular"), matrices()

@@ -269,6 +269,25 @@ def test_a_dropped_step_leaves_torch_as_it_was_to_the_bit(make, fused):
     assert float(clipper.info.norm_after) == 0
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        gc.RMS(1.0),
+        gc.by_name({"a": gc.Norm(2.0), "*": None}),
+        gc.by_name({"a": gc.AGC(1.0), "*": gc.ZScore(warmup=1)}),
+        gc.Norm(lambda step: 2.0),
+    ],
+)
+def test_a_step_is_dropped_by_rules_that_know_names_and_shapes(inner):
+    clipper = gc.Clipper(gc.Skip(inner))
+    weights = {"a": np.ones(4), "b": np.ones(2)}
+    for size, kept in ((0.1, True), (9.0, False), (0.1, True)):
+        grads = {"a": np.full(4, size), "b": np.full(2, 0.5)}
+        clipped, info = clipper.clip(grads, params=weights)
+        assert bool(info.kept) == kept
+        assert np.any(clipped["b"]) == kept
+
+
 def test_a_clipper_drops_gradients_beyond_the_limit():
     p = torch.nn.Parameter(torch.ones(2))
     clipper = Clipper([p], gc.Skip(gc.Norm(1.0)), max_consecutive_skips=3)

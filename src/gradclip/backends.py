@@ -131,10 +131,10 @@ class Backend:
         """Return moduli or singular values of a tensor, and how to scale them."""
         xp = self.xp
         kind = xp.result_type(x.dtype, xp.asarray(0.0, dtype=self.wide).dtype)
-        if over == "element":
+        if over == "element" or 0 in x.shape:
             moduli = xp.abs(xp.astype(x, kind))
             return moduli, lambda scale: self.times(x, scale)
-        flat = xp.reshape(x, (x.shape[0] if x.ndim > 1 else 1, -1))
+        flat = xp.reshape(x, (self.units(x), -1))
         # The decomposition of a matrix with NaN raises, or does not end.
         fine = xp.where(xp.all(xp.isfinite(flat)), flat, xp.zeros_like(flat))
         u, s, vh = xp.linalg.svd(xp.astype(fine, kind), full_matrices=False)

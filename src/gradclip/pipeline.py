@@ -197,7 +197,8 @@ def run(
 
 def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
     """Refuse what a schedule says where it can be seen, like a fixed limit."""
-    rules = [stage, *(rule for _, rule in getattr(stage, "rules", ()))]
+    inner = getattr(stage, "rule", stage)
+    rules = [inner, *(rule for _, rule in getattr(inner, "rules", ()))]
     found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
     for rule, name in found:
         schedule = getattr(rule, name, None)

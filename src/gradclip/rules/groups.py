@@ -104,6 +104,9 @@ class Groups(Rule):
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of each cell: its own, or its share of a larger one's."""
+        if not self.members:
+            # A masked optimizer may have no gradients.
+            return seen.norm, state
         if self.over == "tensor":
             return self._by_tensor(seen, state)
         norm = _joined(seen, seen.norm)
@@ -213,7 +216,7 @@ def _tensor_of(seen: Measured) -> "np.ndarray[Any, np.dtype[np.int64]]":
 def _joined(seen: Measured, norms: Array) -> Array:
     """Return the norm of each tensor from those of its units; NaN for none."""
     xp, ends = seen.xp, list(accumulate(seen.units, initial=0))
-    none = xp.zeros_like(norms[:1]) + math.nan if ends[-1] else norms
+    none = xp.reshape(xp.sum(norms) * math.nan, (1,))
     known = xp.where(xp.isfinite(norms), 0.0, math.nan)
     parts = [
         xp.reshape(norm_of(norms[a:b], xp) + xp.sum(known[a:b]), (1,))

@@ -1,9 +1,10 @@
 """Skipping: a step beyond the limit is dropped."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradclip.rules.base import Array, Measured, Rule, State
+from gradclip.rules.base import Array, Measured, Rule, Shape, State
 from gradclip.rules.chaining import stages
 from gradclip.rules.keeping import held
 
@@ -51,7 +52,7 @@ class Skip(Rule):
                 f"Skip({rule!r}): give one rule with a limit that most steps keep, as "
                 "in chain(a, Skip(b))."
             )
-        for name in ("over", "p", "axis", "needs_weight"):
+        for name in ("over", "p", "axis", "by_place", "needs_weight", "needs_shape"):
             object.__setattr__(self, name, getattr(rule, name))
 
     @property
@@ -68,6 +69,14 @@ class Skip(Rule):
     def grows(self) -> bool:
         """Whether the memory of the rule gets larger in time."""
         return self.rule.grows
+
+    def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> Rule:
+        """Return the rule for tensors of these names and shapes."""
+        return Skip(self.rule.bind(names, shapes))
+
+    def remembers(self, norm: Array) -> Shape:
+        """Return the shape that the memory of the rule ends in."""
+        return self.rule.remembers(norm)
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return the memory of the rule."""

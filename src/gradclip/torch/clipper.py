@@ -264,7 +264,8 @@ class Clipper:
 def check_split(rule: Rule, params: list[Tensor]) -> None:
     """Refuse, for parameters that are split, rules that have to see whole tensors."""
     for stage in stages(rule):
-        inner = {r.over for _, r in getattr(stage, "rules", ())}
+        rule_of = getattr(stage, "rule", stage)
+        inner = {r.over for _, r in getattr(rule_of, "rules", ())}
         if stage.by_part or {"unit"} < inner:
             raise ValueError(
                 f"{stage!r} looks at whole tensors, and processes have parts of these; "
