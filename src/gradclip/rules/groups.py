@@ -217,7 +217,7 @@ def _joined(seen: Measured, norms: Array) -> Array:
     """Return the norm of each tensor from those of its units; NaN for none."""
     xp, ends = seen.xp, list(accumulate(seen.units, initial=0))
     none = xp.reshape(xp.sum(norms) * math.nan, (1,))
-    known = xp.where(xp.isfinite(norms), 0.0, math.nan)
+    known = xp.where(xp.isfinite(norms), xp.zeros_like(norms), math.nan)
     parts = [
         xp.reshape(norm_of(norms[a:b], xp) + xp.sum(known[a:b]), (1,))
         if a < b
