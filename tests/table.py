@@ -175,6 +175,7 @@ ROWS["chain"] = Row(
     lambda: gc.chain(gc.Value(0.5), gc.Normalize(1.0)),
     lambda: reference.Chain(reference.Value(0.5), reference.Normalize(1.0)),
     keeps_direction=False,
+    projects=False,
 )
 ROWS["chain-stateful"] = Row(
     lambda: gc.chain(gc.Norm(0.8, over="tensor"), gc.ZScore(1.0, warmup=4)),

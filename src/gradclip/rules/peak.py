@@ -70,6 +70,8 @@ class Peak(Rule):
         moved = mean + (1 - self.decay) * (top - mean)
         most = moved / -xp.expm1(count * math.log(self.decay))
         limit = xp.where(n > most, n * (most / xp.where(known, top, 1.0)), most)
+        # Beside a NaN there is no largest element, and nothing to hold the others to.
+        limit = xp.where(known, limit, math.inf)
         updated = {
             "mean": xp.where(known, moved, mean),
             "count": xp.where(known, count, state["count"]),
