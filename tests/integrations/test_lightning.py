@@ -1,6 +1,9 @@
 """Lightning: real fits, compared with plain torch, also after a resume."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -76,6 +79,16 @@ def fit(module, callbacks, pl=lightning.pytorch, ckpt_path=None, **options):
 def test_it_equals_plain_torch(pl, manual, tmp_path):
     history = gc.History(tmp_path / "run.jsonl")
     fit(module_for(pl, manual=manual), GradientClipping(RULE, history), pl)
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
+
+
+def test_a_network_in_two_halves(tmp_path):
+    program = Path(__file__).with_name("sharded_program.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, program, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = gc.History.load(tmp_path / "run.jsonl")
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
 
 
