@@ -100,7 +100,8 @@ class Groups(Rule):
         if not self.stretches:
             return 1.0
         most = [math.inf if rule.stretches else 1.0 for _, rule in self.rules]
-        return beside([most[i] for i in self._places(seen)], seen.norm, seen.xp)
+        # Taken at once: compiled code cannot look a place up by a number of its own.
+        return beside(np.asarray(most)[self._places(seen)], seen.norm, seen.xp)
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of each cell: its own, or its share of a larger one's."""
