@@ -36,6 +36,17 @@ def inward(scale: Array, eps: float, xp: Any) -> Array:
     return xp.where(scale == 1, scale, scale * (1 - margin))
 
 
+def at_most(limit: Array, dtype: Any, xp: Any) -> Array:
+    """Return a limit in the type of a gradient, rounded so that it is not raised."""
+    bound = xp.astype(limit, dtype)
+    raised = xp.astype(bound, limit.dtype) > limit
+    if hasattr(xp, "nextafter"):
+        below = xp.nextafter(bound, xp.zeros_like(bound))
+    else:
+        below = bound * (1 - float(xp.finfo(dtype).eps))
+    return xp.where(raised, below, bound)
+
+
 class Backend:
     """The verbs in the array API, for any library that follows it."""
 
@@ -158,7 +169,8 @@ class Backend:
             modulus = xp.abs(x)
             over = modulus > limit
             return self.times(x, xp.where(over, limit / xp.where(over, modulus, 1), 1))
-        return xp.astype(xp.clip(x, -limit, limit), x.dtype)
+        bound = at_most(limit, x.dtype, xp)
+        return xp.clip(x, -bound, bound)
 
     def each(
         self, leaves: Sequence[Array], scale: Callable[[Array], Array]
@@ -286,9 +298,7 @@ class NumPy(Backend):
         """Return one gradient with every modulus at most `limit`."""
         if self.is_complex(x):
             return super().clamped(x, limit)
-        # Rounding the limit to the type of the gradient must not raise it.
-        bound = limit.astype(x.dtype)
-        bound = bound if bound <= limit else np.nextafter(bound, x.dtype.type(0))
+        bound = at_most(np.asarray(limit), x.dtype, self.xp)
         return np.clip(x, -bound, bound, out=self.out.get(id(x)))
 
     def known(self, flag: Array) -> bool | None:
@@ -433,16 +443,6 @@ class Jax(Backend):
         flat = [self.xp.reshape(x, (1, -1)) for x in leaves]
         norms = self.xp.concat([self.scaled_norms(x, p) for x in flat])
         return norms if over == "tensor" else self.scaled_norms(norms[None], p)[0]
-
-    def clamped(self, x: Array, limit: Array) -> Array:
-        """Return one gradient with every modulus at most `limit`."""
-        if self.is_complex(x):
-            return super().clamped(x, limit)
-        bound = limit.astype(x.dtype)
-        below = self.xp.nextafter(bound, self.xp.zeros_like(bound))
-        # Rounding the limit to the type of the gradient must not raise it.
-        bound = self.xp.where(bound.astype(limit.dtype) > limit, below, bound)
-        return self.xp.clip(x, -bound, bound)
 
     def lasting(self, states: list[Any]) -> list[Any]:
         """Return the memory, unless it has no value outside of the traced function."""

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK, Scaling, TorchArrays, inward
+from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
 from gradclip.rules import Scope
 from gradclip.torch import norms
 
@@ -158,7 +158,7 @@ class InPlace(TorchArrays):
             if t.is_complex():
                 t.copy_(self.clamped(t, limit))
             else:
-                bound = _at_most(limit, t.dtype)
+                bound = at_most(limit, t.dtype, self.xp)
                 t.clamp_(-bound, bound)
         return list(leaves)
 
@@ -234,10 +234,3 @@ def _times_units(t: Tensor, factors: Tensor) -> None:
         pieces = _pieces(t)
         for part, scale in zip(pieces, factor.split(len(pieces[0])), strict=True):
             part.copy_(part.float().mul_(scale))
-
-
-def _at_most(limit: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the limit in a type, rounded so that it is not raised."""
-    bound = limit.to(dtype)
-    below = torch.nextafter(bound, torch.zeros_like(bound))
-    return torch.where(bound.double() <= limit, bound, below)
