@@ -166,10 +166,10 @@ def run(
         norm = engine.measure(parts, stage.over, stage.p)
         if i == 0:
             parts, norm = admit(engine, parts, rule, norm, policy, name_of)
-        check_scheduled(engine, stage, step)
+        told = scheduled(engine, stage, step)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
-        seen = Measured(norm, weight, step, engine.xp, counts)
+        seen = Measured(norm, weight, step, engine.xp, counts, told)
         old.append(recalled(engine, stage, states[i], parts, norm))
         if stage.by_part:
             going = not skips or engine.known(all_finite(norm, engine)) is not False
@@ -195,11 +195,12 @@ def run(
     return leaves, total, [*new, *states[len(new) :]]
 
 
-def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
-    """Refuse what a schedule says where it can be seen, like a fixed limit."""
+def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
+    """Ask all schedules once; refuse what they say where it can be seen."""
     inner = getattr(stage, "rule", stage)
     rules = [inner, *(rule for _, rule in getattr(inner, "rules", ()))]
     found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
+    told: dict[int, Any] = {}
     for rule, name in found:
         schedule = getattr(rule, name, None)
         if not callable(schedule):
@@ -210,6 +211,8 @@ def check_scheduled(engine: Backend, stage: Rule, step: Any) -> None:
                 f"the schedule of {rule!r} gives the {name} {float(value)} at step "
                 f"{step}; a limit is above 0. Nothing was changed."
             )
+        told[id(schedule)] = value
+    return told
 
 
 def turned(

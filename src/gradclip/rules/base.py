@@ -1,7 +1,8 @@
 """What all rules share: what they see, what they remember, what they answer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 Array: TypeAlias = Any
@@ -23,6 +24,8 @@ class Measured(NamedTuple):
     """The array namespace that the norms belong to."""
     units: Sequence[int] = ()
     """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
+    told: Mapping[int, Any] = MappingProxyType({})
+    """What schedules said at this step, by their ids, if they were asked already."""
 
 
 class Rule:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
-from gradclip.pipeline import Info, admit, check_scheduled, clip_scale, decide
+from gradclip.pipeline import Info, admit, clip_scale, decide, scheduled
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch import norms
 from gradclip.torch.clipper import Clipper
@@ -113,8 +113,8 @@ class InBackward(Clipper):
 
     def _scale(self, now: "_Pass", norm: Tensor) -> Tensor:
         """Return the factor for the latest gradients, by what is known so far."""
-        check_scheduled(self._tools(), self.rule, int(self._memory.step))
-        seen = self._seen(now.estimate)
+        told = scheduled(self._tools(), self.rule, int(self._memory.step))
+        seen = self._seen(now.estimate)._replace(told=told)
         limit = self.rule.update(seen, self._state())[0]
         scale = clip_scale(now.estimate, limit, seen.xp, self.rule.most(seen))
         scale = torch.where(norm.isfinite(), scale, 1.0)
