@@ -33,6 +33,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             info = clipper.info
             print(f"step {step}: norm {float(info.norm):.4g}, scale {info.scale:.4g}")
+    # Leave together: gloo may abort a process whose peer is gone already.
+    dist.barrier()
     dist.destroy_process_group()
 
 
