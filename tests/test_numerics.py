@@ -190,6 +190,17 @@ def test_spikes_do_not_swallow_their_neighbours(size, spikes):
     assert float(info.norm) == pytest.approx(exact, rel=F32_ULP)
 
 
+@pytest.mark.parametrize("other", [0.0, 1e30])
+def test_spikes_are_found_behind_zeros_and_overflows(other):
+    x = 1 + 0.1 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    x[::20_000] = 5e3
+    grads = [torch.full((50_000,), other), x]
+    params = with_gradients(grads)
+    norm = Clipper(params, gc.Norm(1e38, over="tensor"), doctor=()).clip_().norm
+    for got, grad in zip(norm, grads, strict=True):
+        assert float(got) == pytest.approx(true_norm([grad]), rel=F32_ULP)
+
+
 @every_way
 def test_at_the_limit_nothing_changes(way):
     grads = [torch.tensor([3.0, 4.0])]

@@ -255,7 +255,12 @@ def _combined(
     rows = torch.cat(norms).double()
     sizes = torch.tensor(counts)
     rough = torch.stack(torch._foreach_norm(rows.split(counts)))
-    shares = (rows / rough.repeat_interleave(sizes)).square().cumsum(0)
+    usable = (rough > 0) & (rough < math.inf)
+    # A group of zeros, or with an infinity, must not shift the places of the others.
+    even = torch.where(usable, 0.0, 1 / sizes.double())
+    unit = torch.where(usable, rough, math.inf)
+    shares = (rows / unit.repeat_interleave(sizes)).square().nan_to_num()
+    shares = (shares + even.repeat_interleave(sizes)).cumsum(0)
     steps = torch.arange(0.5, picks, dtype=torch.float64) / picks
     steps = torch.arange(len(counts)).unsqueeze(1) + steps
     ends = sizes.cumsum(0).unsqueeze(1)
