@@ -4,6 +4,9 @@ Each case runs through all the ways in, so that none of them has a weakness of i
 """
 
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -375,3 +378,63 @@ def test_moving_and_half_precision_limits_round_down():
         p.grad = torch.tensor([-9.0, 0.5, 9.0], dtype=dtype)
         clip_grad_value_([p], limit)
         assert float(p.grad.abs().max()) <= limit
+
+
+def half_precision_norm(seed):
+    """Return the norm of gradients that are converted on the way, and the exact one."""
+    w = torch.zeros(4_000_000, dtype=torch.bfloat16, requires_grad=True)
+    generator = torch.Generator().manual_seed(seed)
+    w.grad = torch.randn(w.shape, generator=generator).to(w.dtype)
+    exact = torch.linalg.vector_norm(w.grad.double())
+    return clip_grad_norm_([w], math.inf).item(), exact.item()
+
+
+def test_threads_do_not_get_into_each_others_conversions():
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in pool.map(half_precision_norm, range(32)):
+            assert got == pytest.approx(want, rel=1e-7)
+
+
+FIRST_CLIP = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from gradclip.torch import clip_grad_norm_
+
+def norm():
+    w = torch.zeros(3000, dtype=torch.bfloat16, requires_grad=True)
+    w.grad = torch.ones_like(w)
+    return clip_grad_norm_([w], 1e9)
+
+if MODE == "fake":
+    try:
+        with FakeTensorMode():
+            norm()
+    except Exception:
+        pass
+else:
+    with torch.inference_mode():
+        norm()
+print(norm().item())
+"""
+
+
+@pytest.mark.parametrize("mode", ["fake", "inference"])
+def test_a_mode_at_the_first_clip_does_not_stay(mode):
+    code = f"MODE = {mode!r}" + FIRST_CLIP
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == str(np.float32(3000**0.5).item()), result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_many_tiny_tensors_have_norms_of_their_own(dtype):
+    sizes = [0, 1, 2, 300, 512, 7] * 200
+    generator = torch.Generator().manual_seed(0)
+    ws = [torch.zeros(n, dtype=dtype, requires_grad=True) for n in sizes]
+    for w in ws:
+        w.grad = torch.randn(w.shape, generator=generator, dtype=dtype) * 1e-30
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    want = [torch.linalg.vector_norm(w.grad.to(wide)).item() for w in ws]
+    got = Clipper(ws, gc.Norm(1.0, over="tensor"), doctor=()).clip_().norm
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)

@@ -13,9 +13,8 @@ from gradclip.history import History
 from gradclip.pipeline import Info, decide, summary
 from gradclip.record import Floats, Record, Steps
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
+from gradclip.scalars import Scalars
 
-_XP: Any = xp_numpy
-_TRUE, _FALSE = np.bool_(True), np.bool_(False)
 PER_STEP = (Norm, Normalize)
 """Rules that look at each norm by itself, so that all steps can be done at once."""
 PLAINLY = (
@@ -174,79 +173,3 @@ def _one_step(
 
 def _most(limit: Any) -> float:
     return float(limit) if np.ndim(limit) == 0 else float(np.nanmax(limit))
-
-
-class Scalars:
-    """The array namespace for one number at a time, which NumPy is slow with.
-
-    The functions that rules spend their time in are quick for numbers here, and NumPy's
-    own for arrays; all others are those of `array_api_compat`.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing counted."""
-        self._ones = self._counted = np.empty(0)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the function, and keep it at hand."""
-        found = getattr(np, name, None) or getattr(xp_numpy, name)
-        setattr(self, name, found)
-        return found
-
-    @staticmethod
-    def where(condition: Any, a: Any, b: Any) -> Any:
-        """Choose between two numbers, or places of arrays."""
-        chosen = a if condition is _TRUE else b
-        if condition is not _TRUE and condition is not _FALSE:
-            return np.where(condition, a, b)
-        if type(chosen) is np.float64:
-            return chosen
-        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-            return np.where(condition, a, b)
-        return chosen if isinstance(chosen, np.generic) else np.float64(chosen)
-
-    @staticmethod
-    def isfinite(x: Any) -> Any:
-        """Return whether a number is finite."""
-        return np.bool_(math.isfinite(x)) if isinstance(x, float) else np.isfinite(x)
-
-    @staticmethod
-    def clip(x: Any, low: Any, high: Any) -> Any:
-        """Return a number held between two others, NaN as it is."""
-        if not isinstance(x, float):
-            return np.clip(x, low, high)
-        if low is not None and x < low:
-            return np.float64(low)
-        return np.float64(high) if high is not None and x > high else x
-
-    @staticmethod
-    def all(x: Any) -> Any:
-        """Return whether all of them hold."""
-        return np.bool_(x) if isinstance(x, (bool, np.bool_)) else np.all(x)
-
-    @staticmethod
-    def any(x: Any) -> Any:
-        """Return whether any of them holds."""
-        return np.bool_(x) if isinstance(x, (bool, np.bool_)) else np.any(x)
-
-    def ones_like(self, x: Any) -> Any:
-        """Return 1 or true, or an array of them: the same one each time."""
-        if isinstance(x, np.generic):
-            return x.dtype.type(1)
-        if self._ones.shape != x.shape or self._ones.dtype != x.dtype:
-            self._ones = np.ones_like(x)
-            self._counted = np.empty(0)
-        return self._ones
-
-    def cumulative_sum(self, x: Any, *, axis: int | None = None) -> Any:
-        """Return sums so far; rules count places with it, which is kept."""
-        if x is not self._ones:
-            return _XP.cumulative_sum(x, axis=axis)
-        if self._counted.shape != x.shape:
-            self._counted = _XP.cumulative_sum(x, axis=axis)
-        return self._counted
-
-    @staticmethod
-    def zeros_like(x: Any) -> Any:
-        """Return 0, or an array of zeros."""
-        return np.float64(0) if isinstance(x, float) else np.zeros_like(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.pipeline import Info, only_records
 from gradclip.rules import Norm, Rule, Value, stages
-from gradclip.torch.norms import on_host
+from gradclip.torch.exact import on_host
 
 CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "rate")
 STEPS = 500

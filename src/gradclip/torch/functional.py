@@ -15,6 +15,7 @@ from gradclip.pipeline import (
     run,
 )
 from gradclip.rules import Limit, Norm, Rule, Value
+from gradclip.torch.exact import on_host
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
 from gradclip.torch.sharded import (
     Layout,
@@ -25,11 +26,11 @@ from gradclip.torch.sharded import (
     layout_of,
     part_of,
 )
-from gradclip.torch.verbs import InPlace
+from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
 
 Tensors = Tensor | Iterable[Tensor]
-_VERBS = InPlace()
+_VERBS, _ONE = InPlace(), OneNumber()
 
 
 def clip_grad_norm_(
@@ -237,7 +238,10 @@ def _clip_parameters(
         found = collect(params, split=True)
         verifier.before(found.present, found.leaves)
     found = collect(params, split=layout is not None)
-    verbs = _VERBS if layout is None else Sharded(layout, rule, found.present)
+    if layout is not None:
+        verbs: InPlace = Sharded(layout, rule, found.present)
+    else:
+        verbs = _ONE if _decides_alone(rule, found.leaves) else _VERBS
     clip = partial(
         run,
         verbs,
@@ -249,8 +253,14 @@ def _clip_parameters(
     )
     _, info, _ = clip() if verifier is None else verifier.compare(clip)
     if policy == "skip" and not only_records(rule):
-        drop(params, info.kept)
-    return info.norm.to(_report_type(found.leaves))
+        drop(params, torch.as_tensor(info.kept))
+    return torch.as_tensor(info.norm).to(_report_type(found.leaves))
+
+
+def _decides_alone(rule: Rule, leaves: list[Tensor]) -> bool:
+    """Return whether one norm and limit decide that are numbers on the host."""
+    plain = isinstance(rule, Norm) and not hasattr(rule.limit, "shape")
+    return plain and on_host(leaves)
 
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:

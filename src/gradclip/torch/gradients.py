@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.torch.norms import on_host
+from gradclip.torch.exact import on_host
 from gradclip.torch.sharded import holds_dtensor, local_grad, local_of
 
 Params: TypeAlias = (
@@ -127,8 +127,10 @@ def collect(
     processes may have gradients, so that none here is no error.
     """
     grads = [p.grad for p in params]
-    present = [i for i, g in enumerate(grads) if g is not None]
     leaves = [g for g in grads if g is not None]
+    present = list(range(len(params)))
+    if len(leaves) < len(params):
+        present = [i for i, g in enumerate(grads) if g is not None]
     if not (leaves or split):
         raise ValueError(
             f"none of the {len(params)} parameters has a gradient; was backward() "
@@ -138,16 +140,23 @@ def collect(
         leaves = [
             local_grad(params[i], g) for i, g in zip(present, leaves, strict=True)
         ]
-    if not _all_plain(leaves):
-        leaves = [plain(params[i], g) for i, g in zip(present, leaves, strict=True)]
-    cut = [_weight(params[i]) for i in present] if weights else []
-    return Gradients(leaves, present, cut)
+    here = [params[i] for i in present]
+    if not (whole := _all_plain(leaves)):
+        leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
+    if not weights:
+        here = []
+    elif not whole or holds_dtensor(here):
+        here = list(map(_weight, here))
+    return Gradients(leaves, present, here)
 
 
 def _all_plain(leaves: list[Tensor]) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
-    layouts = {t.layout for t in leaves}
-    return layouts == {torch.strided} and all(t.is_contiguous() for t in leaves)
+    try:
+        return all(map(Tensor.is_contiguous, leaves))
+    except RuntimeError:
+        # Only a dense tensor can say, and a pass over the list for layouts costs more.
+        return False
 
 
 def plain(p: Tensor, g: Tensor) -> Tensor:

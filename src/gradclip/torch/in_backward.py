@@ -15,8 +15,8 @@ from torch import Tensor
 from gradclip.arrays import check_rule
 from gradclip.pipeline import Info, admit, clip_scale, decide, scheduled
 from gradclip.rules import Measured, Rule, stages
-from gradclip.torch import norms
 from gradclip.torch.clipper import Clipper
+from gradclip.torch.exact import safe_norm
 from gradclip.torch.gradients import collect, drop, named_by_optimizers
 from gradclip.torch.verbs import InPlace
 
@@ -214,7 +214,7 @@ class _Pass:
         )
 
     def _joined(self, a: Tensor, b: Tensor) -> Tensor:
-        return norms.safe_norm(torch.stack([a, b]), self.p)
+        return safe_norm(torch.stack([a, b]), self.p)
 
 
 def _check_rule(rule: Rule) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradclip.rules import Rule, Scope, stages
-from gradclip.torch import norms
+from gradclip.torch.exact import safe_norm
 from gradclip.torch.verbs import InPlace
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ class Layout:
             for key, column, mine in zip(keys, columns, row, strict=True):
                 rest = key[0] - {g}, key[1] - {g}
                 merged.setdefault(rest, []).append(_joined(key, g, column, mine, p))
-            parts = {k: norms.safe_norm(torch.stack(x), p) for k, x in merged.items()}
-        return norms.safe_norm(torch.stack([zero, *parts.values()]), p)
+            parts = {k: safe_norm(torch.stack(x), p) for k, x in merged.items()}
+        return safe_norm(torch.stack([zero, *parts.values()]), p)
 
     def each_tensor(self, found: Tensor, p: float) -> Tensor:
         """Return norms of whole tensors; below 0 stands for no gradient."""
@@ -140,7 +140,7 @@ class Layout:
                 continue
             seen = group.gather(found[mine])
             cut = [g in self.keys[i][0] for i in mine]
-            whole = norms.safe_norm(seen.clamp(min=0), p, dim=0)
+            whole = safe_norm(seen.clamp(min=0), p, dim=0)
             whole = torch.where((seen < 0).all(0), -1.0, whole)
             split = torch.tensor(cut, device=found.device)
             found = found.index_copy(
@@ -164,7 +164,7 @@ class Layout:
             sizes = [len(found[i]) for i in mine]
             if sum(sizes):
                 seen = group.gather(torch.cat([found[i] for i in mine]))
-                whole = norms.safe_norm(seen, p, dim=0).split(sizes)
+                whole = safe_norm(seen, p, dim=0).split(sizes)
                 for i, rows in zip(mine, whole, strict=True):
                     found[i] = rows
         return found
@@ -223,7 +223,7 @@ def _key_of(ways: Mapping[int, Way]) -> Key:
 def _joined(key: Key, g: int, column: Tensor, mine: Tensor, p: float) -> Tensor:
     """Return one slot of a total after it went round a group."""
     if g in key[0]:
-        return norms.safe_norm(column, p)
+        return safe_norm(column, p)
     if g in key[1] or key == _WHOLE:
         # Copies are equal, unless one has gone wrong: then all have to know.
         return column.amax()

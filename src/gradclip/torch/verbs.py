@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
 from gradclip.rules import Scope
+from gradclip.scalars import Scalars
 from gradclip.torch import norms
+from gradclip.torch.exact import on_host, safe_norm
 
 
 class InPlace(TorchArrays):
@@ -59,7 +63,7 @@ class InPlace(TorchArrays):
     def total(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         """Return the norm of all tensors together, in float64."""
         if self.deterministic:
-            return norms.safe_norm(norms.wide_norms(tensors, p), p)
+            return safe_norm(norms.wide_norms(tensors, p), p)
         return norms.total_norm(tensors, p)
 
     def per_tensor(self, tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -123,7 +127,7 @@ class InPlace(TorchArrays):
             return False
         before = 1.0 if self.amplified is None else self.amplified
         amplified = before / inward(scale, max(eps), torch)
-        if norms.on_host([scale]) and not 1e-30 < amplified.item() < 1e30:
+        if on_host([scale]) and not 1e-30 < amplified.item() < 1e30:
             return False
         self.amplified = amplified
         return True
@@ -132,7 +136,7 @@ class InPlace(TorchArrays):
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
     ) -> Sequence[int]:
         """Return which tensors have a cell to be scaled, as far as the host knows."""
-        if not norms.on_host(leaves):
+        if not on_host(leaves):
             return range(len(leaves))
         acted = (scale != 1).nonzero().flatten()
         if over == "unit":
@@ -187,28 +191,53 @@ class InPlace(TorchArrays):
 
     def known(self, flag: Tensor) -> bool | None:
         """Return the flag where no other device has to be waited for."""
-        return bool(flag) if norms.on_host([flag]) else None
+        return bool(flag) if on_host([flag]) else None
 
 
-def factors(scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
+class OneNumber(InPlace):
+    """The verbs where one norm decides, and that is on the host: a number of NumPy.
+
+    Rules say the same on it, in a fifth of the time that torch takes for 0-d tensors.
+    """
+
+    def __init__(self) -> None:
+        """Take the namespace of single numbers."""
+        super().__init__()
+        self.xp = Scalars()
+
+    def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
+        """Return the norm of everything, read."""
+        return np.float64(norms.host_total(leaves, p).item())
+
+    def known(self, flag: Any) -> bool | None:
+        """Return the flag, which is on the host."""
+        return bool(flag)
+
+    def count_nonfinite(self, x: Tensor) -> int:
+        """Return how many elements of a tensor, no number, are NaN or infinite."""
+        return int((~x.isfinite()).sum())
+
+
+def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     """Return what to multiply tensors of a type by, one after the other."""
     eps = torch.finfo(dtype).eps
-    scale = inward(scale, eps, torch)
+    number = isinstance(scale, float)
+    scale = inward(scale, eps, np if number else torch)
     if eps < 1e-12:
-        return [scale]
-    if norms.on_host([scale]) and bool((scale < 1e-30).any()):
+        return [torch.as_tensor(scale)]
+    if (number or on_host([scale])) and bool((scale < 1e-30).any()):
         # float32 has too few digits left for such a scale, but not for its root.
-        return [scale.sqrt().float()] * 2
-    return [scale.float()]
+        return [torch.as_tensor(scale**0.5, dtype=torch.float32)] * 2
+    return [torch.as_tensor(scale, dtype=torch.float32)]
 
 
-def _multiply_all(leaves: Sequence[Tensor], scale: Tensor) -> None:
+def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
     dtypes = [t.dtype for t in leaves]
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    if len(set(dtypes)) == 1 and norms.on_host([scale]):
-        groups[dtypes[0], scale.device] = list(leaves)
+    if len(set(dtypes)) == 1 and (isinstance(scale, float) or on_host([scale])):
+        groups = {(dtypes[0], torch.device("cpu")): list(leaves)}
     else:
+        groups = {}
         for t, dtype in zip(leaves, dtypes, strict=True):
             groups.setdefault((dtype, t.device), []).append(t)
     for (dtype, device), group in groups.items():

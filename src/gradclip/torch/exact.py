@@ -1,0 +1,131 @@
+"""Norms of torch tensors in float64: no overflow, no error that a float32 could show.
+
+On the host a number is read where that saves work; on other devices, and under
+`torch.compile`, nothing is.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from gradclip.backends import CHUNK
+
+_IS_CPU = attrgetter("is_cpu")
+
+
+def on_host(tensors: Iterable[Tensor]) -> bool:
+    """Return whether numbers can be read without waiting for a device."""
+    return not torch.compiler.is_compiling() and all(map(_IS_CPU, tensors))
+
+
+class _Scratch(threading.local):
+    """Four megabytes for each thread, which all conversions go through.
+
+    A new buffer at each call comes with new pages of memory at each call, and these
+    cost more than what is computed on them.
+    """
+
+    def __init__(self) -> None:
+        """Make the buffer as a plain tensor; the first one at once, outside of modes."""
+        with torch.inference_mode(False):
+            self.wide = torch.empty(2 * CHUNK, dtype=torch.float64, device="cpu")
+
+
+_SCRATCH = _Scratch()
+
+
+def scratch(dtype: torch.dtype) -> Tensor:
+    """Return room for values of a type, which is valid until the next conversion."""
+    return _SCRATCH.wide.view(dtype)
+
+
+def converted(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield a vector in another type, piece by piece; the next one overwrites it."""
+    room = scratch(dtype)
+    for piece in flat.split(room.numel()):
+        yield room[: piece.numel()].copy_(piece)
+
+
+def wide_moduli(x: Tensor) -> Tensor:
+    """Return the moduli of complex numbers, which float32 would round."""
+    return x.to(torch.complex128).abs()
+
+
+def flat_view(t: Tensor) -> Tensor | None:
+    """Return a flat view, in any order since norms do not care; None without one."""
+    if t.is_contiguous():
+        return t.view(-1)
+    dense = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    return dense.view(-1) if dense.is_contiguous() else None
+
+
+def exact_norm(t: Tensor, p: float) -> Tensor:
+    """Return the `p`-norm of one tensor on the host, in float64 without overflow."""
+    parts = [_wide_norm(chunk, p) for chunk in _wide_chunks(t)]
+    return parts[0] if len(parts) == 1 else _wide_norm(torch.stack(parts), p)
+
+
+def safe_norm(t: Tensor, p: float, dim: int | None = None) -> Tensor:
+    """Return a norm in float64 divided by its largest element first; reads nothing."""
+    moduli = t.abs().double()
+    if moduli.numel() == 0:
+        return moduli.sum(dim)
+    largest = moduli.amax() if dim is None else moduli.amax(dim, keepdim=True)
+    usable = largest.isfinite() & (largest > 0)
+    unit = torch.where(usable, largest, 1.0)
+    norm = unit * torch.linalg.vector_norm(
+        moduli / unit, p, dim, keepdim=dim is not None
+    )
+    norm = torch.where(usable, norm, largest)
+    return norm if dim is None else norm.squeeze(dim)
+
+
+def doubtful(norms: Tensor) -> Tensor:
+    """Return where float32 squares may have over- or underflowed on the way."""
+    return ~((norms > 1e-10) & (norms < math.inf))
+
+
+def device_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the `p`-norm of each tensor in float64 without reading anything back."""
+    device = tensors[0].device
+    return torch.stack([_device_norm(t, p).to(device) for t in tensors])
+
+
+def _device_norm(t: Tensor, p: float) -> Tensor:
+    # Squares of float64 can overflow; those of narrower types fit into float64.
+    if t.dtype in (torch.float64, torch.complex128) or t.numel() == 0:
+        return safe_norm(t, p)
+    wide = torch.complex128 if t.is_complex() else torch.float64
+    return torch.linalg.vector_norm(t, p, dtype=wide)
+
+
+def _wide_norm(chunk: Tensor, p: float) -> Tensor:
+    """Return the norm of a float64 vector, scaled only where that is needed."""
+    if chunk.numel() == 0:
+        return chunk.sum()
+    low, high = chunk.aminmax()
+    largest = torch.maximum(low.abs(), high.abs())
+    size = largest.item()
+    if math.isinf(p) or size == 0 or not math.isfinite(size):
+        return largest
+    if p == 2 and 1e-140 < size < 1e140:
+        return torch.linalg.vector_norm(chunk)
+    return torch.linalg.vector_norm(chunk / largest, p) * largest
+
+
+def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
+    """Yield the moduli of a tensor as short float64 vectors."""
+    flat = flat_view(t)
+    if flat is None and t.numel() > CHUNK:
+        for part in t.unbind(max(range(t.dim()), key=lambda d: t.shape[d])):
+            yield from _wide_chunks(part)
+        return
+    flat = t.reshape(-1) if flat is None else flat
+    if flat.is_complex():
+        yield from (wide_moduli(chunk) for chunk in flat.split(CHUNK))
+    else:
+        yield from converted(flat, torch.float64)

@@ -1,0 +1,265 @@
+"""The 2-norm of many tensors at the speed of the memory, within half a float32 unit.
+
+Squares are summed in float32 over short rows, and the rows in float64. What float32
+gets wrong by bias is found by summing some rows twice, and is then summed in float64.
+Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237).
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from gradclip.backends import CHUNK, ROW
+from gradclip.torch.exact import converted, exact_norm, flat_view, scratch, wide_moduli
+
+SMALL = 4096
+"""Tensors up to this size are gathered: a call would cost more than the copy."""
+MIDDLE = 1 << 14
+"""Tensors up to this size are measured many at a time, for the same reason."""
+BLOCK = 1 << 26
+"""Elements in one pass over rows, whose norms then take half a megabyte."""
+PICKED = 64
+"""Rows of a sum that are summed in float64 as well; a quarter for single tensors."""
+PROBES = 16
+"""Tensors of middle size that are summed by rows as well."""
+FEW = 1024
+"""Elements in a tensor from which on a copy of its own costs less than joining it."""
+BIAS = 9e-8
+"""Below a unit in the last place of float32; a larger mean error is no accident."""
+
+_gather = torch._C._nn.flatten_dense_tensors
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the 2-norm of all tensors, or None where float32 rows will not do."""
+    sizes = list(map(Tensor.numel, tensors))
+    rows = Rows()
+    if max(sizes) <= SMALL or sum(sizes) <= 2 * CHUNK:
+        rows.add_gathered(list(tensors), sizes)
+        return rows.total()
+    if min(sizes) > SMALL and max(sizes) <= MIDDLE and _all_float32(tensors):
+        rows.add_many(list(tensors))
+        return rows.total()
+    small, small_sizes, middle = [], [], []
+    for t, size in zip(tensors, sizes, strict=True):
+        if size <= SMALL:
+            small.append(t)
+            small_sizes.append(size)
+        elif size <= MIDDLE and t.dtype == torch.float32:
+            middle.append(t)
+        else:
+            rows.add(t)
+    rows.add_gathered(small, small_sizes)
+    rows.add_many(middle)
+    return rows.total()
+
+
+class Rows:
+    """Norms of short rows of many tensors, to be combined in float64."""
+
+    def __init__(self) -> None:
+        """Start with no rows, and nothing that is summed already."""
+        self.matrices: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.exact: list[Tensor] = []
+        self.rows = 0
+        self.biased = False
+
+    def add(self, t: Tensor) -> None:
+        """Take the norms of the rows of one tensor."""
+        flat = flat_view(t)
+        if flat is None or t.is_complex():
+            self.exact.append(exact_norm(t, 2.0).reshape(1))
+            return
+        for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
+            matrix, rest = cut(block)
+            norms = row_norms(matrix)
+            if norms.dtype == torch.float64:
+                self.exact.append(norms)
+            else:
+                self.matrices.append(matrix)
+                self.norms.append(norms)
+                self.rows += len(matrix)
+            if len(rest):
+                self.exact.append(torch.linalg.vector_norm(rest.double()).reshape(1))
+            if self.rows > CHUNK // 2:
+                self._settle()
+
+    def add_gathered(self, tensors: list[Tensor], sizes: list[int]) -> None:
+        """Take the norm of many small tensors, by copies in float64."""
+        for wide, _ in wide_copies(tensors, sizes):
+            self.exact.append(torch.dot(wide, wide).sqrt_().reshape(1))
+
+    def add_many(self, tensors: list[Tensor]) -> None:
+        """Take the norms of many tensors of middle size, a call for all of them.
+
+        Each may be some units off; the largest, which decide the sum, are summed by
+        rows, and show whether the errors of the others are accidental.
+        """
+        if len(tensors) < 2 * PROBES:
+            for t in tensors:
+                self.add(t)
+            return
+        fast = torch.stack(torch._foreach_norm(tensors)).double()
+        top = fast.nan_to_num(math.inf).topk(PROBES).indices
+        exact = _row_norm(_joined([tensors[i] for i in top.tolist()]))
+        if _differ(torch.linalg.vector_norm(fast[top]), exact):
+            for t in tensors:
+                self.add(t)
+            return
+        fast[top] = 0.0
+        self.exact += [fast, exact.reshape(1)]
+
+    def total(self) -> Tensor | None:
+        """Return the norm of all rows, or None if it is in doubt."""
+        self._settle()
+        if not self.exact:
+            return None
+        total = torch.linalg.vector_norm(torch.cat(self.exact))
+        if self.biased or not 1e-10 < total.item() < math.inf:
+            return None
+        return total
+
+    def _settle(self) -> None:
+        """Combine the rows so far."""
+        if self.norms:
+            norm, biased = combined(self.matrices, self.norms, [self.rows], PICKED)
+            self.exact.append(norm)
+            self.biased |= bool(biased)
+            self.matrices, self.norms, self.rows = [], [], 0
+
+
+def cut(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a vector as a matrix of rows, and what is left over."""
+    size = flat.numel() // ROW * ROW
+    return flat[:size].view(-1, ROW), flat[size:]
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """Return the 2-norms of rows, in float32 for what is not float64."""
+    if matrix.dtype not in _HALF:
+        return torch.linalg.vector_norm(matrix, dim=1)
+    pieces = converted(matrix.view(-1), torch.float32)
+    norms = [torch.linalg.vector_norm(piece.view(-1, ROW), dim=1) for piece in pieces]
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def combined(
+    matrices: list[Tensor], norms: list[Tensor], counts: list[int], picks: int
+) -> tuple[Tensor, Tensor]:
+    """Combine norms of rows into one norm for each group of `counts` rows, in float64.
+
+    Some rows are summed in float64 as well, chosen at equal steps of the sum of
+    squares: none that decides it is left out (one huge element swallows small ones in
+    float32), and the others show whether float32 rounds these values one way, as it
+    does constants.
+
+    Returns:
+        The norm of each group, and whether its rows are rounded one way.
+    """
+    rows = torch.cat(norms).double()
+    rough = torch.stack(torch._foreach_norm(rows.split(counts)))
+    chosen = _places(rows, rough, torch.tensor(counts), picks)
+    exact = torch.linalg.vector_norm(_chosen(matrices, chosen.flatten()), dim=1)
+    pair = torch.stack([rows[chosen], exact.view_as(chosen)])
+    light = pair[0].square() * picks < rough.square().unsqueeze(1)
+    fast, true = torch.linalg.vector_norm(pair * light, dim=2)
+    rows[chosen.flatten()] = exact
+    total = torch.stack(torch._foreach_norm(rows.split(counts)))
+    return total, (fast - true).abs() > BIAS * true
+
+
+def _places(rows: Tensor, rough: Tensor, sizes: Tensor, picks: int) -> Tensor:
+    """Return some rows of each group, at equal steps of its sum of squares."""
+    usable = (rough > 0) & (rough < math.inf)
+    # A group of zeros, or with an infinity, must not shift the places of the others.
+    even = torch.where(usable, 0.0, 1 / sizes.double())
+    unit = torch.where(usable, rough, math.inf)
+    if len(sizes) > 1:
+        unit, even = unit.repeat_interleave(sizes), even.repeat_interleave(sizes)
+    # In place, since each copy of so many would come with new pages of memory.
+    shares = (rows / unit).square_().nan_to_num_().add_(even)
+    steps = torch.arange(0.5, picks, dtype=torch.float64) / picks
+    steps = torch.arange(len(sizes)).unsqueeze(1) + steps
+    ends = sizes.cumsum(0).unsqueeze(1)
+    chosen = torch.searchsorted(torch.cumsum(shares, 0, out=shares), steps)
+    return chosen.clamp_(ends - sizes.unsqueeze(1), ends - 1)
+
+
+def _chosen(matrices: list[Tensor], chosen: Tensor) -> Tensor:
+    """Return some rows, counted through all matrices in ascending order, in float64."""
+    ends = torch.tensor([0, *accumulate(map(len, matrices))])
+    owners = torch.searchsorted(ends, chosen, right=True) - 1
+    which, counts = owners.unique_consecutive(return_counts=True)
+    within = (chosen - ends[owners]).split(counts.tolist())
+    places = zip(which.tolist(), within, strict=True)
+    return torch.cat([matrices[k].index_select(0, rows) for k, rows in places]).double()
+
+
+def _all_float32(tensors: Sequence[Tensor]) -> bool:
+    return {t.dtype for t in tensors} == {torch.float32}
+
+
+def wide_copies(
+    tensors: list[Tensor], sizes: list[int]
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield the moduli of some tensors at a time, and of how many tensors.
+
+    They are in one float64 vector, which stays in the cache; the next overwrites it.
+    """
+    for start, stop, count in _batches(sizes):
+        batch = tensors[start:stop]
+        if count < FEW * len(batch) or any(map(Tensor.is_complex, batch)):
+            batch = [_joined(batch)]
+        if batch[0].is_complex():
+            wide = wide_moduli(batch[0])
+        else:
+            wide = _filled(scratch(torch.float64)[:count], batch)
+        yield wide, stop - start
+
+
+def _batches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield where groups of tensors start and stop, and how many elements they have."""
+    ends = list(accumulate(sizes))
+    start = done = 0
+    while start < len(sizes):
+        stop = max(start + 1, bisect_right(ends, done + 2 * CHUNK))
+        yield start, stop, ends[stop - 1] - done
+        start, done = stop, ends[stop - 1]
+
+
+def _filled(room: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Return room that tensors were copied into, one behind the other."""
+    start = 0
+    for t in tensors:
+        room[start : start + t.numel()].copy_(t.reshape(-1))
+        start += t.numel()
+    return room
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return copies of tensors in one; types are widened, which changes no value."""
+    try:
+        return torch.cat(tensors)
+    except RuntimeError:
+        # Of unlike shapes, which takes four times as long.
+        return _gather(tensors)
+
+
+def _differ(norm: Tensor, exact: Tensor) -> bool:
+    """Return whether a norm is further off than chance would have it."""
+    return abs(norm.item() - exact.item()) > BIAS * exact.item()
+
+
+def _row_norm(t: Tensor) -> Tensor:
+    """Return the 2-norm of one tensor of middle size by its rows, unprobed."""
+    flat = flat_view(t)
+    if flat is None or t.numel() % ROW:
+        return exact_norm(t, 2.0)
+    norms = torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)
+    return torch.linalg.vector_norm(norms.double())
