@@ -30,7 +30,7 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        """Make the buffer as a plain tensor; the first one at once, outside of modes."""
+        """Make a plain tensor, and the first one at once, outside of modes."""
         with torch.inference_mode(False):
             self.wide = torch.empty(2 * CHUNK, dtype=torch.float64, device="cpu")
 
