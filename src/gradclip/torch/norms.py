@@ -29,7 +29,7 @@ from gradclip.torch.rows import (
     wide_copies,
 )
 
-Measure: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+Measure: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 
 def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -103,22 +103,30 @@ def as_units(t: Tensor) -> Tensor:
 
 def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of each tensor, by float32 rows where there are many."""
-    sizes = list(map(Tensor.numel, tensors))
-    if max(sizes) <= ROW:
-        return _tiny_norms(tensors, sizes)
     places: dict[Measure, list[int]] = {}
     for i, t in enumerate(tensors):
         places.setdefault(_measure(t), []).append(i)
     norms = torch.empty(len(tensors), dtype=torch.float64)
     for measure, chosen in places.items():
-        norms[chosen] = torch.stack(measure([tensors[i] for i in chosen]))
+        norms[chosen] = measure([tensors[i] for i in chosen])
     return norms
 
 
-def _tiny_norms(tensors: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    """Return the 2-norms of tiny tensors, joined: each call would take longer."""
+def _measure(t: Tensor) -> Measure:
+    """Return what measures tensors of this size and type best."""
+    size = t.numel()
+    if size <= 2 * ROW:
+        return _short_norms
+    if t.is_complex() or (size > MIDDLE and flat_view(t) is None):
+        return _exact_norms
+    return _middle_norms if size <= MIDDLE else _long_norms
+
+
+def _short_norms(tensors: list[Tensor]) -> Tensor:
+    """Return the 2-norms of short tensors, joined: a call for each takes longer."""
+    sizes = list(map(Tensor.numel, tensors))
     found, start = [], 0
-    for wide, count in wide_copies(list(tensors), sizes):
+    for wide, count in wide_copies(tensors, sizes):
         lengths = torch.tensor(sizes[start : start + count])
         squares = torch.segment_reduce(wide.square_(), "sum", lengths=lengths)
         found.append(squares.sqrt_())
@@ -126,31 +134,17 @@ def _tiny_norms(tensors: Sequence[Tensor], sizes: list[int]) -> Tensor:
     return torch.cat(found)
 
 
-def _measure(t: Tensor) -> Measure:
-    """Return what measures tensors of this size and type best."""
-    if t.is_complex() or (t.numel() > MIDDLE and flat_view(t) is None):
-        return _exact_norms
-    if t.numel() <= 2 * ROW:
-        return _short_norms
-    return _middle_norms if t.numel() <= MIDDLE else _long_norms
-
-
-def _exact_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _exact_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of any kind, in float64."""
-    return [exact_norm(t, 2.0) for t in tensors]
+    return torch.stack([exact_norm(t, 2.0) for t in tensors])
 
 
-def _short_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the 2-norms of short tensors in float64, in one call for all."""
-    return list(torch._foreach_norm(tensors, 2, dtype=torch.float64))
-
-
-def _middle_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _middle_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of some rows, of which float64 copies are cheap."""
-    return [torch.linalg.vector_norm(t.double()) for t in tensors]
+    return torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])
 
 
-def _long_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _long_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of many rows each, in float64."""
     pieces = [cut(flat) for t in tensors if (flat := flat_view(t)) is not None]
     matrices, rests = map(list, zip(*pieces, strict=True))
@@ -158,10 +152,10 @@ def _long_norms(tensors: list[Tensor]) -> list[Tensor]:
     norms, biased = combined(
         matrices, list(map(row_norms, matrices)), counts, PICKED // 4
     )
-    norms = torch.hypot(norms, torch.stack(_short_norms(rests)))
+    norms = torch.hypot(norms, _short_norms(rests))
     for i in biased.nonzero().flatten().tolist():
         norms[i] = exact_norm(tensors[i], 2.0)
-    return list(norms.unbind())
+    return norms
 
 
 def _unit_norms(t: Tensor, p: float) -> Tensor:
