@@ -992,6 +992,21 @@ def counted_twice(rank, world):
     return float(norm)
 
 
+def unwrapped(rank, world):
+    """Hand over what FSDP's first version has cut, without and with its wrapper."""
+    found = {}
+    for kind in ("fsdp1", "fsdp1-flat"):
+        net = sharded_net(kind, world)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        try:
+            attach(optimizer, gc.Norm(1.0))
+            message = "nothing was said"
+        except ValueError as error:
+            message = str(error)
+        found[kind] = message, attach(optimizer, gc.Norm(1.0), net).names
+    return found
+
+
 PROGRAMS = [
     every_layout,
     extremes,
@@ -1004,6 +1019,7 @@ PROGRAMS = [
     adaptive,
     deterministic,
     counted_twice,
+    unwrapped,
 ]
 
 

@@ -136,7 +136,7 @@ def test_raise_reads_gradients_or_says_that_it_cannot():
     assert_close(clip({"a": jnp.array([0.6, 0.8])}), {"a": jnp.array([0.6, 0.8])})
     with pytest.raises(TypeError, match="jit, vmap and scan cannot"):
         jax.jit(clip)(bad)
-    with pytest.raises(ValueError, match="which jit cannot"):
+    with pytest.raises(ValueError, match="which compiled code cannot"):
         as_optax(gc.Norm(1.0), on_nonfinite="raise")
 
 

@@ -226,6 +226,14 @@ def test_the_tests_notice_copies_that_are_counted_twice(found, world):
         assert rank["counted_twice"] == pytest.approx(4 * math.sqrt(world))
 
 
+@each_world
+def test_pieces_are_refused_without_the_wrapper_that_knows_their_group(found, world):
+    for kind, (message, names) in found[world][0]["unwrapped"].items():
+        assert "hand over the model that FullyShardedDataParallel returned" in message
+        assert not any("_fsdp_wrapped_module" in name for name in names), kind
+    assert names != found[world][0]["unwrapped"]["fsdp1"][1]
+
+
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
     survivors, codes = found["lost"]
     assert codes == [0, 0, 0, -signal.SIGKILL]

@@ -220,6 +220,10 @@ class Backend:
         """Return a number of a report as the library's users know it."""
         return x
 
+    def number(self, x: Any) -> Any:
+        """Return what a schedule said, so that it goes with norms."""
+        return x
+
     def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
         """Return results that share no memory with what was given."""
         pairs = zip(leaves, given, strict=True)
@@ -527,6 +531,10 @@ def backend_of(kind: type) -> Backend | None:
         return TorchArrays()
     if library in ("jax", "jaxlib"):
         return Jax()
+    if library == "tensorflow":
+        from gradclip.tensorflow import TensorFlow
+
+        return TensorFlow()
     return None
 
 

@@ -15,7 +15,7 @@ import optax
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_policy, empty_inside, run, turned
+from gradclip.pipeline import Info, Policy, check_compiled, empty, run
 from gradclip.rules import Array, Rule, State, stages
 
 
@@ -165,16 +165,7 @@ def _memory(rule: Rule, state: ClipState) -> Memory:
 
 
 def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
-    if check_policy(policy) == "raise":
-        raise ValueError(
-            "on_nonfinite='raise' has to look at the gradients, which jit cannot; use "
-            "'skip', 'zero' or 'ignore', and read info.finite from the state."
-        )
-    if rule.grows:
-        raise ValueError(
-            f"{rule!r} remembers more norms at every step, and compiled code has "
-            "arrays of one size; give it a window."
-        )
+    check_compiled(rule, policy)
     whole = [s for s in stages(rule) if s.over == "unit" or s.by_part or s.needs_shape]
     if axis_name is not None and whole:
         raise ValueError(
@@ -185,26 +176,12 @@ def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
 
 def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
     """Return the memory before the first step, for gradients of these shapes."""
-    engine, names, shapes = Jax(), _names(grads), jax.tree.leaves(grads)
-    parts = stages(rule.bind(names, [x.shape for x in shapes]))
-
-    def inside(part: Rule) -> State:
-        blank = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in shapes]
-        return empty_inside(engine, part, blank)
-
-    def measure(tree: Any) -> list[Array]:
-        leaves = [engine.prepare(x, "") for x in jax.tree.leaves(tree)]
-        return [
-            engine.measure(turned(leaves, part, jnp), part.over, part.p)
-            for part in parts
-        ]
-
-    norms = jax.eval_shape(measure, grads)
-    zeros = [jnp.zeros(norm.shape, norm.dtype) for norm in norms]
-    return tuple(
-        inside(part) if part.by_part else part.init(n, jnp)
-        for part, n in zip(parts, zeros, strict=True)
-    )
+    engine, leaves = Jax(), jax.tree.leaves(grads)
+    parts = stages(rule.bind(_names(grads), [x.shape for x in leaves]))
+    if any(part.by_part for part in parts):
+        # Only these rules look at more than how many gradients there are.
+        leaves = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in leaves]
+    return tuple(empty(engine, part, leaves) for part in parts)
 
 
 def _empty_info(shapes: Info) -> Info:

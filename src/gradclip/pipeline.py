@@ -139,6 +139,20 @@ def check_policy(policy: Policy) -> Policy:
     return policy
 
 
+def check_compiled(rule: Rule, policy: Policy) -> None:
+    """Refuse what compiled code cannot do, and code whose memory has one size."""
+    if check_policy(policy) == "raise":
+        raise ValueError(
+            "on_nonfinite='raise' has to look at the gradients, which compiled code "
+            "cannot; use 'skip', 'zero' or 'ignore', and read what was done afterwards."
+        )
+    if rule.grows:
+        raise ValueError(
+            f"{rule!r} remembers more norms at every step, and compiled code has "
+            "arrays of one size; give it a window."
+        )
+
+
 def run(
     engine: Backend,
     leaves: list[Array],
@@ -205,7 +219,7 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
         schedule = getattr(rule, name, None)
         if not callable(schedule):
             continue
-        value = asked(schedule, step, engine.xp.asarray(0.0))
+        value = engine.number(asked(schedule, step, engine.xp.asarray(0.0)))
         if engine.known(engine.xp.asarray(value > 0)) is False:
             raise ValueError(
                 f"the schedule of {rule!r} gives the {name} {float(value)} at step "
@@ -326,6 +340,17 @@ def recalled(
     if state is None:
         return empty_inside(engine, stage, leaves)
     return {name: engine.adopt(x, norm) for name, x in state.items()}
+
+
+def empty(
+    engine: Backend, stage: Rule, leaves: Sequence[Array], device: Any = None
+) -> State:
+    """Return the memory of a stage before the first step, for gradients like these."""
+    if stage.by_part:
+        return empty_inside(engine, stage, leaves)
+    shape = (len(leaves),) if stage.over == "tensor" else ()
+    norm = engine.xp.zeros(shape, dtype=engine.wide, device=device)
+    return stage.init(norm, engine.xp)
 
 
 def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State:

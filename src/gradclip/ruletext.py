@@ -14,8 +14,9 @@ def rule_from(text: str) -> Rule:
     """Return the rule that a constructor's text describes.
 
     Args:
-        text: Such as `ZScore(z=2.5)` or `chain(Norm(1.0), Normalize())`; a leading
-            `gc.` or `gradclip.` is fine.
+        text: Such as `ZScore(z=2.5)`, `chain(Norm(1.0), Normalize())` or
+            `by_name({'head': None, '*': Norm(1.0)})`; a leading `gc.` or `gradclip.`
+            is fine.
 
     Returns:
         The rule.
@@ -32,7 +33,8 @@ def rule_from(text: str) -> Rule:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(
-            f"the rule {text!r} is no call; write it as in ZScore(z=2.5)."
+            f"the rule {text!r} is no call; write it as in ZScore(z=2.5), with numbers "
+            "and texts only: a schedule has no text."
         ) from None
     rule = _value(tree.body, text)
     if not isinstance(rule, Rule):
@@ -47,7 +49,7 @@ def known() -> dict[str, Any]:
         for name, maker in vars(rules).items()
         if isinstance(maker, type) and issubclass(maker, Rule) and maker is not Rule
     }
-    return {**makers, "chain": rules.chain}
+    return {**makers, "chain": rules.chain, "by_name": rules.by_name}
 
 
 def _value(node: ast.expr, text: str) -> Any:
@@ -62,6 +64,9 @@ def _value(node: ast.expr, text: str) -> Any:
             return math.inf
         case ast.Name(id=name) if name in PLAIN:
             return PLAIN[name]
+        case ast.Dict(keys=keys, values=values) if all(keys):
+            pairs = zip(keys, values, strict=True)
+            return {_value(k, text): _value(x, text) for k, x in pairs if k}
         case ast.Call():
             return _called(node, text)
     raise ValueError(

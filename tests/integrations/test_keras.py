@@ -15,6 +15,19 @@ import gradclip as gc
 from gradclip.keras import Clipped
 from table import ROWS
 
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    halves = [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
+    tf.config.set_logical_device_configuration(cpu, halves)
+
+    def test_replicas_are_refused():
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            model = compiled()
+        with pytest.raises(ValueError, match="of its 2 replicas after a clip"):
+            model.fit(np.ones((4, 6)), np.ones((4, 1)), verbose=0)
+
 
 def network():
     net = Net().body
@@ -73,7 +86,8 @@ def test_it_equals_plain_torch(rule, tmp_path):
 
 # JAX has its own tests for all rules, and is slow where nothing is compiled.
 NAMES = [name for name, row in ROWS.items() if not row.make().grows]
-NAMES = ["percentile-window"] if keras.backend.backend() == "jax" else NAMES
+if keras.backend.backend() == "jax":
+    NAMES = ["percentile-window", "moment-tensor"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,6 +108,82 @@ def test_every_rule_does_what_it_does_in_numpy(name):
         numbers = optimizer.metrics()
         assert numbers["grad_norm"] == pytest.approx(info.to_dict()["norm"], rel=1e-5)
         assert numbers["grad_limit"] == pytest.approx(info.to_dict()["limit"], rel=1e-5)
+
+
+def test_singular_values():
+    draw, rule = np.random.default_rng(0), gc.Norm(0.5, over="singular")
+    grad = np.float32(draw.normal(size=(4, 3)))
+    v = keras.Variable(np.zeros((4, 3)), dtype="float32")
+    tensor = keras.ops.convert_to_tensor(grad)
+    Clipped(keras.optimizers.SGD(1.0), rule).apply([tensor], [v])
+    expected = -gc.clip(grad, rule)[0]
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(v), expected, atol=1e-6)
+
+
+def test_a_missing_gradient_keeps_its_place():
+    rule = gc.by_name({"*": gc.EMA(warmup=2)})
+    optimizer, clipper = Clipped(keras.optimizers.SGD(1.0), rule), gc.Clipper(rule)
+    variables = [keras.Variable(np.zeros(3), dtype="float32") for _ in range(2)]
+    for size in (1.0, 1.0, 2.0, 9.0):
+        grads = [np.full(3, size, np.float32), np.zeros(3, np.float32)]
+        optimizer.apply([keras.ops.convert_to_tensor(grads[0]), None], variables)
+        _, info = clipper.clip(grads)
+        numbers = optimizer.metrics()
+        assert numbers["grad_norm"] == pytest.approx(info.to_dict()["norm"])
+    assert numbers["clip_rate"] == 0.5
+    assert not keras.ops.convert_to_numpy(variables[1]).any()
+    # Those of the other variable alone, as where two losses take turns.
+    optimizer.apply([keras.ops.ones((3,))], variables[1:])
+    assert keras.ops.convert_to_numpy(variables[1]).tolist() == [-1.0] * 3
+
+
+def test_a_gradient_that_is_a_new_value_is_left_alone():
+    scale = keras.Variable(np.zeros(3), dtype="float32")
+    scale.overwrite_with_gradient = True
+    weight = keras.Variable(np.zeros(3), dtype="float32")
+    optimizer = Clipped(keras.optimizers.SGD(1.0), gc.Norm(1.0))
+    ones = keras.ops.ones((3,))
+    optimizer.apply([7 * ones, 9 * ones], [scale, weight])
+    assert keras.ops.convert_to_numpy(scale).tolist() == [7.0] * 3
+    assert np.linalg.norm(keras.ops.convert_to_numpy(weight)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_precision(kind):
+    v = keras.Variable(np.zeros(2), dtype=kind)
+    optimizer = Clipped(keras.optimizers.SGD(1.0), gc.Value(1.001))
+    for _ in range(2):
+        optimizer.apply([keras.ops.convert_to_tensor([3.0, 0.5], kind)], [v])
+    # The limit is rounded to the type of the gradient, and not up.
+    moved = keras.ops.convert_to_numpy(keras.ops.cast(v, "float32"))
+    assert moved == pytest.approx([-2.0, -1.0], rel=0.01)
+    assert abs(moved[0]) <= 2.002
+
+
+def test_a_schedule_of_keras():
+    limit = keras.optimizers.schedules.PolynomialDecay(2.0, STEPS, 1.0)
+    found = fit(compiled(gc.Norm(limit)), stop=20)
+    np.testing.assert_allclose(found[:, 1], 2 - np.arange(20) / STEPS, rtol=1e-6)
+
+
+def test_groups_are_saved_by_the_paths_of_variables(tmp_path):
+    rule = gc.by_name({"*/kernel": gc.ZScore(z=1.0, warmup=3), "*": None})
+    whole, model = compiled(rule), compiled(rule)
+    expected = fit(whole, stop=60)
+    fit(model, stop=37)
+    model.save(tmp_path / "half.keras")
+    again = keras.saving.load_model(tmp_path / "half.keras")
+    assert again.optimizer.rule == rule
+    np.testing.assert_allclose(fit(again, 37, 60), expected[37:], rtol=1e-6)
+
+
+def test_a_schedule_is_trained_with_but_not_loaded(tmp_path):
+    model = compiled(gc.Norm(lambda step: 1.0 + 0.0 * step))
+    fit(model, stop=3)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="a schedule has no text"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras", compile=False)
 
 
 def test_the_gradient_of_an_embedding():
@@ -133,10 +223,9 @@ def test_the_config_makes_an_equal_optimizer():
 
 def values(model):
     """Everything but what is only shown: the counts, the latest norm and limit."""
-    optimizer = model.optimizer
-    shown = {id(getattr(optimizer, f"_{x}")) for x in ("step", "norm", "limit")}
-    shown.add(id(optimizer._skipped))
-    every = (*model.weights, *optimizer.variables)
+    kept = model.optimizer.memory
+    shown = {id(v) for v in (kept.step, kept.skipped, kept.norm, kept.limit)}
+    every = (*model.weights, *model.optimizer.variables)
     return [keras.ops.convert_to_numpy(v) for v in every if id(v) not in shown]
 
 
@@ -146,7 +235,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     before = [x.copy() for x in values(model)]
     data = Data().x[:BATCH].numpy() * np.nan
     model.train_on_batch(data, data[:, :1])
-    assert int(model.optimizer._skipped) == 1
+    assert int(model.optimizer.memory.skipped) == 1
     for a, b in zip(values(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -173,9 +262,11 @@ def test_what_would_clip_twice_is_refused(options):
         Clipped(keras.optimizers.SGD(0.1, **options), gc.Norm(1.0))
 
 
-def test_a_memory_that_grows_is_refused():
+def test_what_compiled_code_cannot_do_is_refused():
     with pytest.raises(ValueError, match="give it a window"):
         Clipped(sgd(), gc.Percentile(window=None))
+    with pytest.raises(ValueError, match="which compiled code cannot"):
+        Clipped(sgd(), gc.Norm(1.0), on_nonfinite="raise")
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="this is the process")

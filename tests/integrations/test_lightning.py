@@ -82,10 +82,11 @@ def test_it_equals_plain_torch(pl, manual, tmp_path):
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
 
 
-def test_a_network_in_two_halves(tmp_path):
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_network_in_two_halves(kind, tmp_path):
     program = Path(__file__).with_name("sharded_program.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, program, tmp_path]
+    command = [sys.executable, *launch, program, tmp_path, kind]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     history = gc.History.load(tmp_path / "run.jsonl")

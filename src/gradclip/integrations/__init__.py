@@ -35,6 +35,22 @@ def needed(extra: str, *packages: str) -> Any:
     )
 
 
+def shown(norm: Any, limit: Any, clipped: Any, steps: Any) -> dict[str, float]:
+    """Return what every trainer logs, under the same names.
+
+    Args:
+        norm: The norm of the latest step.
+        limit: Its limit.
+        clipped: How many steps were clipped so far.
+        steps: How many there were.
+    """
+    return {
+        "grad_norm": float(norm),
+        "grad_limit": float(limit),
+        "clip_rate": int(clipped) / max(int(steps), 1),
+    }
+
+
 def rule_of(rule: Rule | str) -> Rule:
     """Return a rule that is given as such, or as the text of its constructor.
 

@@ -74,7 +74,8 @@ class GradientClipping(Callback):  # type: ignore[misc]
             )
         # One of several optimizers never holds the whole model.
         checks = [c for c in CHECKS if c != "unheld" or len(optimizers) == 1]
-        options = {"doctor": checks, "model": pl_module, **self.options}
+        model = _outermost(trainer, pl_module)
+        options = {"doctor": checks, "model": model, **self.options}
         self.teardown(trainer, pl_module, "fit")
         self.tracked = [
             Tracked(optimizer, self.rule, history=history, **options)
@@ -105,3 +106,12 @@ class GradientClipping(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved memory until the optimizers are there."""
         self._saved = dict(state_dict)
+
+
+def _outermost(trainer: Any, pl_module: Any) -> Any:
+    """Return the module, or what FSDP's first version has put around it.
+
+    That one alone knows over which processes the parameters are cut.
+    """
+    wrapped = trainer.strategy.model
+    return wrapped if hasattr(wrapped, "clip_grad_norm_") else pl_module

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.integrations import shown
 from gradclip.rules import Rule
 from gradclip.torch import attach
 
@@ -39,13 +40,8 @@ class Tracked:
         info = self.clipper.info
         if info is None:
             return {}
-        numbers = info.to_dict()
-        steps = int(self.clipper.state_dict()["step"])
-        return {
-            "grad_norm": numbers["norm"],
-            "grad_limit": numbers["limit"],
-            "clip_rate": int(self.clipped) / steps,
-        }
+        numbers, steps = info.to_dict(), self.clipper._memory.step
+        return shown(numbers["norm"], numbers["limit"], self.clipped, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory of the clipper, and the count."""

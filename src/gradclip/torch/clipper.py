@@ -13,11 +13,11 @@ from gradclip.pipeline import (
     Info,
     Policy,
     check_policy,
-    empty_inside,
+    empty,
     may_drop,
     run,
 )
-from gradclip.rules import Rule, State, stages
+from gradclip.rules import Rule, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.sharded import Sharded, SplitOver, is_dtensor, layout_of
@@ -162,8 +162,6 @@ class Clipper:
 
     def _make_room(self) -> None:
         """Make the memory for all parameters, so that it can be saved and loaded."""
-        device = self.params[0].device
-        verbs = InPlace()
         shapes = [tuple(p.shape) for p in self.params]
         self._bound = self.rule.bind(self.names, shapes)
         named = zip(self.names, self.params, strict=True)
@@ -173,19 +171,12 @@ class Clipper:
         self._verifier = verifier_for(
             self.verify, self.names, self.params, self._layout
         )
+        leaves, device = [p.detach() for p in self.params], self.params[0].device
         self._memory.states = [
-            self._empty(stage, verbs, device) for stage in stages(self._bound)
+            empty(InPlace(), stage, leaves, device) for stage in stages(self._bound)
         ]
         if self._layout is not None:
             check_split(self._bound, self.params)
-
-    def _empty(self, stage: Rule, verbs: InPlace, device: torch.device) -> State:
-        """Return the memory of a stage before the first step."""
-        if stage.by_part:
-            return empty_inside(verbs, stage, [p.detach() for p in self.params])
-        shape = (len(self.params),) if stage.over == "tensor" else ()
-        norm = torch.zeros(shape, dtype=torch.float64, device=device)
-        return stage.init(norm, verbs.xp)
 
     def _verify_gradients(self) -> None:
         """Compare gradients with those of other processes, where that was asked."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from gradclip.torch.exact import on_host
 from gradclip.torch.sharded import holds_dtensor, local_grad, local_of
 
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
 Params: TypeAlias = (
     torch.nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 )
@@ -29,7 +31,7 @@ def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
         ValueError: If there are no parameters, as in a generator that was used up.
     """
     if isinstance(params, torch.nn.Module):
-        named: Iterable[Any] = params.named_parameters()
+        named: Iterable[Any] = named_in(params)
     elif isinstance(params, Tensor):
         named = [("parameter", params)]
     elif isinstance(params, Mapping):
@@ -50,13 +52,25 @@ def named_by_optimizers(
     optimizers: Iterable[torch.optim.Optimizer], model: torch.nn.Module | None
 ) -> list[tuple[str, Tensor]]:
     """Return the parameters of optimizers with the names that these or a model know."""
-    named = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+    named = {} if model is None else {id(p): n for n, p in named_in(model)}
     found: list[tuple[str, Tensor]] = []
     for group in (group for o in optimizers for group in o.param_groups):
         names = group.get("param_names", [None] * len(group["params"]))
         for name, p in zip(names, group["params"], strict=True):
             found.append((name or named.get(id(p)) or f"[{len(found)}]", p))
     return named_parameters(found)
+
+
+def named_in(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a model with the names that they have without wrappers.
+
+    Patterns such as `"head.*"` fit them so, also where the model is compiled, or is
+    wrapped by FSDP or for activation checkpointing.
+    """
+    for name, p in model.named_parameters():
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        yield name, p
 
 
 def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -366,7 +366,8 @@ def layout_of(
     pairs = list(named)
     params = [p for _, p in pairs]
     flat = _flattened(module)
-    if split_over is None and not flat and not holds_dtensor(params):
+    _check_whole(pairs, flat)
+    if split_over is None and not any(flat.values()) and not holds_dtensor(params):
         return None
     groups: dict[str, Group] = {}
     ways: list[dict[str, Way]] = []
@@ -434,12 +435,28 @@ def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:
     found: dict[int, list[Part]] = {}
     for unit in fsdp.FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
-        if handle is None or not handle.uses_sharded_strategy:
+        if handle is None:
             continue
-        flat = handle.flat_param
+        flat, part = handle.flat_param, (unit.process_group, Way("piece"), 0)
         for p in (flat, *(flat._params or ())):
-            found[id(p)] = [(unit.process_group, Way("piece"), 0)]
+            found[id(p)] = [part] if handle.uses_sharded_strategy else []
     return found
+
+
+def _check_whole(named: list[tuple[str, Tensor]], known: Mapping[int, Any]) -> None:
+    """Refuse parameters that FSDP1 has cut, if it is not known over which group."""
+    lost = [
+        name
+        for name, p in named
+        if getattr(p, "_fsdp_flattened", False) and id(p) not in known
+    ]
+    if lost:
+        raise ValueError(
+            f"FSDP's first version has laid flat and cut {len(lost)} parameters, such "
+            f"as {lost[0]}, and their norms would be those of pieces; hand over the "
+            "model that FullyShardedDataParallel returned: Clipper(model, rule), or "
+            "attach(optimizer, rule, model=model)."
+        )
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -1,17 +1,24 @@
-"""TensorFlow's tensors for Keras: its functions under the names of the array API.
+"""TensorFlow's tensors: its functions under the names of the array API, and the verbs.
 
 Norms are float64, traced or not; a number is read only where the host has it.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from gradclip.backends import Backend, inward
-from gradclip.integrations import needed
 from gradclip.rules import Array
 
-tf: Any = needed("keras", "tensorflow")
-ml_dtypes: Any = needed("keras", "ml_dtypes")
+tf: Any = importlib.import_module("tensorflow")
+ml_dtypes: Any = importlib.import_module("ml_dtypes")
+
+
+def svd(x: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
+    """Return the decomposition of a matrix in NumPy's order."""
+    s, u, v = tf.linalg.svd(x, full_matrices=full_matrices)
+    return u, s, tf.linalg.adjoint(v)
 
 
 class Names:
@@ -22,16 +29,22 @@ class Names:
         return getattr(tf.experimental.numpy, name)
 
     astype = staticmethod(tf.cast)
-    nextafter = staticmethod(tf.math.nextafter)
     cumulative_sum = staticmethod(tf.cumsum)
+    linalg = SimpleNamespace(svd=svd)
 
-    def asarray(self, x: Any, device: Any = None) -> Array:
+    def asarray(self, x: Any, dtype: Any = None, device: Any = None) -> Array:
         """Return a tensor, of float64 for Python's floats."""
-        return tf.experimental.numpy.asarray(x)
+        return tf.experimental.numpy.asarray(x, dtype)
 
     def concat(self, parts: Sequence[Array]) -> Array:
         """Return tensors one after the other."""
         return tf.concat(parts, axis=0)
+
+    def nextafter(self, x: Array, y: Array) -> Array:
+        """Return the next number towards 0; TensorFlow has it for wide types only."""
+        if x.dtype.size > 2:
+            return tf.math.nextafter(x, y)
+        return x * (1 - float(self.finfo(x.dtype).eps))
 
     def finfo(self, dtype: Any) -> Any:
         """Return the limits of a type, also of bfloat16."""
@@ -60,14 +73,6 @@ class TensorFlow(Backend):
         scale = inward(scale, float(self.xp.finfo(x.dtype).eps), self.xp)
         return tf.cast(tf.cast(x, self.wide) * scale, x.dtype)
 
-    def clamped(self, x: Array, limit: Array) -> Array:
-        """Return one gradient with every modulus at most `limit`."""
-        bound = tf.cast(limit, x.dtype)
-        below = tf.math.nextafter(bound, tf.zeros_like(bound))
-        # Rounding the limit to the type of the gradient must not raise it.
-        bound = tf.where(tf.cast(bound, limit.dtype) > limit, below, bound)
-        return tf.clip_by_value(x, -bound, bound)
-
     def each(
         self, leaves: Sequence[Array], scale: Callable[[Array], Array]
     ) -> list[Array]:
@@ -82,3 +87,11 @@ class TensorFlow(Backend):
         """Return the flag where it has a value, and on the host."""
         eager = tf.executing_eagerly() and "CPU" in flag.device
         return bool(flag) if eager else None
+
+    def number(self, x: Any) -> Array:
+        """Return what a schedule said in the type of norms: types do not mix."""
+        return tf.cast(x, self.wide)
+
+    def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
+        """Return the results: nobody can write to them."""
+        return list(leaves)
