@@ -135,6 +135,26 @@ class Spam:
         return grads
 
 
+class AdamWClip:
+    """AdamWClip 0.1.4, without its warm-up: deviations of what was let through."""
+
+    def __init__(self, deviations=3.0, decay=0.999, warmup=0, least=1e-10):
+        self.deviations, self.decay, self.warmup = deviations, decay, warmup
+        self.least, self.step, self.v = least, 0, None
+
+    def __call__(self, grads):
+        self.step += 1
+        self.v = self.v or [torch.zeros_like(g) for g in grads]
+        grads = [g.clone() for g in grads]
+        weight = 1 - self.decay ** (self.step - 1) or 1.0
+        for g, v in zip(grads, self.v, strict=True):
+            if self.step > self.warmup:
+                bound = (self.deviations * (v / weight).sqrt()).clamp(min=self.least)
+                g.copy_(torch.minimum(torch.maximum(g, -bound), bound))
+            v.mul_(self.decay).addcmul_(g, g, value=1 - self.decay)
+        return grads
+
+
 class StableSpam:
     """TianjinYellow/StableSPAM, AdaGN: the norm is set from moving moments of it."""
 

@@ -111,6 +111,10 @@ def half_precision_beside_single(make):
     return all(norm_of([g.float() for g in step(grads)]) > 0 for _ in range(40))
 
 
+def first_ones_are_whole(make):
+    return after(make(), [1.0] * 30) == pytest.approx([1.0] * 30, rel=1e-6)
+
+
 def rms_of(make):
     small, large = make()([torch.full((4,), 0.5), torch.full((9,), 10.0)])
     return torch.equal(small, torch.full((4,), 0.5)) and large.max() < 3.4
@@ -210,6 +214,11 @@ DEFECTS = {
         lambda: published.Spam(copies=True),
         ours(gc.EMA(warmup=20)),
         spike_is_cut(1e6, *noise(30)),
+    ),
+    "AdamWClip 0.1.4: from the first step on, nothing is let through": Defect(
+        published.AdamWClip,
+        ours(gc.Moment(3.0, warmup=1, corrected=True)),
+        first_ones_are_whole,
     ),
     "pytorch_optimizer 4.1.0, AdaGC: one zero gradient freezes a tensor": Defect(
         published.AdaGC, ours(gc.EMA()), second_tensor_moves_with_the_first(1)

@@ -14,7 +14,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from gradclip.rules import Array, Scope
+from gradclip.rules import Array, Rule, Scope, State
 
 Scaling: TypeAlias = Callable[[Array], Array]
 
@@ -137,6 +137,23 @@ class Backend:
     def places(self, leaves: Sequence[Array]) -> Sequence[int]:
         """Return the place of each gradient among those that are remembered."""
         return range(len(leaves))
+
+    def tops(self, leaves: Sequence[Array]) -> Array | Sequence[Array]:
+        """Return the largest modulus of each tensor, by its place."""
+        return self.measure(leaves, "tensor", math.inf) if leaves else ()
+
+    def borrow(self, stage: Rule, place: int, parts: Array) -> tuple[Rule, State]:
+        """Return a rule with the memory that is not its own; here there is no other."""
+        return stage, stage.init(parts, self.xp)
+
+    @property
+    def here(self) -> Any:
+        """The array namespace that speaks for this process alone."""
+        return self.xp
+
+    def agreed(self, info: Any) -> Any:
+        """Return a report that is the same on all processes; here there is one."""
+        return info
 
     def inside(self, x: Array, over: Scope) -> tuple[Array, Scaling]:
         """Return moduli or singular values of a tensor, and how to scale them."""

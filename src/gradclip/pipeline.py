@@ -264,24 +264,35 @@ def look_inside(
 ) -> tuple[list[Array], Info, State]:
     """Decide for the parts of one tensor at a time; change them where it is `going`."""
     results, infos, new = [], [], dict(state)
-    memories = _by_tensor(state)
+    memories, seen = _by_tensor(state), seen._replace(xp=engine.here)
+    tops = engine.tops(leaves) if stage.over == "element" else None
     for i, x in zip(engine.places(leaves), leaves, strict=True):
         parts, put = engine.inside(x, stage.over)
-        memory = memories.get(str(i), {})
-        for kept in memory.values():
-            if kept.ndim and tuple(kept.shape) != tuple(parts.shape):
-                raise ValueError(
-                    f"{stage!r} remembers the elements of a gradient of shape "
-                    f"{tuple(kept.shape)}, but this one has {tuple(parts.shape)}; hand "
-                    "over the same gradients at every step, and no sparse ones."
-                )
-        info, after = decide(stage, seen._replace(norm=parts), memory)
-        memory = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
+        now = seen._replace(norm=parts, top=None if tops is None else tops[i])
+        if stage.borrows:
+            rule, memory = engine.borrow(stage, i, parts)
+            info, _ = decide(rule, now, memory)
+        else:
+            memory = memories.get(str(i), {})
+            check_shapes(stage, memory, parts)
+            info, after = decide(stage, now, memory)
+            kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
+            new |= {f"{name}.{i}": part for name, part in kept.items()}
         results.append(put(info.scale) if going else x)
-        new |= {f"{name}.{i}": part for name, part in memory.items()}
         if math.prod(parts.shape):
             infos.append(_extremes(info, parts, seen))
-    return results, _most_of(infos, stage, seen), new
+    return results, engine.agreed(_most_of(infos, stage, seen)), new
+
+
+def check_shapes(stage: Rule, memory: State, parts: Array) -> None:
+    """Refuse a tensor that is not the one remembered."""
+    for kept in memory.values():
+        if kept.ndim and tuple(kept.shape) != tuple(parts.shape):
+            raise ValueError(
+                f"{stage!r} remembers the elements of a gradient of shape "
+                f"{tuple(kept.shape)}, but this one has {tuple(parts.shape)}; hand "
+                "over the same gradients at every step, and no sparse ones."
+            )
 
 
 def _extremes(info: Info, parts: Array, seen: Measured) -> Info:
@@ -301,19 +312,20 @@ def _most_of(infos: Sequence[Info], stage: Rule, seen: Measured) -> Info:
     """Return one report for all tensors, in the type of the norms."""
     xp, norm = seen.xp, seen.norm
 
-    def top(name: str, choose: Callable[[Array], Array]) -> Array:
+    def top(name: str, choose: Callable[[Array], Array], none: Array) -> Array:
         found = [xp.astype(getattr(info, name), norm.dtype) for info in infos]
-        return choose(xp.stack(found)) if found else norm
+        return choose(xp.stack(found)) if found else none
 
-    finite = xp.all(xp.isfinite(norm))
-    clipped = xp.any(xp.stack([info.clipped for info in infos])) if infos else ~finite
+    finite, zero = xp.all(xp.isfinite(norm)), xp.zeros_like(norm)
+    cut = [info.clipped for info in infos]
+    clipped = xp.any(xp.stack(cut)) if cut else xp.zeros_like(finite)
     return Info(
-        top("norm", xp.max) if stage.over == "singular" else norm,
-        top("limit", xp.max),
-        top("scale", xp.min),
+        top("norm", xp.max, norm) if stage.over == "singular" else norm,
+        top("limit", xp.max, zero),
+        top("scale", xp.min, zero + 1),
         finite,
         clipped,
-        top("norm_after", xp.max),
+        top("norm_after", xp.max, zero),
         kept=xp.ones_like(clipped),
     )
 

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import types
 
+import AdamWClip
 import autoclip.torch
 import drytorch.lib.gradient_ops
 import pytest
@@ -20,6 +21,7 @@ import published
 from test_defects import DEFECTS, after, noise
 
 VERSIONS = {
+    "adamwclip": "0.1.4",
     "ai2-olmo-core": "3.0.0",
     "autoclip": "0.2.1",
     "drytorch": "0.1.0rc11",
@@ -86,6 +88,14 @@ def by_optimizer(kind, **options):
     return begin
 
 
+def by_adamwclip(**options):
+    def begin(params):
+        # It clips the gradients where they lie.
+        return AdamWClip.AdamWClip(params, lr=1e-9, **options).step
+
+    return begin
+
+
 def skip_step():
     """Return OLMo-core's class, without the rest of the package and what that needs."""
     files = importlib.metadata.files("ai2-olmo-core")
@@ -117,6 +127,7 @@ PEERS = {
     "zclip 1.0.0: after": by_zclip(max_grad_norm=None),
     "zclip 1.0.0: a norm": by_zclip(),
     "OLMo-core": by_olmo,
+    "AdamWClip": by_adamwclip(),
     "SPAM-Optimizer": by_optimizer(pytorch_optimizer.SPAM),
     "pytorch_optimizer 4.1.0, AdaGC": by_optimizer(pytorch_optimizer.AdaGC),
     "smartclip": by_smartclip,
@@ -140,6 +151,7 @@ EXACT = {
     "zclip 1.0.0: after": lambda: published.ZClip(None),
     "zclip 1.0.0: a norm": published.ZClip,
     "OLMo-core": published.SkipStep,
+    "AdamWClip": published.AdamWClip,
     "SPAM-Optimizer": published.Spam,
     "pytorch_optimizer 4.1.0, AdaGC": published.AdaGC,
     "drytorch": published.HistClipper,

@@ -26,6 +26,11 @@ class Measured(NamedTuple):
     """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
     told: Mapping[int, Any] = MappingProxyType({})
     """What schedules said at this step, by their ids, if they were asked already."""
+    top: Any = None
+    """The largest modulus of the tensor that the elements belong to, 0-d.
+
+    Where processes have parts of it, it is that of the whole.
+    """
 
 
 class Rule:
@@ -46,6 +51,8 @@ class Rule:
     """Whether it matters which tensor a norm belongs to, also without a memory."""
     by_part: ClassVar[bool] = False
     """Whether it looks inside one tensor at a time, at elements or singular values."""
+    borrows: ClassVar[bool] = False
+    """Whether its memory is that of an optimizer, which only `attach` knows."""
     needs_weight: ClassVar[bool] = False
     needs_shape: ClassVar[bool] = False
     """Whether the shapes of the tensors matter, which norms alone do not tell."""

@@ -3,10 +3,10 @@
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
-from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
+from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
 from gradclip.rules.keeping import usable
 
 
@@ -30,6 +30,9 @@ class Moment(Rule):
         corrected: Whether the limit uses $v_i / (1 - \beta^t)$, as AdamWClip does, so
             that it is a number of deviations from the start; SPAM takes $v$ as it is.
         over: Only `"element"`.
+        memory: `"own"`, or `"optimizer"` for the second moment that Adam keeps anyway,
+            which takes no room. That is for `gradclip.torch.attach` and torch's Adam,
+            AdamW, NAdam and RAdam, whose decay is $\beta$ then.
 
     Raises:
         ValueError: For a number outside its range, named in the message.
@@ -53,6 +56,7 @@ class Moment(Rule):
     warmup: int = 20
     corrected: bool = False
     over: Scope = "element"
+    memory: Literal["own", "optimizer"] = "own"
 
     scopes = ("element",)
     by_part = True
@@ -63,14 +67,26 @@ class Moment(Rule):
         check(self, "ratio", ABOVE_ZERO, LARGEST, "the ratio is above 0.")
         check(self, "decay", ABOVE_ZERO, 1 - 2**-53, "the decay lies in (0, 1).")
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
+        choose(self, "memory", ("own", "optimizer"))
+        object.__setattr__(self, "borrows", self.memory == "optimizer")
 
     @property
     def stateful(self) -> bool:
         """The second moment is remembered, as its root."""
         return True
 
+    @property
+    def kind(self) -> str:
+        """What a saved memory has to match: there is none if it is the optimizer's."""
+        return f"{super().kind} of the optimizer" if self.borrows else super().kind
+
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""
+        if self.borrows:
+            raise ValueError(
+                f"{self!r} reads what Adam remembers, and there is no optimizer here; "
+                "use gradclip.torch.attach(optimizer, rule), or memory='own'."
+            )
         return {"root": xp.zeros_like(norm), "count": xp.sum(xp.zeros_like(norm))}
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
@@ -90,7 +106,7 @@ class Moment(Rule):
         first = self._weight(count + 1, xp) * taken
         updated = {
             "root": xp.where(known, xp.where(met, moved, first), root),
-            "count": xp.where(xp.any(known), count + 1, count),
+            "count": xp.where(usable(seen.top, xp), count + 1, count),
         }
         return limit, updated
 

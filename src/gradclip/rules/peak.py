@@ -65,8 +65,8 @@ class Peak(Rule):
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of each element, and the average with the largest in it."""
         xp, n, mean, count = seen.xp, seen.norm, state["mean"], state["count"]
-        top = xp.max(xp.concat([xp.reshape(n, (-1,)), xp.reshape(mean * 0, (1,))]))
-        known, count = usable(top, xp), count + 1
+        top, count = seen.top, count + 1
+        known = usable(top, xp)
         moved = mean + (1 - self.decay) * (top - mean)
         most = moved / -xp.expm1(count * math.log(self.decay))
         limit = xp.where(n > most, n * (most / xp.where(known, top, 1.0)), most)

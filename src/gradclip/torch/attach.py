@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gradclip.pipeline import Policy
-from gradclip.rules import Rule, stages
+from gradclip.rules import Rule, State, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
-from gradclip.torch.gradients import named_by_optimizers
+from gradclip.torch.gradients import Gradients, named_by_optimizers
 from gradclip.torch.in_backward import InBackward
+from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.sharded import SplitOver
+from gradclip.torch.verbs import InPlace
 from gradclip.torch.verify import Verify
 
 if TYPE_CHECKING:
@@ -158,6 +160,22 @@ class Attached(Clipper):
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
+
+    def _empty(self, stage: Rule) -> State:
+        """Return the memory of a stage: nothing where it is the optimizer's."""
+        if stage.borrows:
+            check_keeper(self.optimizer, stage)
+            return {}
+        return super()._empty(stage)
+
+    def _verbs(
+        self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
+    ) -> InPlace:
+        """Return the verbs for this step, and with them what the optimizer knows."""
+        verbs = super()._verbs(found, amplified, fused)
+        if any(stage.borrows for stage in stages(self.rule)):
+            verbs.lender = lender_of(self.optimizer, self.params)
+        return verbs
 
     def detach(self) -> None:
         """Take the clipping out of the optimizer again."""

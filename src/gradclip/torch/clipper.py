@@ -1,6 +1,6 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,18 @@ from gradclip.pipeline import (
     may_drop,
     run,
 )
-from gradclip.rules import Rule, stages
+from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
-from gradclip.torch.sharded import Sharded, SplitOver, is_dtensor, layout_of
+from gradclip.torch.sharded import (
+    Sharded,
+    SplitOver,
+    is_dtensor,
+    laid_out_like,
+    layout_of,
+    local_of,
+    part_like,
+)
 from gradclip.torch.verbs import InPlace
 from gradclip.torch.verify import Verify, verifier_for
 
@@ -138,7 +146,8 @@ class Clipper:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory as tensors, for any kind of checkpoint."""
-        return self._memory.state_dict(lambda x: torch.as_tensor(x).clone())
+        saved = self._memory.state_dict(lambda x: torch.as_tensor(x).clone())
+        return self._for_parameters(saved, laid_out_like)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved memory, exactly.
@@ -151,9 +160,25 @@ class Clipper:
                 parameters; nothing is changed then.
         """
         device = self.params[0].device
+        here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
-            state, lambda x: torch.as_tensor(x).to(device).clone()
+            here, lambda x: torch.as_tensor(x).to(device).clone()
         )
+
+    def _for_parameters(
+        self, saved: Mapping[str, Any], change: Callable[[Tensor, Any], Any]
+    ) -> dict[str, Any]:
+        """Return a memory with what belongs to the elements of split tensors changed.
+
+        Such a part of it is saved as a DTensor, so that it can be split otherwise.
+        """
+        found = dict(saved)
+        parts = [f"{i}." for i, s in enumerate(stages(self.rule)) if s.by_part]
+        for name in found if self._layout is not None else ():
+            if name.startswith(tuple(parts)):
+                place = int(name.rpartition(".")[2])
+                found[name] = change(self.params[place], found[name])
+        return found
 
     def __repr__(self) -> str:
         """Show the rule and how much it is applied to."""
@@ -171,12 +196,14 @@ class Clipper:
         self._verifier = verifier_for(
             self.verify, self.names, self.params, self._layout
         )
-        leaves, device = [p.detach() for p in self.params], self.params[0].device
-        self._memory.states = [
-            empty(InPlace(), stage, leaves, device) for stage in stages(self._bound)
-        ]
+        self._memory.states = list(map(self._empty, stages(self._bound)))
         if self._layout is not None:
             check_split(self._bound, self.params)
+
+    def _empty(self, stage: Rule) -> State:
+        """Return the memory of a stage before the first step."""
+        leaves = [local_of(p.detach()) for p in self.params]
+        return empty(InPlace(), stage, leaves, self.params[0].device)
 
     def _verify_gradients(self) -> None:
         """Compare gradients with those of other processes, where that was asked."""
@@ -257,7 +284,7 @@ def check_split(rule: Rule, params: list[Tensor]) -> None:
     for stage in stages(rule):
         rule_of = getattr(stage, "rule", stage)
         inner = {r.over for _, r in getattr(rule_of, "rules", ())}
-        if stage.by_part or {"unit"} < inner:
+        if stage.over == "singular" or {"unit"} < inner:
             raise ValueError(
                 f"{stage!r} looks at whole tensors, and processes have parts of these; "
                 "use a rule over 'all', each 'tensor' or each 'unit'."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.pipeline import Info
 from gradclip.rules import Rule, Scope, stages
 from gradclip.torch.exact import safe_norm
 from gradclip.torch.verbs import InPlace
@@ -235,15 +236,15 @@ class Agreed:
 
     def __init__(self, xp: Any, groups: Sequence[Group]) -> None:
         """Wrap a namespace; 0-d flags are those of norms that are common already."""
-        self._xp, self._groups = xp, groups
+        self.here, self._groups = xp, groups
 
     def __getattr__(self, name: str) -> Any:
         """Leave everything else to the namespace."""
-        return getattr(self._xp, name)
+        return getattr(self.here, name)
 
     def any(self, x: Tensor, **options: Any) -> Tensor:
         """Return whether a flag is set on any process."""
-        flag = self._xp.any(x, **options)
+        flag = self.here.any(x, **options)
         return flag if x.ndim == 0 else self._highest(flag.double()) > 0
 
     def all(self, x: Tensor, **options: Any) -> Tensor:
@@ -254,7 +255,7 @@ class Agreed:
         """Return the smallest number on all processes, 1 where there is none."""
         if x.ndim == 0:
             return x
-        least = self._xp.min(x, **options) if len(x) else x.new_ones(())
+        least = self.here.min(x, **options) if len(x) else x.new_ones(())
         return -self._highest(-least)
 
     def _highest(self, x: Tensor) -> Tensor:
@@ -339,6 +340,26 @@ class Sharded(InPlace):
             dist.all_gather_object(told, found, group=group.handle)
             found = found.union(*told)
         return [f"{finding} on rank {rank}" for rank, finding in sorted(found)]
+
+    def tops(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Return the largest modulus of each whole tensor; all processes ask."""
+        return self.measure(leaves, "tensor", math.inf)
+
+    @property
+    def here(self) -> Any:
+        """The array namespace that speaks for this process alone."""
+        return self.xp.here
+
+    def agreed(self, info: Info) -> Info:
+        """Return the extremes of all processes, in one message to each group."""
+        clipped = info.clipped.to(info.limit.dtype)
+        row = torch.stack([info.limit, -info.scale, info.norm_after, clipped])
+        for group in self.layout.groups:
+            row = group.gather(row).amax(0)
+        limit, low, after, clipped = row.unbind()
+        return info._replace(
+            limit=limit, scale=-low, norm_after=after, clipped=clipped > 0
+        )
 
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
@@ -489,6 +510,34 @@ def part_of(g: Tensor) -> Tensor:
 def full_of(t: Tensor) -> Tensor:
     """Return a DTensor, such as a norm of torch's own function, as a plain tensor."""
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def laid_out_like(p: Tensor, local: Tensor) -> Tensor:
+    """Return what belongs to the part of a parameter here, as one of all its parts."""
+    if not is_dtensor(p) or local.shape != local_of(p).shape or not local.dim():
+        return local
+    from torch.distributed.tensor import DTensor
+
+    where: Any = p
+    return DTensor.from_local(
+        local,
+        where.device_mesh,
+        where.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )
+
+
+def part_like(p: Tensor, x: Tensor) -> Tensor:
+    """Return what this process needs of something saved for a parameter."""
+    if is_dtensor(x) or not is_dtensor(p) or x.shape != p.shape:
+        return local_of(x)
+    from torch.distributed.tensor import distribute_tensor
+
+    where: Any = p
+    mesh, at = where.device_mesh, where.placements
+    return local_of(distribute_tensor(x, mesh, at, src_data_rank=None))
 
 
 def local_grad(p: Tensor, g: Tensor) -> Tensor:

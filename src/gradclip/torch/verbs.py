@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
-from gradclip.rules import Scope
+from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import Scalars
 from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
@@ -38,6 +38,7 @@ class InPlace(TorchArrays):
         super().__init__()
         self.amplified, self.cells, self.fused = amplified, cells, fused
         self.deterministic = False
+        self.lender: Callable[[Rule, int, Tensor], tuple[Rule, State]] | None = None
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Tensor:
         """Return the norms of the scope in float64; NaN for missing tensors."""
@@ -154,6 +155,11 @@ class InPlace(TorchArrays):
         if self.amplified is not None:
             parts = parts / self.amplified.to(parts.dtype)
         return parts, lambda scale: x.copy_(put(scale))
+
+    def borrow(self, stage: Rule, place: int, parts: Tensor) -> tuple[Rule, State]:
+        """Return a rule with the memory of the optimizer, if there is one."""
+        lender = self.lender or super().borrow
+        return lender(stage, place, parts)
 
     def clamp(self, leaves: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
         """Clamp every modulus to the limit."""
