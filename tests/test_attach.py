@@ -422,6 +422,8 @@ def test_learning_rate_schedulers_and_isinstance_still_work():
     assert scheduler.get_last_lr() == [pytest.approx(0.05 / 8)]
 
 
+# Torch's own, where torch.compile is first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
 def test_names_are_those_without_wrappers(wrap):
     model = torch.nn.Sequential(torch.nn.Linear(2, 1), wrap(torch.nn.Linear(1, 1)))
