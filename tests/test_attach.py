@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 
 import gradclip as gc
 from gradclip.torch import Clipper, attach
@@ -417,3 +420,15 @@ def test_learning_rate_schedulers_and_isinstance_still_work():
         scheduler.step()
     assert type(optimizer) is torch.optim.SGD
     assert scheduler.get_last_lr() == [pytest.approx(0.05 / 8)]
+
+
+# Torch's own, where torch.compile is first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_names_are_those_without_wrappers(wrap):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), wrap(torch.nn.Linear(1, 1)))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert Clipper(model, gc.Norm(1.0)).names == names
+    rule = gc.by_name({"1.*": None, "0.*": gc.Norm(1.0)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert attach(optimizer, rule, model).names == names

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -122,6 +123,44 @@ def test_clipping_twice_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_options_that_json_cannot_hold_do_not_stop_a_checkpoint(tmp_path):
+    out, saving = tmp_path / "out", {"save_strategy": "steps", "save_steps": 2}
+    options = {
+        "on_nonfinite": "zero",
+        "doctor": {"rate"},
+        "split_over": lambda n, p: None,
+    }
+    callback = GradientClippingCallback(gc.ZScore(), **options)
+    trainer_for(out, callback, max_steps=2, **saving).train()
+    again = trainer_for(
+        out,
+        GradientClippingCallback(gc.ZScore()),
+        max_steps=4,
+        restore_callback_states_from_checkpoint=True,
+    )
+    again.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    restored = again.callback_handler.callbacks[-1]
+    assert restored.options == {"on_nonfinite": "zero"}
+    assert int(restored.tracked.clipper.state_dict()["step"]) == 4
+
+
+def test_two_callbacks_are_refused(tmp_path):
+    trainer = trainer_for(tmp_path / "out", GradientClippingCallback(gc.Value(1.0)))
+    trainer.add_callback(GradientClippingCallback(gc.Norm(1.0)))
+    with pytest.raises(ValueError, match=re.escape("use one, with chain(a, b)")):
+        trainer.train()
+
+
+def test_a_memory_as_large_as_the_gradients_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradclip.integrations.transformers.LARGE", 40)
+    callback, out = GradientClippingCallback(gc.Moment()), tmp_path / "out"
+    with pytest.warns(UserWarning, match="as text in trainer_state"):
+        trainer_for(out, callback, max_steps=1, save_strategy="steps").train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer_for(out, callback, max_steps=1).train()
 
 
 def test_the_optimizer_is_left_as_it_was(tmp_path):

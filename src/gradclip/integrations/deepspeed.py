@@ -92,8 +92,9 @@ def _check(engine: Any, rule: Rule) -> None:
         )
     if engine.zero_optimization_stage() not in (1, 2, 3):
         raise ValueError(
-            "this engine has no ZeRO stage, and steps with torch's own optimizer: use "
-            "gradclip.torch.attach(optimizer, rule)."
+            "this engine has no ZeRO stage: in float32 it steps with torch's own "
+            "optimizer, so use gradclip.torch.attach(optimizer, rule); in half "
+            'precision put "zero_optimization": {"stage": 1} in its config.'
         )
     if any(s.over != "all" or s.p != 2 or s.stretches or s.drops for s in stages(rule)):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer: a callback that clips inside the optimizer's step."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from gradclip.history import History
 from gradclip.integrations import needed, rule_of
 from gradclip.integrations.tracking import Tracked, check_alone
 from gradclip.rules import Rule
+
+LARGE = 10**6
+"""How many numbers may be text in a trainer's state without a word about it."""
 
 Base: Any = needed("transformers", "transformers.trainer_callback")
 
@@ -24,11 +28,13 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     Args:
         rule: Any rule, or the text of its constructor.
         history: Takes in every step; a history, or the path of one.
-        options: As for `gradclip.torch.attach`, such as `on_nonfinite`.
+        options: As for `gradclip.torch.attach`, such as `on_nonfinite`. Of these, a
+            checkpoint keeps numbers and texts.
 
     Raises:
         TypeError: For what is not a rule.
-        ValueError: When training starts, if the trainer clips too, or uses DeepSpeed.
+        ValueError: When training starts, if the trainer clips too, uses DeepSpeed, or
+            has two of these callbacks.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -52,14 +58,21 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         """Attach to the optimizer, and go on from a checkpoint."""
         setting = "TrainingArguments(max_grad_norm={})", args.max_grad_norm
         check_alone(*setting, "set max_grad_norm=0", bool(args.deepspeed))
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        if isinstance(saved, list):
+            raise ValueError(
+                f"{len(saved)} callbacks clip the same gradients; use one, with "
+                "chain(a, b) for two rules."
+            )
         # Accelerate's wrapper steps through the optimizer inside, and has no hooks.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         options = {"model": kwargs.get("model"), "history": self.history}
         self.on_train_end(args, state, control)
         self.tracked = Tracked(optimizer, self.rule, **options, **self.options)
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
         if memory := saved.get("attributes", {}).get("memory"):
             self.memory = memory
+        if args.save_strategy != "no":
+            _check_size(self.rule, self.tracked)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
@@ -92,5 +105,19 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, and what a restored callback is made from."""
         path = str(self.history.path) if self.history else None
-        args = {"rule": repr(self.rule), "history": path, **self.options}
+        # JSON cannot hold a process group, a function or a set.
+        plain = {k: x for k, x in self.options.items() if isinstance(x, int | str)}
+        args = {"rule": repr(self.rule), "history": path, **plain}
         return {"args": args, "attributes": {"memory": self.memory}}
+
+
+def _check_size(rule: Rule, tracked: Tracked) -> None:
+    """Warn of a memory as large as the gradients, which JSON is not made for."""
+    size = sum(x.numel() for x in tracked.state_dict().values())
+    if size > LARGE:
+        warnings.warn(
+            f"{rule!r} remembers {size} numbers, and each checkpoint will have them as "
+            "text in trainer_state.json; use a rule over norms, or set "
+            "save_strategy='no' and save callback.tracked.state_dict() by yourself.",
+            stacklevel=2,
+        )
