@@ -19,7 +19,7 @@ test: .venv/ready
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -W default tests/integrations $(ARGS)
 
-# Published clippers, to see them fail as tests/published.py says they do.
+# Published clippers, to see them fail as tests/published.py says, or agree.
 test-published: .venv-published/ready
 	.venv-published/bin/python -m pytest -W default tests/witnesses $(ARGS)
 

@@ -263,9 +263,11 @@ def messages_by_count(rank, world):
     grid, found = meshes(world)["grid"], {}
     for count in (10, 100, 1000):
         params = [piece(i + 1.0, grid) for i in range(count)]
-        for scope in ("all", "tensor", "unit", "element", "verify"):
+        for scope in ("all", "tensor", "unit", "element", "moment", "verify"):
             verify = scope == "verify"
-            rule = gc.Norm(0.5, over="all" if verify else scope)
+            rule = gc.Moment()
+            if scope != "moment":
+                rule = gc.Norm(0.5, over="all" if verify else scope)
             clipper = Clipper(params, rule, doctor=(), verify=verify)
             with CommDebugMode() as counter:
                 clipper.clip_()
@@ -298,6 +300,8 @@ SCOPED = {
     "smooth": lambda: gc.Smooth(0.5, over="unit"),
     "ema": lambda: gc.EMA(1.05, warmup=1),
     "groups": lambda: gc.by_name({"*": gc.Norm(1.0)}),
+    "moment": lambda: gc.Moment(0.5, warmup=1, corrected=True),
+    "peak": lambda: gc.chain(gc.Peak(0.5), gc.Norm(0.4, over="tensor")),
     "chain": lambda: gc.chain(gc.Norm(0.5, over="unit"), gc.Norm(0.7)),
     "chain-tensor": lambda: gc.chain(gc.Norm(0.5, over="tensor"), gc.Value(0.1)),
 }
@@ -929,6 +933,126 @@ def adaptive(rank, world, folder=None):
     return found
 
 
+INSIDE = {
+    "moment": lambda: gc.Moment(2.0, decay=0.9, warmup=2),
+    "corrected": lambda: gc.Moment(2.0, decay=0.9, warmup=1, corrected=True),
+    "peak": lambda: gc.Peak(0.8),
+    "chain": lambda: gc.chain(
+        gc.Norm(5.0, over="tensor"), gc.Moment(1.5, warmup=1, corrected=True)
+    ),
+}
+
+
+def elements(rank, world):
+    """Clip by rules with a memory of elements, beside the same on whole tensors."""
+    found = {}
+    for name, make in layouts(world).items():
+        for kind, rule in INSIDE.items():
+            found[name, kind] = follow(make, rule())
+    for kind, rule in INSIDE.items():
+        found["gone on", kind] = go_on(layouts(world), rule())
+    return found
+
+
+def growing(count):
+    """Yield gradients of steps: one element has a spike, then all, and some are 0."""
+    generator = torch.Generator().manual_seed(11)
+    for step in range(count):
+        grads = [torch.randn(g.shape, generator=generator) for g in gradients()]
+        grads[2][1, 1] *= 50 if step == 4 else 1
+        if step == 7:
+            grads = [g * 20 for g in grads]
+        if step == 3:
+            grads[0].zero_()
+        yield grads
+
+
+def follow(make, rule):
+    grads = gradients()
+    params, alone = make(grads), [plain(g) for g in grads]
+    ours, theirs = (Clipper(ps, rule, doctor=()) for ps in (params, alone))
+    found = {"error": 0.0, "reports": 0.0, "clipped": 0}
+    for grads in growing(10):
+        give(params, grads), give(alone, grads)
+        info, expected = ours.clip_(), theirs.clip_()
+        want = [p.grad for p in alone]
+        found["error"] = max(found["error"], error(params, want))
+        for name in ("norm", "limit", "scale", "norm_after"):
+            a, b = getattr(info, name), getattr(expected, name)
+            if bool((b < math.inf).all()):
+                far = float(((a - b).abs() / b.abs().clamp(1e-30)).max())
+                found["reports"] = max(found["reports"], far)
+        assert bool(info.clipped) == bool(expected.clipped)
+        found["clipped"] += int(info.clipped)
+    saved, right = ours.state_dict(), theirs.state_dict()
+    assert saved.keys() == right.keys()
+    found["memory"] = max(
+        float((whole(saved[k]) - x).abs().max()) for k, x in right.items()
+    )
+    return found
+
+
+def give(params, grads):
+    """Give parameters gradients that are laid out as they are."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+        if isinstance(p, DTensor):
+            p.grad = distribute_tensor(g.clone(), p.device_mesh, p.placements)
+
+
+def go_on(layouts, rule):
+    """Save a memory in one layout, go on in another and on whole tensors."""
+    grads, makes = gradients(), [layouts[n] for n in ("rows", "columns", "mixed")]
+    lots = [make(grads) for make in makes] + [[plain(g) for g in grads]]
+    clippers = [Clipper(params, rule, doctor=()) for params in lots]
+    for grads in growing(6):
+        give(lots[0], grads)
+        clippers[0].clip_()
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        dcp.save(clippers[0].state_dict(), checkpoint_id=folder[0])
+        for clipper in clippers[1:]:
+            state = clipper.state_dict()
+            dcp.load(state, checkpoint_id=folder[0])
+            clipper.load_state_dict(state)
+        dist.barrier()
+    # What one process saved whole is taken to pieces as well.
+    clippers[2].load_state_dict(clippers[3].state_dict())
+    worst = 0.0
+    for grads in growing(10):
+        for params, clipper in zip(lots, clippers, strict=True):
+            give(params, grads)
+            clipper.clip_()
+        want = [whole(p.grad) for p in lots[3]]
+        worst = max(worst, *(error(params, want) for params in lots))
+    return worst if worst > 1e-6 else 0
+
+
+def apart(pairs):
+    return max(float((whole(p) - q).detach().abs().max()) for p, q in pairs)
+
+
+def borrowing(rank, world):
+    """Clip by the memory of AdamW, on split and on whole parameters."""
+    rule = gc.Moment(2.0, warmup=1, corrected=True, memory="optimizer")
+    found = {}
+    for fused in (False, True):
+        grads = gradients()
+        lots = layouts(world)["rows"](grads), [plain(g) for g in grads]
+        both = [torch.optim.AdamW(ps, lr=0.05, fused=fused) for ps in lots]
+        clippers = [attach(o, rule, doctor=()) for o in both]
+        clipped = 0
+        for grads in growing(10):
+            for params, optimizer in zip(lots, both, strict=True):
+                give(params, grads)
+                optimizer.step()
+            clipped += int(clippers[0].info.clipped)
+        pairs = zip(*lots, strict=True)
+        found[fused] = apart(pairs), clipped
+    return found
+
+
 def spoil(params, step, rank, world):
     for i, p in enumerate(params):
         generator = torch.Generator().manual_seed(step * 10 + i)
@@ -1017,6 +1141,8 @@ PROGRAMS = [
     verified,
     training,
     adaptive,
+    elements,
+    borrowing,
     deterministic,
     counted_twice,
     unwrapped,

@@ -60,7 +60,9 @@ def test_one_message_for_each_dimension_of_a_mesh(found, world):
 
 
 @each_world
-@pytest.mark.parametrize("scope", ["all", "tensor", "unit", "element", "verify"])
+@pytest.mark.parametrize(
+    "scope", ["all", "tensor", "unit", "element", "moment", "verify"]
+)
 def test_messages_do_not_depend_on_how_many_tensors(found, world, scope):
     counts = {
         n: c for (s, n), c in found[world][0]["messages_by_count"].items() if s == scope
@@ -202,6 +204,29 @@ def test_memories_are_equal_to_the_bit(found, world, rule):
     assert int(first["skipped"]) > 0
     for x in first.values():
         assert not x.isnan().any()
+
+
+@each_world
+@pytest.mark.parametrize("rule", programs.INSIDE)
+def test_what_is_remembered_of_elements_is_split_as_they_are(found, world, rule):
+    for rank in found[world]:
+        cases = {k: v for k, v in rank["elements"].items() if k[1] == rule}
+        assert cases.pop(("gone on", rule)) == 0
+        assert len(cases) == 10
+        for case, result in cases.items():
+            assert result["error"] < 1e-6, case
+            assert result["memory"] < 1e-6, case
+            assert result["reports"] < 1e-6, case
+            assert result["clipped"] > 2, case
+
+
+@each_world
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_memory_of_a_split_optimizer_is_read(found, world, fused):
+    for rank in found[world]:
+        apart, clipped = rank["borrowing"][fused]
+        assert apart < 1e-6
+        assert clipped > 2
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

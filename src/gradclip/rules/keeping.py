@@ -22,6 +22,19 @@ def held(new: State, old: State, kept: Array, xp: Any) -> State:
     }
 
 
+def root_moved(root: Array, new: Array, weight: Array | float, xp: Any) -> Array:
+    """Return the root of a mean of squares, with a new one at this weight among them.
+
+    The root is kept and not the square, since that of 1e30 is infinite in float32.
+    What is added to it is computed, not the sum: in float32 the rounding of a decay
+    near 1 would add up over a thousand steps.
+    """
+    moved = xp.hypot((1 - weight) ** 0.5 * root, weight**0.5 * new)
+    both = moved + root
+    part = (new + root) / xp.where(both > 0, both, 1.0)
+    return root + weight * (new - root) * part
+
+
 def _grown(old: Array, new: Array, xp: Any) -> Array:
     """Return an array with free places at its end, up to the size of another."""
     if old.shape == new.shape:

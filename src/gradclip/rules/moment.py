@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
-from gradclip.rules.keeping import usable
+from gradclip.rules.keeping import root_moved, usable
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ class Moment(Rule):
         typical = root / xp.where(corrects, weight, 1.0)
         limit = xp.where(met, self.ratio * typical, math.inf)
 
-        taken, b = xp.where(n > limit, limit, n), self.decay
+        taken = xp.where(n > limit, limit, n)
         limit = xp.where(warming, math.inf, limit)
-        # The root, since the square of 1e30 is infinite in float32.
-        moved = xp.hypot(b**0.5 * root, (1 - b) ** 0.5 * taken)
+        moved = root_moved(root, taken, 1 - self.decay, xp)
         # One that is met late counts as if it had always been of this size.
         first = self._weight(count + 1, xp) * taken
         updated = {

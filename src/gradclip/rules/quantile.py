@@ -71,6 +71,7 @@ class Quantile(Rule):
         xp, n = seen.xp, seen.norm
         limit = xp.where(state["limit"] > 0, state["limit"], n)
         share = self.q / 100
-        down, up = math.exp(self.rate * (share - 1)), math.exp(self.rate * share)
-        moved = {"limit": xp.where(n <= limit, limit * down, limit * up)}
-        return limit, held(moved, state, usable(n, xp), xp)
+        down, up = (math.expm1(self.rate * x) for x in (share - 1, share))
+        # As a sum, since in float32 the rounding of a factor near 1 adds up.
+        moved = limit + limit * xp.where(n <= limit, down, up)
+        return limit, held({"limit": moved}, state, usable(n, xp), xp)

@@ -5,7 +5,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import LARGEST, check
-from gradclip.rules.keeping import held, usable
+from gradclip.rules.keeping import held, root_moved, usable
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Stabilize(Rule):
         xp, n, a, b = seen.xp, seen.norm, self.decay, self.square_decay
         known, count = usable(n, xp), state["count"] + 1
         mean = state["mean"] + (1 - a) * (n - state["mean"])
-        # The root, since the square of a norm of 1e200 is infinite.
-        root = xp.hypot(b**0.5 * state["root"], (1 - b) ** 0.5 * n)
+        root = root_moved(state["root"], n, 1 - b, xp)
         updated = {"mean": mean, "root": root, "count": count}
         spread = root / xp.sqrt(1 - b**count) + self.eps
         length = (mean / (1 - a**count)) / xp.where(known, spread, 1.0)

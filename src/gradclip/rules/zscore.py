@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
-from gradclip.rules.keeping import held, usable
+from gradclip.rules.keeping import held, root_moved, usable
 from gradclip.rules.limits import check_limit
 
 
@@ -85,12 +85,11 @@ class ZScore(Rule):
         new = xp.where(warming, 1 / (count + 1), 1 - self.decay)
         new_mean = mean + new * (taken - mean)
         after, before = xp.abs(taken - new_mean), xp.abs(taken - mean)
-        # The sample variance while it is collected, the paper's moving one after that;
-        # kept as its root, since the square of a norm of 1e200 is infinite.
+        # The sample variance while it is collected, the paper's moving one after that.
         deviation = xp.sqrt(after) * xp.sqrt(xp.where(warming, before, after))
         updated = {
             "mean": new_mean,
-            "std": xp.hypot(xp.sqrt(1 - new) * std, xp.sqrt(new) * deviation),
+            "std": root_moved(std, deviation, new, xp),
             "count": count + 1,
         }
         if self.max_limit is not None:
