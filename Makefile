@@ -38,6 +38,7 @@ studies: .venv/ready
 	for name in $$($(BIN)/gradclip study | cut -d' ' -f1); do \
 		$(BIN)/gradclip study $$name --out docs/studies $(ARGS) || exit 1; done
 	$(BIN)/gradclip study --page docs/studies.md --out docs/studies
+	$(BIN)/gradclip study --page docs/advice.md --out docs/studies
 
 # Its theme is at the end of its life in 2027, and says so at every build.
 docs: .venv/ready

@@ -197,6 +197,24 @@ def test_the_best_fixed_step_is_counted_exactly(function, start, steps):
     assert found == steps
 
 
+def test_the_counts_of_the_first_trial_are_exact():
+    study = load("smoothness")
+    cells = [cell for cell in study.cells("quick") if "rate" in cell]
+    counts = [dict(study.run(cell, [0], no_tick))[0]["steps"] for cell in cells]
+    assert counts == [64, 74, 127, 83, 5, 5, 5]
+
+
+def test_the_limits_of_the_first_trial_are_the_best_of_three():
+    limits = (1.0, 3.0, 10.0)
+    for start, fewest in ((1, 64), (10, 74), (100, 127)):
+        slope, rates = smoothness.SLOPES["x⁴"], np.array([0.3])
+        found = [
+            smoothness.descend(slope, start, limit, 200, no_tick, rates)[0]
+            for limit in limits
+        ]
+        assert min(x for x in found if x) == fewest
+
+
 @pytest.mark.parametrize("function", smoothness.SLOPES)
 @pytest.mark.parametrize("limit", [math.inf, 1.0, 10.0])
 def test_the_count_is_that_of_a_plain_loop(function, limit):
