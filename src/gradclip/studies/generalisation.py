@@ -92,6 +92,13 @@ def cells(size: Size) -> list[Cell]:
     ]
 
 
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed, with all its rates, limits and strengths."""
+    limits = 3 if "clipping" in cell["method"] else 1
+    strengths = 1 if cell["method"] in ("none", "clipping") else 2
+    return 1.2e-4 * limits * strengths * len(RATES) * cell["steps"]
+
+
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
     """Train with every rate, limit and strength; tell the test results of the best."""
     data = load_data(cell["data"], seeds)
@@ -327,6 +334,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "images, text and networks of the size that papers use",
         "early stopping, data augmentation, batch normalisation",

@@ -65,6 +65,12 @@ def cells(size: Size) -> list[Cell]:
     ]
 
 
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed, by the weights times the characters."""
+    weights = cell["layers"] * 8 * cell["hidden"] ** 2
+    return 2.2e-10 * weights * cell["batch"] * cell["length"] * cell["steps"]
+
+
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
     """Train once for each seed."""
     text = library()
@@ -173,6 +179,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "learning rates between the four, each of which may be better for either side",
         "words instead of characters, dropout, and the 40 epochs of the recipe",

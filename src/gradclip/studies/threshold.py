@@ -62,6 +62,12 @@ def cells(size: Size) -> list[Cell]:
     ]
 
 
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed; advice takes two runs."""
+    each = {"characters": 0.022, "digits": 0.003, "outliers": 0.0015}[cell["task"]]
+    return each * cell["steps"] * (2 if cell["limit"] == ADVISED else 1)
+
+
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
     """Train with one limit, or ask for one first."""
     for i, seed in enumerate(seeds):
@@ -235,6 +241,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "several runs for each limit and seed, which would tell noise from advice",
         "networks of the size that people ask about",
