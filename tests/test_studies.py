@@ -122,8 +122,8 @@ def test_a_page_with_marks_gets_the_tables_alone(tmp_path):
     result = program("--page", page, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     text = page.read_text("utf-8")
-    assert text.startswith("Before.\n<!-- tables of bias -->\n**Two points")
-    assert text.endswith("\n<!-- end -->\nAfter.\n")
+    assert text.startswith("Before.\n<!-- tables of bias -->\n\n**Two points")
+    assert text.endswith("\n\n<!-- end -->\nAfter.\n")
     assert "old" not in text
 
 

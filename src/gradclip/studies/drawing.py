@@ -18,6 +18,8 @@ COLOURS = (
     "#56B4E9",
     "#7F7F7F",
 )
+GREY = COLOURS[-1]
+"""For lines that are no measurements."""
 SHAPES = "osD^vPX<"
 
 

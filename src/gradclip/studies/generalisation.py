@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradclip.rules import Norm
-from gradclip.studies.drawing import dots
+from gradclip.studies.drawing import GREY, dots
 from gradclip.studies.frame import (
     Cell,
     Claim,
@@ -320,7 +320,7 @@ def draw(results: Results, figure: Any) -> None:
     for i, data in enumerate(results.options("data")):
         found = [gain(results, data, method, "none") for method in names]
         dots(axes, names, found, i, data)
-    axes.axvline(0, color="#7F7F7F", linewidth=1)
+    axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("test accuracy above that without any")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:+.1%}")
     figure.legend(loc="outside upper center", ncols=4)

@@ -11,7 +11,7 @@ import torch
 
 import gradclip as gc
 from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
-from gradclip.studies.drawing import curve
+from gradclip.studies.drawing import GREY, curve
 from gradclip.studies.frame import (
     Cell,
     Claim,
@@ -165,7 +165,7 @@ def draw(results: Results, figure: Any) -> None:
     for i, rule in enumerate(RULES):
         found = [mean(results.values("loss", rule=rule, lr=lr)) for lr in RATES]
         curve(axes, RATES, found, i, rule)
-    axes.axhline(GUESS, color="#7F7F7F", linewidth=1, label="guess at random")
+    axes.axhline(GUESS, color=GREY, linewidth=1, label="guess at random")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss at the end")
     axes.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
     figure.legend(loc="outside right upper")

@@ -63,7 +63,7 @@ def tables(found: list[dict[str, Any]], place: re.Match[str]) -> str:
     for summary in found:
         if summary["study"] == place["study"]:
             shown = "\n\n".join(map(markdown, summary["tables"]))
-            return f"{place['begin']}\n{shown}\n{place['end']}"
+            return f"{place['begin']}\n\n{shown}\n\n{place['end']}"
     raise LookupError(
         f"{place['begin']} stands in it, and {place['study']} was not run"
     )
