@@ -33,11 +33,12 @@ fuzz: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# About 15 CPU minutes; what is in docs/studies already is not computed again.
+# About 25 CPU minutes; what is in docs/studies already is not computed again.
 studies: .venv/ready
 	for name in $$($(BIN)/gradclip study | cut -d' ' -f1); do \
 		$(BIN)/gradclip study $$name --out docs/studies $(ARGS) || exit 1; done
 	$(BIN)/gradclip study --page docs/studies.md --out docs/studies
+	$(BIN)/gradclip study --page docs/advice.md --out docs/studies
 
 # Its theme is at the end of its life in 2027, and says so at every build.
 docs: .venv/ready

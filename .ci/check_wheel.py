@@ -27,6 +27,10 @@ assert grads.round(6).tolist() == [0.6, 0.8] and info.norm == 5.0, (grads, info)
 print(f"import gradclip: {end - middle:.3f} s, beside numpy's {middle - start:.3f} s")
 """
 
+PAGE = (
+    "from importlib.metadata import metadata; print(metadata('gradclip').get_payload())"
+)
+
 
 def run(*command: str | Path) -> str:
     """Run a command that has to succeed; return what it printed."""
@@ -58,6 +62,9 @@ def main(wheel: Path) -> None:
         program, printed = first_example()
         Path("example.py").write_text(program, "utf-8")
         assert run(python, "example.py") == printed, "the README's first example"
+        page = run(python, "-c", PAGE)
+        assert "# gradclip" in page, "the wheel has no README"
+        assert "](docs/" not in page, "the README links to files"
         commands = run(Path(folder, "env", "bin", "gradclip"), "--help")
         assert "advise" in commands, commands
         print(f"{wheel.name}: the core, the README's first example, gradclip --help")

@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 import gradclip
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = CONFIG["project"]
 README = (ROOT / "README.md").read_text("utf-8")
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
@@ -37,6 +38,30 @@ def test_the_readme_tells_the_floors_of_the_metadata():
     assert dict(told) == floors()
     python = re.search(r"Python (\d\.\d+) or later", README)[1]
     assert PROJECT["requires-python"] == f">={python}"
+
+
+def to_files(page):
+    """Return the links of a page that lead to files, beside those to the network."""
+    links = re.findall(r"\]\(([^)]+)\)", page) + re.findall(
+        r"^\[.+\]: (.+)$", page, re.M
+    )
+    return [link for link in links if not link.startswith("https://")]
+
+
+def test_links_of_the_readme_lead_somewhere():
+    files = to_files(README)
+    assert files
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_page_of_an_index_has_no_link_to_a_file():
+    hook = CONFIG["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    page = "".join((ROOT / x["path"]).read_text("utf-8") for x in hook["fragments"])
+    for change in hook["substitutions"]:
+        page = re.sub(change["pattern"], change["replacement"], page)
+    assert to_files(page) == []
+    assert "https://arxiv.org" in page
+    assert "Choose a method, and what a message means" in page
 
 
 def test_the_version_is_one():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from gradclip.cli import app
 from gradclip.studies import STUDIES, bias, smoothness
 from gradclip.studies import generalisation as general
 from gradclip.studies import temporal_order as temporal
-from gradclip.studies.frame import Results, load, plain, read_rows, seen
+from gradclip.studies.frame import Results, larger, load, plain, read_rows, seen
 from gradclip.studies.page import write_page
+from gradclip.studies.progress import duration
 from gradclip.studies.statistics import above, geometric, mean, share, within_noise
 from gradclip.studies.tables import text
 
@@ -113,6 +115,27 @@ def test_a_page_about_nothing_is_refused(tmp_path):
     assert not (tmp_path / "page.md").exists()
 
 
+def test_a_page_with_marks_gets_the_tables_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- tables of bias -->\nold\n<!-- end -->\nAfter.\n")
+    shutil.copy(DOCS / "studies" / "bias.json", tmp_path)
+    result = program("--page", page, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    text = page.read_text("utf-8")
+    assert text.startswith("Before.\n<!-- tables of bias -->\n\n**Two points")
+    assert text.endswith("\n\n<!-- end -->\nAfter.\n")
+    assert "old" not in text
+
+
+def test_marks_of_a_study_that_was_not_run_are_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tables of spikes -->\n<!-- end -->\n")
+    shutil.copy(DOCS / "studies" / "bias.json", tmp_path)
+    result = program("--page", page, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "spikes was not run" in " ".join(result.output.split())
+
+
 def test_what_is_missing_is_named_with_its_remedy():
     without = (
         "import sys; sys.modules['sklearn'] = None; "
@@ -195,6 +218,24 @@ def test_the_best_fixed_step_is_counted_exactly(function, start, steps):
     slope = smoothness.SLOPES[function]
     found, _ = smoothness.descend(slope, start, math.inf, 20_000, no_tick)
     assert found == steps
+
+
+def test_the_counts_of_the_first_trial_are_exact():
+    study = load("smoothness")
+    cells = [cell for cell in study.cells("quick") if "rate" in cell]
+    counts = [dict(study.run(cell, [0], no_tick))[0]["steps"] for cell in cells]
+    assert counts == [64, 74, 127, 83, 5, 5, 5]
+
+
+def test_the_limits_of_the_first_trial_are_the_best_of_three():
+    limits = (1.0, 3.0, 10.0)
+    for start, fewest in ((1, 64), (10, 74), (100, 127)):
+        slope, rates = smoothness.SLOPES["x⁴"], np.array([0.3])
+        found = [
+            smoothness.descend(slope, start, limit, 200, no_tick, rates)[0]
+            for limit in limits
+        ]
+        assert min(x for x in found if x) == fewest
 
 
 @pytest.mark.parametrize("function", smoothness.SLOPES)
@@ -281,11 +322,32 @@ def test_the_findings_follow_from_the_runs(name):
     read_rows(DOCS / "studies" / f"{name}.jsonl", results)
     assert results.complete
     assert summary["setup"] == study.setup
-    assert summary["not_run"] == list(study.not_run)
+    assert summary["not_run"] == [*study.not_run, *larger(study, results)]
     findings = study.find(results)
     assert plain([vars(x) for x in findings.claims]) == summary["claims"]
     tables = plain([vars(x) for x in findings.tables])
     assert json.dumps(rounded(tables)) == json.dumps(rounded(summary["tables"]))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_time_that_is_announced_is_that_of_the_runs(name):
+    runs, cost = lines(DOCS / "studies" / f"{name}.jsonl"), load(name).cost
+    took = sum(row["cpu_s"] for row in runs)
+    assert took / 2 < sum(cost(row["cell"]) for row in runs) < 2 * took
+
+
+def test_how_long_it_takes_is_said_before(tmp_path):
+    result = program("bias", "--quick", "--seeds", 1, "--out", tmp_path)
+    assert result.output.startswith("bias  about 1 s on one core")
+    again = program("bias", "--quick", "--seeds", 1, "--out", tmp_path)
+    assert again.output.startswith("bias  31 of 31 are there already")
+    assert "bias  about" not in again.output
+    assert [duration(x) for x in (0.2, 80, 600, 7200)] == [
+        "1 s",
+        "80 s",
+        "10 min",
+        "2.0 h",
+    ]
 
 
 def rounded(x):
@@ -297,9 +359,12 @@ def rounded(x):
     return float(f"{x:.9g}") if isinstance(x, float) else x
 
 
-def test_the_page_is_what_the_studies_left(tmp_path):
-    page = tmp_path / "docs" / "studies.md"
+@pytest.mark.parametrize("name", ["studies.md", "advice.md"])
+def test_pages_are_what_the_studies_left(name, tmp_path):
+    page = tmp_path / "docs" / name
     (tmp_path / "docs").mkdir()
+    if name != "studies.md":
+        shutil.copy(DOCS / name, page)
     (tmp_path / "docs" / "studies").symlink_to(DOCS / "studies")
     write_page(tmp_path / "docs" / "studies", page)
-    assert page.read_text("utf-8") == (DOCS / "studies.md").read_text("utf-8")
+    assert page.read_text("utf-8") == (DOCS / name).read_text("utf-8")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from gradclip.backends import Backend, find_backend, on_host
-from gradclip.memory import Memory
+from gradclip.memory import Memory, at_least
 from gradclip.pipeline import Info, Policy, check_policy, run
 from gradclip.rules import Array, Rule, stages
 
@@ -88,7 +88,7 @@ class Clipper:
 
     Raises:
         TypeError: If `rule` is not a rule.
-        ValueError: For an unknown policy.
+        ValueError: For an unknown policy, and for fewer than one skip in a row.
 
     Example:
         >>> import gradclip as gc, numpy as np
@@ -109,6 +109,7 @@ class Clipper:
         """Check the rule and the policy; the memory is made at the first step."""
         self.rule = check_rule(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
+        at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
         self.info: Info | None = None
         self._memory = Memory(rule)

@@ -25,7 +25,7 @@ class UClip(Clipper):
 
     Raises:
         TypeError: If `rule` is not a rule.
-        ValueError: For an unknown policy.
+        ValueError: For an unknown policy, and for fewer than one skip in a row.
 
     Example:
         >>> import gradclip as gc, numpy as np

@@ -127,7 +127,9 @@ def study(
     ] = False,
     page: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Write a page about all studies in --out."),
+        typer.Option(
+            dir_okay=False, help="Write a page on --out, or only its marked tables."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")

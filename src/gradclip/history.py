@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradclip.memory import at_least
 from gradclip.pipeline import Info
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
 from gradclip.recorder import Recorder
@@ -27,9 +28,9 @@ class History:
         path: The file; it and its folder are made when the first steps are written.
         run: Facts worth keeping, such as the learning rate; anything JSON can hold.
         flush_every: After how many steps they are written, at least 1.
-        flush_seconds: After how many seconds they are written, if sooner.
-        tensors_every: Record the norm of each parameter at every so many steps; 0
-            never does. (For `gradclip.torch`.)
+        flush_seconds: After how many seconds they are written, if sooner; at least 0.
+        tensors_every: After how many steps the norm of each parameter is recorded, at
+            least 0, which never does. (For `gradclip.torch`.)
 
     Raises:
         ValueError: For a number of steps below its least.
@@ -55,11 +56,8 @@ class History:
         tensors_every: int = 0,
     ) -> None:
         """Check the numbers; no file is touched yet."""
-        if flush_every < 1 or tensors_every < 0:
-            raise ValueError(
-                f"History(flush_every={flush_every!r}, tensors_every="
-                f"{tensors_every!r}): write after 1 step or more; 0 records no tensors."
-            )
+        at_least(1, flush_every=flush_every)
+        at_least(0, flush_seconds=flush_seconds, tensors_every=tensors_every)
         self.path: Path | None = Path(path)
         self.tensors_every = tensors_every
         self._recorder: Recorder | None = Recorder(

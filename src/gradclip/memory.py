@@ -14,6 +14,13 @@ from gradclip.rules import Array, Rule, State, stages
 COUNTERS = ("step", "skipped", "in_a_row")
 
 
+def at_least(least: int, **named: float) -> None:
+    """Refuse numbers below the least one that has a meaning."""
+    for name, value in named.items():
+        if not isinstance(value, (int, float)) or not value >= least:
+            raise ValueError(f"{name}={value!r}: it is a number, at least {least}.")
+
+
 class Memory:
     """The state of each stage of a rule, and the counts of steps."""
 

@@ -19,13 +19,15 @@ class Band(Rule):
     Over each `"element"` it is the coordinate-wise clip from both sides of TailOPT.
 
     Args:
-        low: $l$, the smallest norm let through, in the unit of the gradient norm:
-            a number, a 0-d array, or a function of the step that returns one.
-        high: $u$, the largest norm let through, likewise.
+        low: $l$, the smallest norm let through, in the unit of the gradient norm,
+            above 0: a number, a 0-d array, or a function of the step that returns one.
+        high: $u$, the largest norm let through, in the unit of the gradient norm, at
+            least `low`.
         over: As for `Norm`.
         axis: As for `Norm`.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a limit that is not above 0, numbers in the wrong order, or an
             unknown scope.
 
@@ -84,6 +86,7 @@ class MovingBand(Rule):
         warmup: How many norms are watched first, at least 1.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a number outside its range, named in the message.
 
     Example:

@@ -30,9 +30,11 @@ class EMA(Rule):
         warmup: How many steps come before the average is used, at least 1.
         over: Each `"tensor"` (the paper) or `"all"`.
         warmup_limit: The largest global norm during the warm-up, in the unit of the
-            gradient norm. (Ports of the method use 1.0.) None clips nothing then.
+            gradient norm, above 0. (Ports of the method use 1.0.) None clips nothing
+            then.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a number outside its range, named in the message.
 
     Example:

@@ -23,7 +23,8 @@ class Moment(Rule):
     but what the memory takes in is, so that a spike there is forgotten.
 
     Args:
-        ratio: $k$, above 0: $\sqrt{\theta}$ with the $\theta = 5000$ of SPAM; 3 for
+        ratio: $k$, how many times the root of its second moment an element may be,
+            above 0: $\sqrt{\theta}$ with the $\theta = 5000$ of SPAM; 3 for
             AdamWClip.
         decay: $\beta$, how much of the second moment is kept at each step, in (0, 1).
         warmup: How many steps are watched before any element is clipped, at least 1.

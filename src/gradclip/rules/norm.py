@@ -15,8 +15,8 @@ class Norm(Limited):
     $g \leftarrow g \cdot \min(1, c / \lVert g \rVert_p)$
 
     Args:
-        limit: The largest norm let through, in the unit of the gradient norm: a
-            number, a 0-d array, or a function of the step that returns one.
+        limit: The largest norm let through, in the unit of the gradient norm,
+            above 0: a number, a 0-d array, or a function of the step that returns one.
             `float("inf")` records norms and never clips.
         over: What one norm is taken over: `"all"` gradients together, each
             `"tensor"`, each `"unit"` (row of one axis), each `"element"`, or each
@@ -27,6 +27,7 @@ class Norm(Limited):
             and Keras. Vectors and scalars are one unit.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a limit or `p` that is not above 0, or an unknown scope.
 
     Example:

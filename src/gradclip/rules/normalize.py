@@ -13,9 +13,11 @@ class Normalize(Rule):
     $g \leftarrow g \cdot \ell / (\lVert g \rVert + \varepsilon)$
 
     Args:
-        length: The norm afterwards, above 0 and finite.
+        length: The norm afterwards, in the unit of the gradient norm, above 0 and
+            finite.
         over: As for `Norm`; over each `"element"` it leaves the sign.
-        eps: What the norm is padded with, at least 0. Small norms stay small.
+        eps: What the norm is padded with, in the unit of the gradient norm, at least 0.
+            Small norms stay small.
         axis: As for `Norm`.
 
     Raises:

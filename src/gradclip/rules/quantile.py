@@ -21,7 +21,7 @@ class Quantile(Rule):
     limit no further than any other norm above it. `Percentile` is exact, and sorts.
 
     Args:
-        q: The percentile that is followed, between 0 and 100.
+        q: The percentile that is followed, from 0 to 100.
         rate: $\eta$, how far the limit may move at a step: by a factor of at most
             $e^\eta$; above 0.
         over: `"all"` or each `"tensor"`.
@@ -29,6 +29,7 @@ class Quantile(Rule):
             the first norm, so that a multiple of the loss has the same scales.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a number outside its range, named in the message.
 
     Example:

@@ -21,8 +21,8 @@ class Relative(Rule):
     Args:
         ratio: $\lambda$, the largest gradient norm per parameter norm, above 0.
         over: `"unit"` (the paper) or `"tensor"`.
-        eps: The norm that smaller parameters count for, above 0, so that weights that
-            start at zero can still move.
+        eps: The norm that smaller parameters count for, in the unit of the parameter
+            norm, above 0, so that weights that start at zero can still move.
         axis: As for `Norm`: 0 in torch's layout, -1 in that of JAX and Keras.
 
     Raises:

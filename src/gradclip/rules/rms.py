@@ -22,11 +22,12 @@ class RMS(Limited):
 
     Args:
         limit: $d$, the largest root mean square let through, in the unit of one element
-            of the gradient: a number, a 0-d array, or a function of the step that
-            returns one.
+            of the gradient, above 0: a number, a 0-d array, or a function of the step
+            that returns one.
         over: Each `"tensor"` (as optax does) or `"all"`.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a limit that is not above 0, or another scope.
 
     Example:

@@ -21,14 +21,16 @@ class Smooth(Limited):
     nothing here.
 
     Args:
-        limit: $c$, the bound of the norms afterwards, above 0 and finite: a number, a
-            0-d array, or a function of the step that returns one.
+        limit: $c$, the bound of the norms afterwards, in the unit of the gradient norm,
+            above 0 and finite: a number, a 0-d array, or a function of the step that
+            returns one.
         over: As for `Norm`.
         curve: `"ratio"` is the first of the equations, `"tanh"` the second, `"root"`
             the third.
         axis: As for `Norm`.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a limit that is not above 0 and finite, an unknown scope or
             curve.
 

@@ -23,9 +23,10 @@ class Stabilize(Rule):
 
     Args:
         decay: $\gamma_1$, how much of the first moment is kept at each step, in [0, 1).
-        square_decay: $\gamma_2$, the same for the second moment.
+        square_decay: $\gamma_2$, how much of the second moment is kept, in [0, 1).
         over: Each `"tensor"` (the paper) or `"all"`.
-        eps: $\varepsilon$, at least 0. (The paper's code uses 1e-8.)
+        eps: $\varepsilon$, in the unit of the gradient norm, at least 0. (The
+            paper's code uses 1e-8.)
 
     Raises:
         ValueError: For a number outside its range, named in the message.

@@ -14,11 +14,13 @@ class Value(Limited):
     $g_i \leftarrow \max(-c, \min(c, g_i))$
 
     Args:
-        limit: The largest modulus let through: a number, a 0-d array, or a function
+        limit: The largest modulus let through, in the unit of one element of the
+            gradient, above 0: a number, a 0-d array, or a function
             of the step that returns one.
         over: Only `"element"`; for a norm over more, see `Norm`.
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a limit that is not above 0.
 
     Example:

@@ -23,15 +23,17 @@ class ZScore(Rule):
     Args:
         z: How many standard deviations may pass, above 0.
         decay: How much of $\mu$ and $\sigma^2$ is kept at each step, in (0, 1].
-        warmup: How many steps with a finite norm above 0 are watched first, at least 1;
-            nothing but `max_limit` clips during them.
-        max_limit: A fixed limit on top, above 0. (The paper's code uses 1.0.)
+        warmup: How many steps are watched first, at least 1, not counting those whose
+            norm is 0 or not finite; nothing but `max_limit` clips during them.
+        max_limit: A fixed limit on top, in the unit of the gradient norm, above 0. (The
+            paper's code uses 1.0.)
         over: `"all"` or each `"tensor"`.
         mode: The limit of a norm that stands out: `"adaptive"` is the one above,
             `"mean"` is $\mu$, and `"threshold"` is $\mu + z \sigma$ (which the paper's
             code calls percentile).
 
     Raises:
+        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a number outside its range, named in the message, or an unknown
             scope or mode.
 

@@ -12,6 +12,7 @@ STUDIES = {
     "language-model": "Does clipping allow a higher learning rate?",
     "generalisation": "Does clipping generalise, beside L1, L2 and dropout?",
     "bias": "Where does clipping lead somewhere else?",
+    "threshold": "Does `advise` put the limit where training goes best?",
 }
 """The question of each study."""
 

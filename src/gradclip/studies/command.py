@@ -35,7 +35,10 @@ def perform(
             raise typer.BadParameter(
                 f"{out} holds no study; run `gradclip study NAME --out {out}` first."
             )
-        write_page(out, page)
+        try:
+            write_page(out, page)
+        except LookupError as error:
+            raise typer.BadParameter(f"{page}: {error.args[0]}.") from None
 
 
 def one(study: Study, out: Path, size: Size, seeds: int | None, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Figures: what all of them have in common."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ COLOURS = (
     "#56B4E9",
     "#7F7F7F",
 )
+GREY = COLOURS[-1]
+"""For lines that are no measurements."""
 SHAPES = "osD^vPX<"
 
 
@@ -41,6 +44,24 @@ def save(draw: Callable[[Any], None], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
+def line(
+    axes: Any,
+    xs: Sequence[float | None],
+    ys: Sequence[float | None],
+    i: int,
+    name: str | None = None,
+    **style: Any,
+) -> None:
+    """Draw numbers over numbers; those that are None are left out."""
+    places = [[math.nan if x is None else x for x in numbers] for numbers in (xs, ys)]
+    axes.plot(*places, label=name, **look(i), **style)
+
+
+def look(i: int) -> dict[str, Any]:
+    """Return the colour and the marker of a curve."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": SHAPES[i % len(SHAPES)]}
+
+
 def curve(
     axes: Any, xs: Sequence[float], estimates: Sequence[Estimate], i: int, name: str
 ) -> None:
@@ -60,8 +81,7 @@ def curve(
             [e["value"] - low(e) for _, e in shown],
             [high(e) - e["value"] for _, e in shown],
         ],
-        color=COLOURS[i % len(COLOURS)],
-        marker=SHAPES[i % len(SHAPES)],
+        **look(i),
         markersize=5,
         linewidth=1.5,
         capsize=3,
@@ -82,8 +102,7 @@ def dots(
             [e["value"] - low(e) for e in shown],
             [high(e) - e["value"] for e in shown],
         ],
-        color=COLOURS[i % len(COLOURS)],
-        marker=SHAPES[i % len(SHAPES)],
+        **look(i),
         markersize=5,
         linestyle="none",
         capsize=2,

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import gradclip
 from gradclip.studies import STUDIES
-from gradclip.studies.progress import Progress
+from gradclip.studies.progress import Progress, duration
 from gradclip.studies.tables import Table
 
 Size: TypeAlias = Literal["quick", "usual", "full"]
@@ -70,6 +70,8 @@ class Study:
     draw: Callable[["Results", Any], None]
     """Draws into a matplotlib figure."""
     not_run: tuple[str, ...]
+    cost: Callable[[Cell], float]
+    """About how many CPU seconds a seed of a cell takes, on one core."""
     seeded: bool = True
     """False where there is nothing random, so that one seed is all."""
 
@@ -167,7 +169,8 @@ def carry_out(
     path = out / f"{study.name}.jsonl"
     spent = read_rows(path, results)
     todo = [cell for cell in results.cells if results.missing(cell)]
-    progress.start(len(results.cells), len(results.cells) - len(todo))
+    seconds = sum(study.cost(cell) * len(results.missing(cell)) for cell in todo)
+    progress.start(len(results.cells), len(results.cells) - len(todo), seconds)
     with path.open("a", encoding="utf-8", buffering=1) as file, one_thread():
         for cell in todo:
             for seed, row, seconds in timed(
@@ -241,7 +244,7 @@ def write_findings(
         "run": facts(size, results, spent),
         "tables": [vars(table) for table in findings.tables],
         "claims": [vars(claim) for claim in findings.claims],
-        "not_run": list(study.not_run),
+        "not_run": [*study.not_run, *larger(study, results)],
     }
     text = json.dumps(plain(summary), indent=1, allow_nan=False, ensure_ascii=False)
     (out / f"{study.name}.json").write_text(text + "\n", "utf-8")
@@ -249,6 +252,15 @@ def write_findings(
 
     save(lambda figure: study.draw(results, figure), out / f"{study.name}.svg")
     return json.loads(text)
+
+
+def larger(study: Study, results: Results) -> list[str]:
+    """Return what the full size would take, where this is not it."""
+    cells = study.cells("full")
+    if cells == results.cells:
+        return []
+    seconds = study.seeds * sum(map(study.cost, cells))
+    return [f"the full size (`--full`), about {duration(seconds)} on one core"]
 
 
 def facts(size: Size, results: Results, spent: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradclip.rules import Norm
-from gradclip.studies.drawing import dots
+from gradclip.studies.drawing import GREY, dots
 from gradclip.studies.frame import (
     Cell,
     Claim,
@@ -90,6 +90,13 @@ def cells(size: Size) -> list[Cell]:
         for name in names
         for method in METHODS
     ]
+
+
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed, with all its rates, limits and strengths."""
+    limits = 3 if "clipping" in cell["method"] else 1
+    strengths = 1 if cell["method"] in ("none", "clipping") else 2
+    return 1.2e-4 * limits * strengths * len(RATES) * cell["steps"]
 
 
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
@@ -313,7 +320,7 @@ def draw(results: Results, figure: Any) -> None:
     for i, data in enumerate(results.options("data")):
         found = [gain(results, data, method, "none") for method in names]
         dots(axes, names, found, i, data)
-    axes.axvline(0, color="#7F7F7F", linewidth=1)
+    axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlabel("test accuracy above that without any")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:+.1%}")
     figure.legend(loc="outside upper center", ncols=4)
@@ -327,6 +334,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "images, text and networks of the size that papers use",
         "early stopping, data augmentation, batch normalisation",

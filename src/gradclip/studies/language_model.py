@@ -11,7 +11,7 @@ import torch
 
 import gradclip as gc
 from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
-from gradclip.studies.drawing import curve
+from gradclip.studies.drawing import GREY, curve
 from gradclip.studies.frame import (
     Cell,
     Claim,
@@ -63,6 +63,12 @@ def cells(size: Size) -> list[Cell]:
         for lr in RATES
         for rule in RULES
     ]
+
+
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed, by the weights times the characters."""
+    weights = cell["layers"] * 8 * cell["hidden"] ** 2
+    return 2.2e-10 * weights * cell["batch"] * cell["length"] * cell["steps"]
 
 
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
@@ -159,7 +165,7 @@ def draw(results: Results, figure: Any) -> None:
     for i, rule in enumerate(RULES):
         found = [mean(results.values("loss", rule=rule, lr=lr)) for lr in RATES]
         curve(axes, RATES, found, i, rule)
-    axes.axhline(GUESS, color="#7F7F7F", linewidth=1, label="guess at random")
+    axes.axhline(GUESS, color=GREY, linewidth=1, label="guess at random")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss at the end")
     axes.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
     figure.legend(loc="outside right upper")
@@ -173,6 +179,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "learning rates between the four, each of which may be better for either side",
         "words instead of characters, dropout, and the 40 epochs of the recipe",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ chance.
 """
 
 
+PLACE = re.compile(
+    r"(?P<begin><!-- tables of (?P<study>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", re.S
+)
+"""Where a page has the tables of a study."""
+
+
 def summaries(folder: Path) -> list[dict[str, Any]]:
     """Return what the studies left in a folder, in the order of the list."""
     paths = (folder / f"{name}.json" for name in STUDIES)
@@ -32,8 +40,15 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_page(folder: Path, path: Path) -> None:
-    """Write the page of all studies in a folder."""
+    """Write the page of all studies in a folder, or the tables that a page asks for.
+
+    Raises:
+        LookupError: If it asks for those of a study that is not there.
+    """
     found = summaries(folder)
+    if path.exists() and PLACE.search(page := path.read_text("utf-8")):
+        path.write_text(PLACE.sub(partial(tables, found), page), "utf-8")
+        return
     where = Path(os.path.relpath(folder, path.parent))
     parts = [HEAD, claims(found)]
     parts += [section(summary, where.as_posix()) for summary in found]
@@ -41,6 +56,17 @@ def write_page(folder: Path, path: Path) -> None:
     if missing:
         parts.append(f"## Not run\n\nThe studies {', '.join(missing)}.\n")
     path.write_text("\n".join(parts), "utf-8")
+
+
+def tables(found: list[dict[str, Any]], place: re.Match[str]) -> str:
+    """Return the tables of one study, between the marks where they stand."""
+    for summary in found:
+        if summary["study"] == place["study"]:
+            shown = "\n\n".join(map(markdown, summary["tables"]))
+            return f"{place['begin']}\n\n{shown}\n\n{place['end']}"
+    raise LookupError(
+        f"{place['begin']} stands in it, and {place['study']} was not run"
+    )
 
 
 def claims(found: list[dict[str, Any]]) -> str:

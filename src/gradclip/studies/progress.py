@@ -45,12 +45,15 @@ class Progress:
         """Leave the bar as it is."""
         self._bars.stop()
 
-    def start(self, cells: int, already: int) -> None:
-        """Begin with some cells that are done."""
+    def start(self, cells: int, already: int, seconds: float) -> None:
+        """Begin with some cells that are done, and say how long the others take."""
         self._cells, self._done = cells, already
         self._task = self._bars.add_task(self.name, total=cells, completed=already)
         if already:
             self._line(f"{already} of {cells} are there already")
+        if already < cells:
+            line = f"{self.name}  about {duration(seconds)} on one core"
+            self.console.print(line, markup=False, highlight=False)
 
     def within(self, share: float) -> None:
         """Note the share of the present cell that is done."""
@@ -68,3 +71,12 @@ class Progress:
         if not self.console.is_interactive:
             line = f"{self.name}  {what}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: an estimate has no more digits."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -213,6 +213,11 @@ def errors(flat: Tensor, count: int, length: int, source: torch.Generator) -> fl
     return wrong.double().mean().item()
 
 
+def cost(cell: Cell) -> float:
+    """Return the CPU seconds of a seed that does not solve the task."""
+    return 1.1e-5 * cell["T"] * cell["updates"]
+
+
 def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row]]:
     """Train all seeds side by side; a run that has solved the task ends there."""
     rows = {seed: Row(best=1.0, solved_at=None) for seed in seeds}
@@ -336,6 +341,7 @@ STUDY = Study(
     run=run,
     find=find,
     draw=draw,
+    cost=cost,
     not_run=(
         "the paper's 5 million updates: a run that would solve the task later counts "
         "as one that does not",

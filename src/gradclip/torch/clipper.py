@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
-from gradclip.memory import Memory
+from gradclip.memory import Memory, at_least
 from gradclip.pipeline import (
     Info,
     Policy,
@@ -42,7 +42,8 @@ class Clipper:
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
     Args:
-        params: A module, (name, parameter) pairs, parameters, or one parameter.
+        params: A module, (name, parameter) pairs, parameters, or one parameter, of any
+            shape.
         rule: Any rule.
         on_nonfinite: What NaN or infinity in a gradient leads to. `"skip"` sets all
             gradients to None, so that parameters and optimizer stay as they are;
@@ -67,7 +68,8 @@ class Clipper:
 
     Raises:
         TypeError: If the parameters are not tensors, or `rule` is not a rule.
-        ValueError: If there are no parameters, or for an unknown policy.
+        ValueError: If there are no parameters, for an unknown policy, and for fewer
+            than one skip in a row.
         VerifyError: With `verify`, where processes do not clip the same model alike:
             it names the rank, the parameters and the likely cause.
 
@@ -100,6 +102,7 @@ class Clipper:
         """Check everything before the first step."""
         self.rule = check_rule(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
+        at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
         self.info: Info | None = None
         named = named_parameters(params)

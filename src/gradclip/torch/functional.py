@@ -49,9 +49,9 @@ def clip_grad_norm_(
     $g \leftarrow g \cdot \min(1, c / \lVert g \rVert_p)$
 
     Args:
-        parameters: Parameters, or one parameter, whose `grad` is clipped.
-        max_norm: $c$, the largest norm let through, above 0; infinity only measures.
-            A 0-d tensor is not read by the host.
+        parameters: Parameters of any shape, or one parameter, whose `grad` is clipped.
+        max_norm: $c$, the largest norm let through, in the unit of the gradient norm,
+            above 0; infinity only measures. A 0-d tensor is not read by the host.
         norm_type: $p$, the order of the norm, above 0.
         error_if_nonfinite: The same as `on_nonfinite="raise"`.
         foreach: Accepted for compatibility; the fastest way is always taken.
@@ -103,8 +103,9 @@ def clip_grad_value_(
     $g_i \leftarrow \max(-c, \min(c, g_i))$
 
     Args:
-        parameters: Parameters, or one parameter, whose `grad` is clipped.
-        clip_value: $c$, the largest modulus let through, above 0.
+        parameters: Parameters of any shape, or one parameter, whose `grad` is clipped.
+        clip_value: $c$, the largest modulus let through, in the unit of one element of
+            the gradient, above 0.
         foreach: Accepted for compatibility.
         on_nonfinite: As for `clip_grad_norm_`; `"ignore"` clamps infinity too, and
             leaves NaN.
@@ -144,7 +145,7 @@ def get_total_norm(
     $\lVert (t_1, t_2, …) \rVert_p$
 
     Args:
-        tensors: Tensors, or one tensor; the norm of none is 0.
+        tensors: Tensors of any shape, or one tensor; the norm of none is 0.
         norm_type: $p$, the order of the norm, above 0.
         error_if_nonfinite: Whether NaN and infinity raise.
         foreach: Accepted for compatibility.
@@ -193,9 +194,11 @@ def clip_grads_with_norm_(
     $g \leftarrow g \cdot \min(1, c / n)$
 
     Args:
-        parameters: Parameters, or one parameter, whose `grad` is scaled.
-        max_norm: $c$, the largest norm let through, above 0.
-        total_norm: $n$, their norm; nothing is scaled if it is not finite.
+        parameters: Parameters of any shape, or one parameter, whose `grad` is scaled.
+        max_norm: $c$, the largest norm let through, in the unit of the gradient norm,
+            above 0.
+        total_norm: $n$, their norm, a number at least 0 or a 0-d tensor, in the unit of
+            the gradient norm; nothing is scaled if it is not finite.
         foreach: Accepted for compatibility.
 
     Raises:

@@ -36,7 +36,8 @@ class Pieces:
 
     Args:
         group: The processes that hold the pieces.
-        dim: The dimension that was cut; None for tensors that were laid flat before.
+        dim: The dimension that was cut, at least 0; None for tensors that were laid
+            flat before.
 
     Example:
         >>> from gradclip.torch import Clipper, Pieces
