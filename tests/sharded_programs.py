@@ -613,13 +613,32 @@ def crossed(rank, world):
     }
 
 
+class WideLinear(torch.nn.Linear):
+    """A layer that computes in float64, whatever its parameters and gradients are."""
+
+    def forward(self, x):
+        weight, bias = self.weight.double(), self.bias.double()
+        return torch.nn.functional.linear(x.double(), weight, bias)
+
+
+class WideLayerNorm(torch.nn.LayerNorm):
+    """As `WideLinear`: what is summed in another order is then equal in float32."""
+
+    def forward(self, x):
+        weight, bias = self.weight.double(), self.bias.double()
+        return torch.nn.functional.layer_norm(
+            x.double(), self.normalized_shape, weight, bias, self.eps
+        )
+
+
 class Net(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, wide=False):
         super().__init__()
         torch.manual_seed(3)
-        self.up = torch.nn.Linear(6, 10)
-        self.norm = torch.nn.LayerNorm(10)
-        self.down = torch.nn.Linear(10, 3)
+        linear = WideLinear if wide else torch.nn.Linear
+        self.up = linear(6, 10)
+        self.norm = (WideLayerNorm if wide else torch.nn.LayerNorm)(10)
+        self.down = linear(10, 3)
 
     def forward(self, x):
         return self.down(self.norm(torch.tanh(self.up(x)))).clone()
@@ -644,11 +663,12 @@ class Stage(torch.nn.Module):
 class Experts(torch.nn.Module):
     """A dense layer and two experts that take tokens in turn; all of them, or one."""
 
-    def __init__(self, group=None):
+    def __init__(self, group=None, wide=False):
         super().__init__()
         torch.manual_seed(3)
-        self.dense, self.group = torch.nn.Linear(6, 10), group
-        experts = {str(i): torch.nn.Linear(10, 3) for i in range(2)}
+        linear = WideLinear if wide else torch.nn.Linear
+        self.dense, self.group = linear(6, 10), group
+        experts = {str(i): linear(10, 3) for i in range(2)}
         mine = experts if group is None else [str(group.rank())]
         self.experts = torch.nn.ModuleDict({i: experts[i] for i in mine})
 
@@ -697,8 +717,8 @@ def batch(step, world):
     return torch.randn(2 * world, 6, generator=generator) * (30 if step == 7 else 1)
 
 
-def whole_net(kind):
-    return Experts() if kind == "experts" else Net()
+def whole_net(kind, wide=False):
+    return Experts(wide=wide) if kind == "experts" else Net(wide)
 
 
 def declared(kind, world):
@@ -722,10 +742,10 @@ def pipeline(kind, net, grid):
     return stage
 
 
-def sharded_net(kind, world):
-    net, m = Net(), meshes(world)
+def sharded_net(kind, world, wide=False):
+    net, m = Net(wide), meshes(world)
     if kind == "experts":
-        return Experts(m["grid"].get_group("a"))
+        return Experts(m["grid"].get_group("a"), wide)
     if "pipeline" in kind:
         return pipeline(kind, net, m["grid"])
     mesh = m["grid"] if kind == "hybrid" else m["line"]
@@ -770,46 +790,109 @@ KINDS += ["pipeline", "pipeline-rows", "experts"]
 
 def training(rank, world):
     """Train twenty steps on split and on whole parameters; return how far they part."""
-    # Torch has no fused SGD for DTensors, and no fused AdamW for these beside tensors.
-    cases = [("SGD", False, order) for order in (1.0, 2.0, 3.0, math.inf)]
-    found = {}
+    cases, found = [("SGD", False, p) for p in (1.0, 2.0, 3.0, math.inf)], {}
     for kind in KINDS:
-        for case in [("AdamW", kind not in ("tensor", "sequence"), 2.0), *cases]:
-            found[(kind, *case)] = train(rank, world, kind, *case)
-        # Without the rounding of the network, in one largest element too.
+        # Torch has no fused AdamW for DTensors beside tensors, and no such SGD at all.
+        adamw = "AdamW", kind not in ("tensor", "sequence"), 2.0
+        for case in [adamw, *cases]:
+            found[("wide", kind, *case)] = train(rank, world, kind, *case, wide=True)
+        # Layers as they are: their own rounding, in another order, comes on top of it.
+        for case in (adamw, cases[-1]):
+            found[("plain", kind, *case)] = train(rank, world, kind, *case)
         torch.set_default_dtype(torch.float64)
-        found[kind, "wide", False, math.inf] = train(rank, world, kind, *cases[-1])
+        found[("float64", kind, *cases[-1])] = train(rank, world, kind, *cases[-1])
         torch.set_default_dtype(torch.float32)
     return found
 
 
-def train(rank, world, kind, name, fused, order):
-    net, alone = sharded_net(kind, world), whole_net(kind)
+def train(rank, world, kind, name, fused, order, wide=False):
+    """Train a split model and a whole one; return how far norms and gradients part."""
+    nets = sharded_net(kind, world, wide), whole_net(kind, wide)
     rule, make = gc.Norm(0.2, p=order), getattr(torch.optim, name)
-    nets = net, alone
     both = [make(n.parameters(), lr=0.05, fused=fused) for n in nets]
     # Once in each kind of model nothing has to be found wrong for twenty steps.
     ours = {"split_over": declared(kind, world), "verify": name == "AdamW"}
     clippers = [
-        attach(o, rule, model=n, **(ours if n is net else {}))
+        attach(o, rule, model=n, **(ours if n is nets[0] else {}))
         for o, n in zip(both, nets, strict=True)
     ]
-    worst = clipped = 0.0
+    beside = Beside(kind, rule) if wide else None
+    found = dict.fromkeys(("norm", "grads", "drift", "apart", "clipped"), 0.0)
     for step in range(20):
-        norms = []
-        for n, optimizer, clipper in zip(nets, both, clippers, strict=True):
+        x = batch(step, world)
+        for n, optimizer in zip(nets, both, strict=True):
             optimizer.zero_grad()
-            backward(n, batch(step, world), rank, world, kind, n is net)
+            backward(n, x, rank, world, kind, n is nets[0])
+        if beside:
+            beside.clip(nets[0], x)
+        for optimizer in both:
             optimizer.step()
-            norms.append(float(clipper.info.norm))
-            clipped += float(clipper.info.clipped)
-        worst = max(worst, abs(norms[0] / norms[1] - 1))
-    apart = 0.0
+        norms = [float(clipper.info.norm) for clipper in clippers]
+        note(found, "drift", abs(norms[0] / norms[1] - 1))
+        if beside:
+            note(found, "norm", abs(norms[0] / beside.norm - 1))
+            note(found, "grads", beside.distance(nets[0]))
+        found["clipped"] += float(clippers[0].info.clipped)
+    right = dict(nets[1].named_parameters())
+    for n, p in gathered(nets[0], kind, nets[1], "data").items():
+        note(found, "apart", float((p - right[n]).detach().abs().max()))
+    return found
+
+
+class Beside:
+    """A whole model that starts each step from the parameters of the split one.
+
+    What rounding did in the steps before is not counted again.
+    """
+
+    def __init__(self, kind, rule):
+        self.kind, self.model = kind, whole_net(kind, wide=True)
+        self.clipper = Clipper(self.model, rule, doctor=())
+
+    def clip(self, net, x):
+        """Clip the gradients of the same step, before the split model takes it."""
+        self.model.load_state_dict(gathered(net, self.kind, self.model, "data"))
+        self.model.zero_grad()
+        if self.kind == "precision":
+            # The network is rounded to bfloat16 here, and only the clip is compared.
+            grads = gathered(net, self.kind, self.model, "grad")
+            for n, p in self.model.named_parameters():
+                p.grad = grads[n].clone()
+        else:
+            self.model(x).square().mean().backward()
+        self.norm = float(self.clipper.clip_().norm)
+
+    def distance(self, net):
+        """Return the largest difference of gradients, over the largest element."""
+        grads = gathered(net, self.kind, self.model, "grad")
+        right = {n: p.grad for n, p in self.model.named_parameters()}
+        assert right.keys() == grads.keys()
+        largest = max(float(g.abs().max()) for g in right.values())
+        return (
+            max(float((grads[n] - g).abs().max()) for n, g in right.items()) / largest
+        )
+
+
+def note(found, key, value):
+    found[key] = max(found[key], value)
+
+
+def gathered(net, kind, model, what):
+    """Return all parameters or gradients of a split model, whole, by name."""
+    named = ((n, getattr(p, what)) for n, p in net.named_parameters())
+    mine = {n.removeprefix("module."): whole(t) for n, t in named if t is not None}
+    if not kind.startswith(("fsdp1", "pipeline", "experts")):
+        return mine
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
     if "fsdp1" not in kind:
-        right = dict(alone.named_parameters())
-        named = ((n.removeprefix("module."), p) for n, p in net.named_parameters())
-        apart = max(float((whole(p) - right[n]).detach().abs().max()) for n, p in named)
-    return {"norm": worst, "apart": apart, "clipped": clipped}
+        return {n: t for part in every for n, t in part.items()}
+    flat = torch.cat([t.flatten() for part in every for t in part.values()])
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    parts = flat[: sum(map(math.prod, shapes.values()))].split(
+        [math.prod(shape) for shape in shapes.values()]
+    )
+    return {n: t.view(shapes[n]) for n, t in zip(shapes, parts, strict=True)}
 
 
 def backward(net, x, rank, world, kind, ours):
