@@ -863,14 +863,26 @@ class Beside:
         self.norm = float(self.clipper.clip_().norm)
 
     def distance(self, net):
-        """Return the largest difference of gradients, over the largest element."""
-        grads = gathered(net, self.kind, self.model, "grad")
+        """Return the largest difference of gradients here, over the largest element."""
         right = {n: p.grad for n, p in self.model.named_parameters()}
-        assert right.keys() == grads.keys()
-        largest = max(float(g.abs().max()) for g in right.values())
-        return (
-            max(float((grads[n] - g).abs().max()) for n, g in right.items()) / largest
-        )
+        if self.kind.startswith("fsdp1"):
+            mine = gathered(net, self.kind, self.model, "grad")
+        else:
+            mine = {
+                n.removeprefix("module."): p.grad for n, p in net.named_parameters()
+            }
+        assert mine.keys() <= right.keys()
+        far = [far_from(right[n], g) for n, g in mine.items() if g is not None]
+        return max(far) / max(float(g.abs().max()) for g in right.values())
+
+
+def far_from(right, mine):
+    """Return the largest difference of what is here of a tensor."""
+    if isinstance(mine, DTensor):
+        mesh, placements = mine.device_mesh, mine.placements
+        right = distribute_tensor(right, mesh, placements, src_data_rank=None)
+        mine, right = mine.to_local(), right.to_local()
+    return float((mine - right).abs().max()) if mine.numel() else 0.0
 
 
 def note(found, key, value):
