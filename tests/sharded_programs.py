@@ -52,7 +52,7 @@ from gradclip.torch import (
     sharded,
 )
 
-TIMEOUT = 480
+TIMEOUT = 900
 GROUP_TIMEOUT = 90
 CPU = torch.device("cpu")
 
