@@ -74,5 +74,5 @@ class Quantile(Rule):
         share = self.q / 100
         down, up = (math.expm1(self.rate * x) for x in (share - 1, share))
         # As a sum, since in float32 the rounding of a factor near 1 adds up.
-        moved = limit + limit * xp.where(n <= limit, down, up)
+        moved = limit + xp.where(n <= limit, limit * down, limit * up)
         return limit, held({"limit": moved}, state, usable(n, xp), xp)
