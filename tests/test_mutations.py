@@ -3,11 +3,18 @@
 Each mutation runs in a process of its own, so that nothing of it stays behind.
 """
 
-import subprocess
+import contextlib
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from gradclip import backends, pipeline, rules
+from gradclip.torch import norms, verbs
 
 NUMPY = "test_twins.py::test_numpy_equals_twin"
 TORCH = "test_twins.py::test_torch_equals_twin"
@@ -93,32 +100,49 @@ MUTATIONS = {
         "measure = verbs.InPlace.measure; verbs.InPlace.measure = verbs.InPlace.weigh",
     ),
 }
-PROGRAM = """
-import sys
-import numpy as np, pytest, torch
-import gradclip.torch.attach
-from gradclip import backends, pipeline, rules
-from gradclip.torch import norms, verbs
-attach = sys.modules["gradclip.torch.attach"]
-{mutation}
-sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", {tests!r}]))
-"""
+BROKEN = 99
+# Its copies start with torch imported, which takes longer than most of the tests.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["gradclip.torch"])
 
 
-def outcome(tests, mutation):
-    where = str(Path(__file__).parent / tests)
-    program = PROGRAM.format(mutation=mutation, tests=where)
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True
-    )
+def run(mutation, tests, report):
+    """Break what is told, run the tests, and leave with pytest's code."""
+    names = {
+        "np": np,
+        "torch": torch,
+        "backends": backends,
+        "pipeline": pipeline,
+        "rules": rules,
+        "norms": norms,
+        "verbs": verbs,
+        "attach": sys.modules["gradclip.torch.attach"],
+    }
+    # An exception must not look like a test that fails, whose code is 1.
+    code = BROKEN
+    try:
+        exec(mutation, names)
+        with report.open("w") as out, contextlib.redirect_stdout(out):
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", tests])
+    finally:
+        os._exit(code)
+
+
+def outcome(tests, mutation, folder):
+    """Return the code that pytest leaves with, and what it said."""
+    where, report = str(Path(__file__).parent / tests), folder / "report.txt"
+    process = SERVER.Process(target=run, args=(mutation, where, report))
+    process.start()
+    process.join()
+    return process.exitcode, report.read_text()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_verb_fails_a_law(name):
-    result = outcome(*MUTATIONS[name])
-    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-2000:]
+def test_a_broken_verb_fails_a_law(name, tmp_path):
+    code, said = outcome(*MUTATIONS[name], tmp_path)
+    assert code == pytest.ExitCode.TESTS_FAILED, said[-2000:]
 
 
-def test_without_a_mutation_the_same_tests_pass():
-    result = outcome(NUMPY + "[norm]", "pass")
-    assert result.returncode == pytest.ExitCode.OK, result.stdout[-2000:]
+def test_without_a_mutation_the_same_tests_pass(tmp_path):
+    code, said = outcome(NUMPY + "[norm]", "pass", tmp_path)
+    assert code == pytest.ExitCode.OK, said[-2000:]
