@@ -12,7 +12,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK
+from gradclip.backends import CHUNK, ROW
 
 _IS_CPU = attrgetter("is_cpu")
 
@@ -113,8 +113,15 @@ def _wide_norm(chunk: Tensor, p: float) -> Tensor:
     if math.isinf(p) or size == 0 or not math.isfinite(size):
         return largest
     if p == 2 and 1e-140 < size < 1e140:
-        return torch.linalg.vector_norm(chunk)
-    return torch.linalg.vector_norm(chunk / largest, p) * largest
+        return _norm_by_rows(chunk, p)
+    return _norm_by_rows(chunk / largest, p) * largest
+
+
+def _norm_by_rows(x: Tensor, p: float) -> Tensor:
+    """Return the norm of a vector from those of rows: torch's sums are not pairwise."""
+    size = x.numel() // ROW * ROW
+    rows = torch.linalg.vector_norm(x[:size].view(-1, ROW), p, dim=1)
+    return torch.linalg.vector_norm(torch.cat([rows, x[size:]]), p)
 
 
 def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
