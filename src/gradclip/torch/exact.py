@@ -12,8 +12,10 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK, ROW
+from gradclip.backends import CHUNK
 
+SHORT = 128
+"""Elements of float64 that are added one by one."""
 _IS_CPU = attrgetter("is_cpu")
 
 
@@ -112,16 +114,21 @@ def _wide_norm(chunk: Tensor, p: float) -> Tensor:
     size = largest.item()
     if math.isinf(p) or size == 0 or not math.isfinite(size):
         return largest
-    if p == 2 and 1e-140 < size < 1e140:
-        return _norm_by_rows(chunk, p)
-    return _norm_by_rows(chunk / largest, p) * largest
+    if p == 2:
+        usual = 1e-140 < size < 1e140
+        return root_of_sum(chunk) if usual else root_of_sum(chunk / largest) * largest
+    return (chunk / largest).abs_().pow_(p).sum() ** (1 / p) * largest
 
 
-def _norm_by_rows(x: Tensor, p: float) -> Tensor:
-    """Return the norm of a vector from those of rows: torch's sums are not pairwise."""
-    size = x.numel() // ROW * ROW
-    rows = torch.linalg.vector_norm(x[:size].view(-1, ROW), p, dim=1)
-    return torch.linalg.vector_norm(torch.cat([rows, x[size:]]), p)
+def root_of_sum(x: Tensor) -> Tensor:
+    """Return the 2-norm of a float64 vector: of short rows, which are added in pairs.
+
+    `dot` and `vector_norm` add one by one: next to an element of 5e7, they lose 4e-12
+    of 300,000 that are 1.5, and this does not lose 2e-15.
+    """
+    size = x.numel() // SHORT * SHORT
+    rows = torch.linalg.vector_norm(x[:size].view(-1, SHORT), dim=1)
+    return (rows.square_().sum() + x[size:].square().sum()).sqrt_()
 
 
 def _wide_chunks(t: Tensor) -> Iterator[Tensor]:

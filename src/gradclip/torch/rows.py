@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, ROW
-from gradclip.torch.exact import converted, exact_norm, flat_view, scratch, wide_moduli
+from gradclip.torch.exact import (
+    converted,
+    exact_norm,
+    flat_view,
+    root_of_sum,
+    scratch,
+    wide_moduli,
+)
 
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
@@ -76,15 +83,14 @@ class Rows:
         if flat is None or t.is_complex():
             self.exact.append(exact_norm(t, 2.0).reshape(1))
             return
+        if t.dtype == torch.float64:
+            self.exact.append(root_of_sum(flat).reshape(1))
+            return
         for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
             matrix, rest = cut(block)
-            norms = row_norms(matrix)
-            if norms.dtype == torch.float64:
-                self.exact.append(norms)
-            else:
-                self.matrices.append(matrix)
-                self.norms.append(norms)
-                self.rows += len(matrix)
+            self.matrices.append(matrix)
+            self.norms.append(row_norms(matrix))
+            self.rows += len(matrix)
             if len(rest):
                 self.exact.append(torch.linalg.vector_norm(rest.double()).reshape(1))
             if self.rows > CHUNK // 2:
@@ -93,7 +99,7 @@ class Rows:
     def add_gathered(self, tensors: list[Tensor], sizes: list[int]) -> None:
         """Take the norm of many small tensors, by copies in float64."""
         for wide, _ in wide_copies(tensors, sizes):
-            self.exact.append(torch.dot(wide, wide).sqrt_().reshape(1))
+            self.exact.append(root_of_sum(wide).reshape(1))
 
     def add_many(self, tensors: list[Tensor]) -> None:
         """Take the norms of many tensors of middle size, a call for all of them.
@@ -120,7 +126,7 @@ class Rows:
         self._settle()
         if not self.exact:
             return None
-        total = torch.linalg.vector_norm(torch.cat(self.exact))
+        total = root_of_sum(torch.cat(self.exact))
         if self.biased or not 1e-10 < total.item() < math.inf:
             return None
         return total
