@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import gradclip as gc
 from gradclip.torch import Clipper
 
-EXAMPLES = int(os.environ.get("GRADCLIP_FUZZ_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("GRADCLIP_FUZZ_EXAMPLES", "200"))
 REPORT = os.environ.get("GRADCLIP_FUZZ_REPORT")
 RANGES = {
     torch.float16: (-24, 15),
@@ -33,7 +33,7 @@ WORST: dict[str, float] = {}
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=EXAMPLES <= 300,
+    derandomize=EXAMPLES <= 200,
     suppress_health_check=list(HealthCheck),
 )
 

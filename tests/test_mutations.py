@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,7 @@ MUTATIONS = {
     ),
 }
 BROKEN = 99
+QUIET = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
 # Its copies start with torch imported, which takes longer than most of the tests.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["gradclip.torch"])
@@ -120,10 +122,14 @@ def run(mutation, tests, report):
     }
     # An exception must not look like a test that fails, whose code is 1.
     code = BROKEN
+    # One example that fails is enough; the smallest would take longer to find.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("first", phases=phases)
+    hypothesis.settings.load_profile("first")
     try:
         exec(mutation, names)
         with report.open("w") as out, contextlib.redirect_stdout(out):
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", tests])
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *QUIET, tests])
     finally:
         os._exit(code)
 
