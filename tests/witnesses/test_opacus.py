@@ -60,16 +60,21 @@ def per_sample():
     return torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(params, x, y)
 
 
-def by_opacus(kind, limit):
-    """Return the sums of an optimizer of Opacus, and the norms it saw."""
-    model, (x, y) = GradSampleModule(Words().double(), loss_reduction="sum"), batch()
-    optimizer = kind(
+def without_noise(kind, model, limit, count):
+    """Return an optimizer of Opacus that only clips."""
+    return kind(
         torch.optim.SGD(model.parameters(), lr=1.0),
         noise_multiplier=0.0,
         max_grad_norm=limit,
-        expected_batch_size=len(x),
+        expected_batch_size=count,
         loss_reduction="sum",
     )
+
+
+def by_opacus(kind, limit):
+    """Return the sums of an optimizer of Opacus, by name."""
+    model, (x, y) = GradSampleModule(Words().double(), loss_reduction="sum"), batch()
+    optimizer = without_noise(kind, model, limit, len(x))
     EACH(model(x), y).sum().backward()
     optimizer.clip_and_accumulate()
     return {
@@ -112,13 +117,7 @@ def test_ghosts(limit):
     theirs = GradSampleModuleFastGradientClipping(
         Words().double(), loss_reduction="sum", max_grad_norm=limit
     )
-    optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(theirs.parameters(), lr=1.0),
-        noise_multiplier=0.0,
-        max_grad_norm=limit,
-        expected_batch_size=len(x),
-        loss_reduction="sum",
-    )
+    optimizer = without_noise(DPOptimizerFastGradientClipping, theirs, limit, len(x))
     criterion = torch.nn.CrossEntropyLoss(reduction="sum")
     loss = DPLossFastGradientClipping(theirs, optimizer, criterion, "sum")
     loss(theirs(x), y).backward()
