@@ -74,17 +74,20 @@ class Deviation(Rule):
         """Return the limit from the norms before, and the memory with the new ones."""
         xp, n, norms, count = seen.xp, seen.norm, state["norms"], state["count"]
         there, many = xp.isfinite(norms), xp.clip(count, None, float(self.window))
-        # In units of the largest, so that the square of a norm of 1e200 is finite.
+        # In units of the largest, so that the square of a norm of 1e200 is finite, and
+        # as gaps below it, so that the mean of norms that are all alike is exact.
         largest = xp.max(xp.where(there, norms, 0.0), axis=0)
         unit = xp.where(largest > 0, largest, 1.0)
-        parts = xp.where(there, norms / unit, 0.0)
-        mean = xp.sum(parts, axis=0) / xp.clip(many, 1.0, None)
-        squares = xp.sum(xp.where(there, parts - mean, 0.0) ** 2, axis=0)
+        gaps = xp.where(there, norms / unit - 1, 0.0)
+        gap = xp.sum(gaps, axis=0) / xp.clip(many, 1.0, None)
+        squares = xp.sum(xp.where(there, gaps - gap, 0.0) ** 2, axis=0)
         spread = self.z * xp.sqrt(squares / xp.clip(many - 1, 1.0, None))
-        # Norms that are all alike must not stand out by the rounding of their mean.
-        slack = 4 * float(xp.finfo(n.dtype).eps) * mean
-        limit = xp.where(many < self.warmup, math.inf, unit * (mean + spread + slack))
+        most = unit * (1 + gap + spread)
+        # A norm like all before it must not stand out by its own rounding.
+        slack = 1 + 2 * float(xp.finfo(n.dtype).eps)
+        limit = xp.where(many < self.warmup, math.inf, most * slack)
 
-        taken = xp.where(n > limit, limit, n)
+        # Without the slack, which would add up where most norms are limited.
+        taken = xp.where(n > limit, most, n)
         updated = {"norms": remembered(norms, count, taken, xp), "count": count + 1}
         return limit, held(updated, state, usable(n, xp), xp)

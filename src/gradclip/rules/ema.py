@@ -7,7 +7,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import held, usable
+from gradclip.rules.keeping import added, held, usable
 from gradclip.rules.limits import check_limit
 from gradclip.rules.parts import norm_of
 
@@ -71,7 +71,7 @@ class EMA(Rule):
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""
-        return {"ema": xp.zeros_like(norm), "count": xp.zeros_like(norm)}
+        return {name: xp.zeros_like(norm) for name in ("ema", "rest", "count")}
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit, and the average with the clipped norm taken in."""
@@ -81,8 +81,14 @@ class EMA(Rule):
 
         taken = xp.where(n > limit, limit, n)
         least = xp.where((count == 0) | (taken < ema), taken, ema)
-        moved = ema + (1 - self.decay) * (taken - ema)
-        updated = {"ema": xp.where(warming, least, moved), "count": count + 1}
+        # Not limit - ema, which in float32 has the rounding of the ratio at each step.
+        gap = xp.where(n > limit, (self.ratio - 1) * ema, n - ema)
+        moved, rest = added(ema, state["rest"], (1 - self.decay) * gap)
+        updated = {
+            "ema": xp.where(warming, least, moved),
+            "rest": xp.where(warming, 0.0, rest),
+            "count": count + 1,
+        }
         return limit, held(updated, state, usable(n, xp), xp)
 
     def _share(self, seen: Measured) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import held, usable
+from gradclip.rules.keeping import added, held, usable
 from gradclip.rules.limits import check_limit
 
 
@@ -65,7 +65,8 @@ class Quantile(Rule):
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return the first limit; 0 stands for one that the first norm will give."""
-        return {"limit": xp.zeros_like(norm) + (self.start or 0.0)}
+        zeros = xp.zeros_like(norm)
+        return {"limit": zeros + (self.start or 0.0), "rest": zeros}
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit, and where it has moved to."""
@@ -74,5 +75,6 @@ class Quantile(Rule):
         share = self.q / 100
         down, up = (math.expm1(self.rate * x) for x in (share - 1, share))
         # As a sum, since in float32 the rounding of a factor near 1 adds up.
-        moved = limit + xp.where(n <= limit, limit * down, limit * up)
-        return limit, held({"limit": moved}, state, usable(n, xp), xp)
+        change = xp.where(n <= limit, limit * down, limit * up)
+        moved, rest = added(limit, state["rest"], change)
+        return limit, held({"limit": moved, "rest": rest}, state, usable(n, xp), xp)
