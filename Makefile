@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations test-published golden fuzz bench studies docs dist clean
+.PHONY: demo test test-integrations test-oldest test-published golden fuzz bench studies docs dist clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -18,6 +18,10 @@ test: .venv/ready
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -W default tests/integrations $(ARGS)
+
+# The oldest releases that the extras allow. (This transformers takes no Keras 3 beside it.)
+test-oldest: .venv-oldest/ready
+	USE_TF=0 .venv-oldest/bin/python -m pytest -W default tests/integrations $(ARGS)
 
 # Published clippers, to see them fail as tests/published.py says, or agree.
 test-published: .venv-published/ready
@@ -58,18 +62,17 @@ dist: .venv-dist/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,jax]" --group dev
 	touch $@
 
-.venv-integrations/ready: pyproject.toml constraints-integrations.txt
-	$(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.venv-integrations/bin/python -m pip install --quiet \
-		-c constraints-integrations.txt \
-		-e ".[lightning,transformers,accelerate,keras,jax]" --group integrations \
-		setuptools wheel ninja
-	.venv-integrations/bin/python -m pip install --quiet --no-build-isolation \
-		-c constraints-integrations.txt deepspeed
+.venv-integrations/ready .venv-oldest/ready: \
+.venv-%/ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-$*/bin/python -m pip install --quiet -c constraints-$*.txt \
+		-e ".[report,lightning,transformers,accelerate,keras,jax]" \
+		--group integrations setuptools wheel ninja
+	.venv-$*/bin/python -m pip install --quiet --no-build-isolation \
+		-c constraints-$*.txt deepspeed
 	# For one file of it; the torchvision it asks for has no build for torch's CPU one.
-	.venv-integrations/bin/python -m pip install --quiet --no-deps \
-		-c constraints-integrations.txt timm
+	.venv-$*/bin/python -m pip install --quiet --no-deps -c constraints-$*.txt timm
 	touch $@
 
 .venv-published/ready: pyproject.toml constraints.txt constraints-published.txt
@@ -90,5 +93,5 @@ dist: .venv-dist/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dist .venv-integrations .venv-published demo-out site build dist \
-		.mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dist .venv-integrations .venv-oldest .venv-published demo-out \
+		site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -90,8 +90,7 @@ class GradientClipping(Callback):  # type: ignore[misc]
         if not trainer._logger_connector.should_update_logs:
             return
         for i, tracked in enumerate(self.tracked):
-            suffix = f"/{i}" if len(self.tracked) > 1 else ""
-            found = {f"{k}{suffix}": x for k, x in tracked.metrics().items()}
+            found = tracked.metrics(f"/{i}" if len(self.tracked) > 1 else "")
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -1,5 +1,6 @@
 """What the adapters for torch trainers share: an attached clipper that is counted."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from gradclip.integrations import shown
 from gradclip.rules import Rule
 from gradclip.torch import attach
+
+LARGE = 10**6
+"""How many numbers may be written as text without a word about it."""
 
 
 class Tracked:
@@ -35,13 +39,18 @@ class Tracked:
             self.clipped = self.clipped.to(info.clipped.device) + info.clipped
             self._counted = info
 
-    def metrics(self) -> dict[str, float]:
-        """Return what a log shows: the latest norm and limit, and the clip rate."""
+    def metrics(self, suffix: str = "") -> dict[str, float]:
+        """Return what a log shows: the latest norm and limit, and the clip rate.
+
+        Args:
+            suffix: Put behind each name.
+        """
         info = self.clipper.info
         if info is None:
             return {}
         numbers, steps = info.to_dict(), self.clipper._memory.step
-        return shown(numbers["norm"], numbers["limit"], self.clipped, steps)
+        found = shown(numbers["norm"], numbers["limit"], self.clipped, steps)
+        return {name + suffix: x for name, x in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory of the clipper, and the count."""
@@ -58,6 +67,39 @@ class Tracked:
         """
         self.clipper.load_state_dict(state)
         self.clipped = torch.as_tensor(state["clipped"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the memory as JSON can hold it."""
+        return {name: x.tolist() for name, x in self.state_dict().items()}
+
+    def load_json(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `as_json` returned.
+
+        Args:
+            saved: The memory, as JSON gave it back.
+
+        Raises:
+            ValueError: If it belongs to another rule or other parameters.
+        """
+        # JSON has lost the types, and float32 would round a memory in float64.
+        kinds = {name: x.dtype for name, x in self.state_dict().items()}
+        tensors = {k: torch.tensor(x, dtype=kinds.get(k)) for k, x in saved.items()}
+        self.load_state_dict(tensors)
+
+    def warn_if_large(self, place: str, remedy: str) -> None:
+        """Warn of a memory as large as the gradients, which JSON is not made for.
+
+        Args:
+            place: The file that it would be written to.
+            remedy: What to do instead.
+        """
+        size = sum(x.numel() for x in self.state_dict().values())
+        if size > LARGE:
+            warnings.warn(
+                f"{self.clipper.rule!r} remembers {size} numbers, and each checkpoint "
+                f"has them as text in {place}; use a rule over norms, or {remedy}.",
+                stacklevel=2,
+            )
 
     def detach(self) -> None:
         """Take everything out of the optimizer again, and write the history."""

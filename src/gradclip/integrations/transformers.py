@@ -1,17 +1,11 @@
 """Hugging Face's Trainer: a callback that clips inside the optimizer's step."""
 
-import warnings
 from typing import Any
-
-import torch
 
 from gradclip.history import History
 from gradclip.integrations import needed, rule_of
 from gradclip.integrations.tracking import Tracked, check_alone
 from gradclip.rules import Rule
-
-LARGE = 10**6
-"""How many numbers may be text in a trainer's state without a word about it."""
 
 Base: Any = needed("transformers", "transformers.trainer_callback")
 
@@ -72,7 +66,10 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         if memory := saved.get("attributes", {}).get("memory"):
             self.memory = memory
         if args.save_strategy != "no":
-            _check_size(self.rule, self.tracked)
+            own = (
+                "set save_strategy='no' and save callback.tracked.state_dict() yourself"
+            )
+            self.tracked.warn_if_large("trainer_state.json", own)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
@@ -91,16 +88,12 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     @property
     def memory(self) -> dict[str, Any]:
         """What the clipper remembers, as JSON can hold it."""
-        state = self.tracked.state_dict() if self.tracked else {}
-        return {name: x.tolist() for name, x in state.items()}
+        return self.tracked.as_json() if self.tracked else {}
 
     @memory.setter
     def memory(self, saved: dict[str, Any]) -> None:
         if self.tracked:
-            # JSON has lost the types, and float32 would round a memory in float64.
-            kinds = {name: x.dtype for name, x in self.tracked.state_dict().items()}
-            tensors = {k: torch.tensor(x, dtype=kinds[k]) for k, x in saved.items()}
-            self.tracked.load_state_dict(tensors)
+            self.tracked.load_json(saved)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, and what a restored callback is made from."""
@@ -109,15 +102,3 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         plain = {k: x for k, x in self.options.items() if isinstance(x, int | str)}
         args = {"rule": repr(self.rule), "history": path, **plain}
         return {"args": args, "attributes": {"memory": self.memory}}
-
-
-def _check_size(rule: Rule, tracked: Tracked) -> None:
-    """Warn of a memory as large as the gradients, which JSON is not made for."""
-    size = sum(x.numel() for x in tracked.state_dict().values())
-    if size > LARGE:
-        warnings.warn(
-            f"{rule!r} remembers {size} numbers, and each checkpoint will have them as "
-            "text in trainer_state.json; use a rule over norms, or set "
-            "save_strategy='no' and save callback.tracked.state_dict() by yourself.",
-            stacklevel=2,
-        )

@@ -22,6 +22,14 @@ def held(new: State, old: State, kept: Array, xp: Any) -> State:
     }
 
 
+def weight_of(count: Array, decay: float, xp: Any) -> Array:
+    """Return 1 - decay ** count, the weight that so many steps have in an average.
+
+    That difference would lose the digits of the first steps in float32.
+    """
+    return -xp.expm1(count * (math.log(decay) if decay else -math.inf))
+
+
 def added(total: Array, rest: Array, change: Array) -> tuple[Array, Array]:
     """Return a sum, and the rest that its rounding leaves for the next one (Kahan).
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
-from gradclip.rules.keeping import root_moved, usable
+from gradclip.rules.keeping import root_moved, usable, weight_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Moment(Rule):
         """Return the limit of each element, and its moment with it taken in."""
         xp, n, root, count = seen.xp, seen.norm, state["root"], state["count"]
         known, met = usable(n, xp), root > 0
-        warming, weight = count < self.warmup, self._weight(count, xp)
+        warming, weight = count < self.warmup, xp.sqrt(weight_of(count, self.decay, xp))
         corrects = (count > 0) & (warming | self.corrected)
         typical = root / xp.where(corrects, weight, 1.0)
         limit = xp.where(met, self.ratio * typical, math.inf)
@@ -103,16 +103,12 @@ class Moment(Rule):
         limit = xp.where(warming, math.inf, limit)
         moved = root_moved(root, taken, 1 - self.decay, xp)
         # One that is met late counts as if it had always been of this size.
-        first = self._weight(count + 1, xp) * taken
+        first = xp.sqrt(weight_of(count + 1, self.decay, xp)) * taken
         updated = {
             "root": xp.where(known, xp.where(met, moved, first), root),
             "count": xp.where(usable(seen.top, xp), count + 1, count),
         }
         return limit, updated
-
-    def _weight(self, count: Array, xp: Any) -> Array:
-        """Return the root of the weight of so many steps."""
-        return xp.sqrt(-xp.expm1(count * math.log(self.decay)))
 
 
 SPAM = Moment

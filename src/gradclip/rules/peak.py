@@ -6,7 +6,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, check
-from gradclip.rules.keeping import usable
+from gradclip.rules.keeping import usable, weight_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Peak(Rule):
         top, count = seen.top, count + 1
         known = usable(top, xp)
         moved = mean + (1 - self.decay) * (top - mean)
-        most = moved / -xp.expm1(count * math.log(self.decay))
+        most = moved / weight_of(count, self.decay, xp)
         limit = xp.where(n > most, n * (most / xp.where(known, top, 1.0)), most)
         # Beside a NaN there is no largest element, and nothing to hold the others to.
         limit = xp.where(known, limit, math.inf)

@@ -5,7 +5,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import LARGEST, check
-from gradclip.rules.keeping import held, root_moved, usable
+from gradclip.rules.keeping import held, root_moved, usable, weight_of
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Stabilize(Rule):
         mean = state["mean"] + (1 - a) * (n - state["mean"])
         root = root_moved(state["root"], n, 1 - b, xp)
         updated = {"mean": mean, "root": root, "count": count}
-        spread = root / xp.sqrt(1 - b**count) + self.eps
-        length = (mean / (1 - a**count)) / xp.where(known, spread, 1.0)
+        spread = root / xp.sqrt(weight_of(count, b, xp)) + self.eps
+        length = mean / weight_of(count, a, xp) / xp.where(known, spread, 1.0)
         return length, held(updated, state, known, xp)
 
 
