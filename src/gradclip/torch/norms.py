@@ -12,11 +12,13 @@ from torch import Tensor
 
 from gradclip.backends import CHUNK, ROW
 from gradclip.torch.exact import (
+    SHORT,
     device_norms,
     doubtful,
     exact_norm,
     flat_view,
     on_host,
+    root_of_sum,
     safe_norm,
 )
 from gradclip.torch.rows import (
@@ -115,6 +117,8 @@ def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
 def _measure(t: Tensor) -> Measure:
     """Return what measures tensors of this size and type best."""
     size = t.numel()
+    if t.dtype == torch.float64 and size > SHORT and flat_view(t) is not None:
+        return _paired_norms
     if size <= 2 * ROW:
         return _short_norms
     if t.is_complex() or (size > MIDDLE and flat_view(t) is None):
@@ -137,6 +141,12 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
 def _exact_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of any kind, in float64."""
     return torch.stack([exact_norm(t, 2.0) for t in tensors])
+
+
+def _paired_norms(tensors: list[Tensor]) -> Tensor:
+    """Return the 2-norms of float64 tensors, whose sums keep all their digits."""
+    flat = (flat_view(t) for t in tensors)
+    return torch.stack([root_of_sum(x) for x in flat if x is not None])
 
 
 def _middle_norms(tensors: list[Tensor]) -> Tensor:
@@ -171,7 +181,8 @@ def _unit_norms(t: Tensor, p: float) -> Tensor:
     parts = [torch.linalg.vector_norm(rows, dim=2)]
     if size < width:
         parts.append(torch.linalg.vector_norm(units[:, size:], dim=1, keepdim=True))
-    return torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
+    # `vector_norm` would add the rows one by one, and `sum` adds them in pairs.
+    return torch.cat(parts, dim=1).double().square_().sum(dim=1).sqrt_()
 
 
 def _plain(t: Tensor) -> bool:
