@@ -39,7 +39,7 @@ ELSEWHERE = (
     "docs/trainers.md",
     "gradclip.integrations",
     "gradclip.keras",
-    "gradclip.tensorflow",
+    "gradclip.backends.tensorflow",
 )
 PAGES = [page for page in PAGES if not str(page).endswith(ELSEWHERE)]
 SHOWN_ONLY = {"mermaid", "bash", "json", "yaml", "toml", "html", "tree"}

@@ -4,9 +4,9 @@ from gradclip.advice import advise as advise
 from gradclip.arrays import Clipper as Clipper
 from gradclip.arrays import clip as clip
 from gradclip.carrying import UClip as UClip
+from gradclip.decision import Info as Info
 from gradclip.history import History as History
-from gradclip.pipeline import Info as Info
-from gradclip.pipeline import NonFiniteError as NonFiniteError
+from gradclip.policy import NonFiniteError as NonFiniteError
 from gradclip.replaying import replay as replay
 from gradclip.rules import AGC as AGC
 from gradclip.rules import AGGC as AGGC

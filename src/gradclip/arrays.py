@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from gradclip.backends import Backend, find_backend, on_host
+from gradclip.backends import Backend, find_backend
+from gradclip.decision import Info
 from gradclip.memory import Memory, at_least
-from gradclip.pipeline import Info, Policy, check_policy, run
+from gradclip.pipeline import run
+from gradclip.policy import Policy, check_policy
+from gradclip.reading import on_host
 from gradclip.rules import Array, Rule, stages
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 from gradclip.arrays import Clipper, Grads, flatten, rebuild
 from gradclip.backends import find_backend
-from gradclip.pipeline import Info
+from gradclip.decision import Info
 from gradclip.rules import Array
 
 

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from gradclip.pipeline import only_records
+from gradclip.policy import only_records
 from gradclip.rules import Norm, Percentile, Rule, ZScore
 from gradclip.torch import attach
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradclip.decision import Info
 from gradclip.memory import at_least
-from gradclip.pipeline import Info
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
 from gradclip.recorder import Recorder
 from gradclip.rules import Rule

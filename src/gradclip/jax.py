@@ -14,8 +14,10 @@ import optax
 
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
+from gradclip.decision import Info
 from gradclip.memory import Memory
-from gradclip.pipeline import Info, Policy, check_compiled, empty, run
+from gradclip.pipeline import empty, run
+from gradclip.policy import Policy, check_compiled
 from gradclip.rules import Array, Rule, State, stages
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradclip.pipeline import NonFiniteError
+from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
 
 COUNTERS = ("step", "skipped", "in_a_row")

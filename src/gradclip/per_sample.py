@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gradclip.arrays import check_rule, flatten, rebuild
 from gradclip.backends import Backend, find_backend, inward
-from gradclip.pipeline import Info, decide
+from gradclip.decision import Info, decide
 from gradclip.rules import Array, Measured, Rule
 
 Grads = TypeVar("Grads")

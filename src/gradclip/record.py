@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gradclip.decision import clip_scale
+
 Floats: TypeAlias = NDArray[np.float64]
 Steps: TypeAlias = NDArray[np.int64]
 
@@ -81,8 +83,6 @@ def record_of(
 
 def scale_under(norm: Floats, limit: Floats) -> Floats:
     """Return the factors that follow from limits; NaN where the limit is not known."""
-    from gradclip.pipeline import clip_scale
-
     with np.errstate(all="ignore"):
         scale = clip_scale(norm, np.where(np.isnan(limit), np.inf, limit), np)
     return np.where(np.isnan(limit), np.nan, scale)

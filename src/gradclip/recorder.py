@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import array_api_compat
 import numpy as np
 
-from gradclip.backends import on_host
-from gradclip.pipeline import Info
-from gradclip.record import Floats
+from gradclip.decision import Info
+from gradclip.reading import on_host, to_numpy, whole
 
 SCHEMA = 1
 Taken: TypeAlias = tuple[Any, Info, dict[str, Any]]
@@ -165,30 +163,6 @@ def _line(
         name: x if isinstance(x, (int, str)) else plain(x) for name, x in entry.items()
     }
     return json.dumps({**plainly, "action": action}, allow_nan=False)
-
-
-def to_numpy(values: Sequence[Any]) -> list[Floats]:
-    """Return arrays of any library as NumPy arrays, copied together where they can."""
-    try:
-        first = values[0]
-        xp = array_api_compat.array_namespace(first)
-        stacked = xp.stack(list(values))
-        stacked = stacked.detach().cpu() if hasattr(stacked, "detach") else stacked
-        return list(np.asarray(stacked, np.float64))
-    except (TypeError, ValueError, RuntimeError):
-        # Shapes may differ where the gradients of a step do.
-        return [on_host(x).astype(np.float64) for x in values]
-
-
-def whole(cells: Floats) -> float:
-    """Return one norm for all cells of a scope; a missing gradient is a NaN cell."""
-    if cells.ndim == 0:
-        return float(cells)
-    known = cells[~np.isnan(cells)]
-    if not known.size:
-        return math.nan
-    # hypot, since the square of a norm of 1e200 is infinite.
-    return float(np.hypot.reduce(known))
 
 
 def plain(number: Any) -> float | str:

@@ -9,8 +9,9 @@ import array_api_compat.numpy as xp_numpy
 import numpy as np
 
 from gradclip.arrays import check_rule
+from gradclip.decision import Info, decide
 from gradclip.history import History
-from gradclip.pipeline import Info, decide, summary
+from gradclip.pipeline import summary
 from gradclip.record import Floats, Record, Steps
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
 from gradclip.scalars import Scalars

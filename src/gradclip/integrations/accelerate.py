@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from gradclip.decision import Info
 from gradclip.integrations import needed
-from gradclip.pipeline import Info
 from gradclip.torch import Clipper
 from gradclip.torch.attach import Attached
 from gradclip.torch.in_backward import InBackward

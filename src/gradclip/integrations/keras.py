@@ -5,7 +5,7 @@ from typing import Any
 
 from gradclip.integrations import needed, rule_of, shown
 from gradclip.integrations.variables import Variables, verbs
-from gradclip.pipeline import Policy, check_compiled, may_drop
+from gradclip.policy import Policy, check_compiled, may_drop
 from gradclip.rules import Rule
 
 keras: Any = needed("keras", "keras")

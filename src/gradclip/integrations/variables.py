@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from gradclip.backends import Backend, NumPy, find_backend
+from gradclip.decision import Info
 from gradclip.integrations import needed
-from gradclip.pipeline import Info, Policy, empty, run
+from gradclip.pipeline import empty, run
+from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
 
 keras: Any = needed("keras", "keras")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradclip.pipeline import clip_scale
+from gradclip.decision import clip_scale
 from gradclip.studies.drawing import line
 from gradclip.studies.frame import (
     Cell,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import Policy
+from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
+from gradclip.decision import Info
 from gradclip.memory import Memory, at_least
-from gradclip.pipeline import (
-    Info,
-    Policy,
-    check_policy,
-    empty,
-    may_drop,
-    run,
-)
+from gradclip.pipeline import empty, run
+from gradclip.policy import Policy, check_policy, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import Info, only_records
+from gradclip.decision import Info
+from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Value, stages
 from gradclip.torch.exact import on_host
 

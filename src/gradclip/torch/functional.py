@@ -6,14 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import (
-    NonFiniteError,
-    Policy,
-    check_policy,
-    clip_scale,
-    only_records,
-    run,
-)
+from gradclip.decision import clip_scale
+from gradclip.pipeline import run
+from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Limit, Norm, Rule, Value
 from gradclip.torch.exact import on_host
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gradclip.backends import TorchArrays
+from gradclip.decision import Info
 from gradclip.per_sample import check_per_sample, decide_samples
-from gradclip.pipeline import Info
 from gradclip.rules import Rule
 
 

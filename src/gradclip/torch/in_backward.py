@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
-from gradclip.pipeline import Info, admit, clip_scale, decide, scheduled
+from gradclip.decision import Info, clip_scale, decide
+from gradclip.pipeline import admit, scheduled
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.exact import safe_norm

@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
 
 import gradclip.torch
 import gradclip.torch.functional
-from gradclip.pipeline import Info, only_records
+from gradclip.decision import Info
+from gradclip.policy import only_records
 from gradclip.torch.attach import Attached
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.functional import get_total_norm

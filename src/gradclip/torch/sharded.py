@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import Info
+from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, stages
 from gradclip.torch.exact import safe_norm
 from gradclip.torch.verbs import InPlace

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradclip.pipeline import Info, NonFiniteError
+from gradclip.decision import Info
+from gradclip.policy import NonFiniteError
 from gradclip.torch.sharded import Group, Layout, local_of
 from gradclip.torch.verbs import InPlace
 

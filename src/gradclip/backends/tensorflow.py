@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from gradclip.backends import Backend, inward
+from gradclip.backends.base import Backend, inward
 from gradclip.rules import Array
 
 tf: Any = importlib.import_module("tensorflow")

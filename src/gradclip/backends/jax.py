@@ -1,0 +1,157 @@
+"""JAX arrays, traced or not, whole or in pieces on several devices."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradclip.backends.base import Backend
+from gradclip.rules import Array, Scope
+
+
+class Jax(Backend):
+    """JAX arrays, traced or not: nothing is read, sums are as wide as JAX allows.
+
+    Norms hold from 1e-38 to 3e38 in float32; smaller numbers are 0 to XLA.
+    """
+
+    def __init__(self) -> None:
+        """Borrow the namespace of a library that is loaded already."""
+        import jax
+
+        super().__init__(jax.numpy, None)
+        self.jax = jax
+
+    @property
+    def wide(self) -> Any:
+        """The widest float that is switched on, now."""
+        return self.xp.asarray(0.0).dtype
+
+    @wide.setter
+    def wide(self, value: Any) -> None:
+        """Leave it to JAX."""
+
+    def row_norms(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of each row, in one pass where squares stay in range."""
+        if p != 2 or 0 in x.shape:
+            return self.scaled_norms(x, p)
+        squares = self.xp.sum(self.squared(x), axis=1)
+        return self.root(squares, lambda: self.scaled_norms(x, p))
+
+    def squared(self, x: Array) -> Array:
+        """Return the squares of the moduli, which may be out of range."""
+        return self.xp.square(self.xp.abs(x).astype(self.wide))
+
+    def root(self, squares: Array, safely: Callable[[], Array]) -> Array:
+        """Return the roots of sums of squares, or what is computed `safely` instead."""
+        xp = self.xp
+        least = float(xp.finfo(self.wide).tiny) ** 0.5
+        usable = xp.all(xp.isfinite(squares) & (squares > least))
+        return self.jax.lax.cond(usable, lambda: xp.sqrt(squares), safely)
+
+    def scaled_norms(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of each row, whatever its size."""
+        xp, wide = self.xp, self.xp.finfo(self.wide)
+        x = xp.abs(x).astype(self.wide)
+        if x.shape[1] == 0:
+            return xp.sum(x, axis=1)
+        # A maximum over devices may lose a NaN, as sharded arrays show; a sum does not.
+        finite = xp.isfinite(x)
+        largest = xp.max(xp.where(finite, x, 0.0), axis=1)
+        if math.isinf(p):
+            return largest + xp.sum(xp.where(finite, 0.0, x), axis=1)
+        largest = xp.where(largest > 0, largest, 1.0)
+        # Divided by the largest, 3e38 would be multiplied by 1 / 3e38, which is 0 here.
+        exponent = xp.clip(xp.frexp(largest)[1], int(wide.minexp), -int(wide.minexp))
+        unit = xp.ldexp(xp.ones_like(largest), -exponent)
+        top = largest * unit
+        sums = xp.sum((x * unit[:, None] / top[:, None]) ** p, axis=1)
+        return largest * sums ** (1 / p)
+
+    def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of the scope; a masked optimizer may have no gradients."""
+        if not leaves:
+            return self.xp.zeros(() if over in ("all", "element") else 0, self.wide)
+        if over in ("unit", "element") or p != 2:
+            return super().measure(leaves, over, p)
+        # One choice for all gradients: one for each would take XLA longer than sums.
+        squares = self.xp.stack([self.xp.sum(self.squared(x)) for x in leaves])
+        squares = squares if over == "tensor" else self.xp.sum(squares)
+        return self.root(squares, lambda: self.safe_measure(leaves, over, p))
+
+    def safe_measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of gradients and of all of them, whatever their size."""
+        flat = [self.xp.reshape(x, (1, -1)) for x in leaves]
+        norms = self.xp.concat([self.scaled_norms(x, p) for x in flat])
+        return norms if over == "tensor" else self.scaled_norms(norms[None], p)[0]
+
+    def lasting(self, states: list[Any]) -> list[Any]:
+        """Return the memory, unless it has no value outside of the traced function."""
+        if any(map(self.traced, self.jax.tree.leaves(states))):
+            raise TypeError(
+                "a Clipper cannot keep its memory under jit, vmap or scan; use "
+                "gradclip.jax.as_optax(rule), whose state is handed in and out."
+            )
+        return states
+
+    def traced(self, x: Array) -> bool:
+        """Return whether an array stands for values that come later."""
+        return isinstance(x, self.jax.core.Tracer)
+
+    def read(self, flag: Array) -> bool:
+        """Return the flag, unless it has no value yet."""
+        if self.traced(flag):
+            raise TypeError(
+                "on_nonfinite='raise' has to look at the gradients, which jit, vmap "
+                "and scan cannot; use 'skip', 'zero' or 'ignore', and read info.finite."
+            )
+        return bool(flag)
+
+    def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
+        """Return the results: nobody can write to them."""
+        return list(leaves)
+
+
+class Shards(Jax):
+    """JAX arrays that are pieces of larger ones, inside `shard_map` or `pmap`."""
+
+    def __init__(self, axis: str) -> None:
+        """Keep the name of the axis that the pieces lie along."""
+        super().__init__()
+        self.axis = axis
+
+    def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of whole gradients, the same on all devices."""
+        if not leaves:
+            return super().measure(leaves, over, p)
+        order = math.inf if over == "element" else p
+        norms = [self.norm(x, order) for x in leaves]
+        if cut := self.cut(leaves):
+            pieces = self.xp.stack([norms[i] for i in cut])
+            for i, whole in zip(cut, self.joined(pieces, order), strict=True):
+                norms[i] = whole
+        total = self.xp.stack(norms)
+        return total if over == "tensor" else self.norm(total, order)
+
+    def cut(self, leaves: Sequence[Array]) -> list[int]:
+        """Return which gradients differ along the axis: all, where JAX cannot tell."""
+        everywhere = range(len(leaves))
+        if not self.varies(self.jax.lax.axis_index(self.axis)):
+            return list(everywhere)
+        return [i for i in everywhere if self.varies(leaves[i])]
+
+    def varies(self, x: Array) -> bool:
+        """Return whether the type of an array says that it differs along the axis."""
+        kind = self.jax.typeof(x)
+        kind = getattr(kind, "manual_axis_type", kind)
+        return self.axis in getattr(kind, "varying", getattr(kind, "vma", ()))
+
+    def joined(self, norms: Array, p: float) -> Array:
+        """Return the norms of vectors whose pieces have these norms."""
+        xp, lax = self.xp, self.jax.lax
+        finite = xp.isfinite(norms)
+        largest = lax.pmax(xp.where(finite, norms, 0.0), self.axis)
+        # A maximum over devices may lose a NaN, a sum does not.
+        if math.isinf(p):
+            return largest + lax.psum(xp.where(finite, 0.0, norms), self.axis)
+        unit = xp.where(largest > 0, largest, 1.0)
+        return unit * lax.psum((norms / unit) ** p, self.axis) ** (1 / p)

@@ -1,0 +1,130 @@
+"""NumPy arrays: norms in cache-sized chunks, flags read at once."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from gradclip.backends.base import (
+    CHUNK,
+    ROW,
+    Backend,
+    at_most,
+    described,
+    inward,
+)
+from gradclip.rules import Array
+
+
+class NumPy(Backend):
+    """NumPy: norms in cache-sized chunks, flags read at once, results in place."""
+
+    def __init__(self, out: dict[int, Array] | None = None) -> None:
+        """Sum in float64; `out` gives the place of a result by the id of its source."""
+        super().__init__(array_api_compat.array_namespace(np.empty(0)), np.float64)
+        self.out = out or {}
+
+    def prepare(self, x: Array, where: str) -> Array:
+        """Return `x` in a type that can hold clipped values."""
+        if x.dtype.kind not in "biufc":
+            raise TypeError(
+                f"gradients{where} has dtype {x.dtype}; clipping needs numbers, as in "
+                "x.astype(float)."
+            )
+        return x.astype(np.float64) if x.dtype.kind in "biu" else np.asarray(x)
+
+    def norm(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of all elements, chunk by chunk."""
+        # Memory order is fine: a norm does not depend on it, and nothing is copied.
+        flat = x.ravel(order="K")
+        if p == 2 and flat.dtype == np.float32:
+            square = self.square_by_rows(flat)
+            # Outside, squares of float32 may have over- or underflowed on the way.
+            if 1e-20 < square < math.inf:
+                return np.sqrt(square)
+        if flat.size <= CHUNK:
+            return self.chunk_norm(flat, p)
+        chunks = range(0, flat.size, CHUNK)
+        parts = [self.chunk_norm(flat[i : i + CHUNK], p) for i in chunks]
+        return self.chunk_norm(np.asarray(parts), p)
+
+    def square_by_rows(self, x: Array) -> Array:
+        """Return the sum of squares: of short rows in float32, of those in float64."""
+        size = x.size // ROW * ROW
+        rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
+        squares = np.vecdot(rows, rows).astype(np.float64)
+        if squares.size:
+            # One huge element swallows small ones in float32; it is in the largest row.
+            top = np.argmax(squares)
+            largest = rows[top].astype(np.float64)
+            squares[top] = np.dot(largest, largest)
+        return np.sum(squares) + np.dot(rest, rest)
+
+    def chunk_norm(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of a short vector."""
+        if p == 2 and x.dtype.kind == "f":
+            wide = x.astype(np.float64, copy=False)
+            square = np.dot(wide, wide)
+            # Outside, float64 itself may have over- or underflowed on the way.
+            if 1e-280 < square < 1e300:
+                return np.sqrt(square)
+        return self.row_norms(x.reshape(1, -1), p)[0]
+
+    def times(self, x: Array, scale: Array) -> Array:
+        """Return one gradient times its scale, in place where that was asked for."""
+        eps = np.finfo(x.dtype).eps
+        scale = inward(scale, float(eps), np)
+        # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
+        narrow = np.min(scale, initial=1.0) > 1e-30
+        kind = np.float32 if eps > 1e-12 and narrow else np.float64
+        out = self.out.get(id(x), np.empty_like(x))
+        return np.multiply(x, scale.astype(kind), out=out, casting="same_kind")
+
+    def clamped(self, x: Array, limit: Array) -> Array:
+        """Return one gradient with every modulus at most `limit`."""
+        if self.is_complex(x):
+            return super().clamped(x, limit)
+        bound = at_most(np.asarray(limit), x.dtype, self.xp)
+        return np.clip(x, -bound, bound, out=self.out.get(id(x)))
+
+    def known(self, flag: Array) -> bool | None:
+        """Return the flag: it is on the host already."""
+        return bool(flag)
+
+    def adopt(self, x: Array, norm: Array) -> Array:
+        """Return an array of a memory: its own, or one of a library on the host."""
+        return np.asarray(x)
+
+    def plain(self, x: Array) -> Any:
+        """Return a 0-d array as a scalar, which prints better."""
+        return x[()] if isinstance(x, np.ndarray) else x
+
+    def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
+        """Return results that share no memory with what was given, or fill `out`."""
+        if not self.out:
+            return super().deliver(leaves, given)
+        for x, y in zip(leaves, given, strict=True):
+            if (target := self.out[id(y)]) is not x:
+                target[...] = x
+        return [self.out[id(y)] for y in given]
+
+    def writing_to(self, given: Sequence[Array], out: Sequence[Any]) -> "Backend":
+        """Return the same verbs with their results in the arrays of `out`."""
+        if len(given) != len(out):
+            raise ValueError(
+                f"out has {len(out)} arrays for {len(given)} gradients; arrange it "
+                "like the gradients."
+            )
+        for x, target in zip(given, out, strict=True):
+            if not isinstance(target, np.ndarray) or (target.shape, target.dtype) != (
+                x.shape,
+                x.dtype,
+            ):
+                raise ValueError(
+                    f"out has {described(target)} where the gradient has shape "
+                    f"{x.shape} and dtype {x.dtype}; make it with np.empty_like."
+                )
+        places = {id(x): target for x, target in zip(given, out, strict=True)}
+        return NumPy(places | {id(target): target for target in out})

@@ -1,0 +1,108 @@
+"""Rules that look inside a tensor, at elements or singular values, one at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from gradclip.backends import Backend
+from gradclip.decision import Info, decide
+from gradclip.rules import Array, Measured, Rule, State
+
+
+def look_inside(
+    engine: Backend,
+    leaves: list[Array],
+    stage: Rule,
+    seen: Measured,
+    state: State,
+    going: bool,
+) -> tuple[list[Array], Info, State]:
+    """Decide for the parts of one tensor at a time; change them where it is `going`."""
+    results, infos, new = [], [], dict(state)
+    memories, seen = _by_tensor(state), seen._replace(xp=engine.here)
+    tops = engine.tops(leaves) if stage.over == "element" else None
+    for i, x in zip(engine.places(leaves), leaves, strict=True):
+        parts, put = engine.inside(x, stage.over)
+        now = seen._replace(norm=parts, top=None if tops is None else tops[i])
+        if stage.borrows:
+            rule, memory = engine.borrow(stage, i, parts)
+            info, _ = decide(rule, now, memory)
+        else:
+            memory = memories.get(str(i), {})
+            check_shapes(stage, memory, parts)
+            info, after = decide(stage, now, memory)
+            kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
+            new |= {f"{name}.{i}": part for name, part in kept.items()}
+        results.append(put(info.scale) if going else x)
+        if math.prod(parts.shape):
+            infos.append(_extremes(info, parts, seen))
+    return results, engine.agreed(_most_of(infos, stage, seen)), new
+
+
+def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State:
+    """Return the memory of the parts of tensors before the first step."""
+    if not stage.stateful:
+        return {}
+    xp = engine.xp
+    found: State = {}
+    for i, leaf in zip(engine.places(leaves), leaves, strict=True):
+        parts = engine.inside(leaf, stage.over)[0]
+        if xp.finfo(leaf.dtype).eps > 1e-4:
+            # Half-precision gradients are not worth a memory in float64.
+            parts = xp.astype(parts, xp.float32)
+        found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}
+    return found
+
+
+def check_shapes(stage: Rule, memory: State, parts: Array) -> None:
+    """Refuse a tensor that is not the one remembered."""
+    for kept in memory.values():
+        if kept.ndim and tuple(kept.shape) != tuple(parts.shape):
+            raise ValueError(
+                f"{stage!r} remembers the elements of a gradient of shape "
+                f"{tuple(kept.shape)}, but this one has {tuple(parts.shape)}; hand "
+                "over the same gradients at every step, and no sparse ones."
+            )
+
+
+def _extremes(info: Info, parts: Array, seen: Measured) -> Info:
+    """Return the largest numbers of one tensor, and the smallest scale."""
+    xp = seen.xp
+    # A coordinate that was never seen has no limit, but nothing to limit either.
+    limit = xp.max(xp.where(parts > 0, info.limit, 0.0))
+    return info._replace(
+        norm=xp.max(parts),
+        limit=limit,
+        scale=xp.min(info.scale),
+        norm_after=xp.max(info.norm_after),
+    )
+
+
+def _most_of(infos: Sequence[Info], stage: Rule, seen: Measured) -> Info:
+    """Return one report for all tensors, in the type of the norms."""
+    xp, norm = seen.xp, seen.norm
+
+    def top(name: str, choose: Callable[[Array], Array], none: Array) -> Array:
+        found = [xp.astype(getattr(info, name), norm.dtype) for info in infos]
+        return choose(xp.stack(found)) if found else none
+
+    finite, zero = xp.all(xp.isfinite(norm)), xp.zeros_like(norm)
+    cut = [info.clipped for info in infos]
+    clipped = xp.any(xp.stack(cut)) if cut else xp.zeros_like(finite)
+    return Info(
+        top("norm", xp.max, norm) if stage.over == "singular" else norm,
+        top("limit", xp.max, zero),
+        top("scale", xp.min, zero + 1),
+        finite,
+        clipped,
+        top("norm_after", xp.max, zero),
+        kept=xp.ones_like(clipped),
+    )
+
+
+def _by_tensor(state: State) -> dict[str, State]:
+    """Return what is remembered of each tensor, by its place."""
+    found: dict[str, State] = {}
+    for key, x in state.items():
+        name, _, place = key.rpartition(".")
+        found.setdefault(place, {})[name] = x
+    return found

@@ -1,0 +1,51 @@
+"""What happens to a step with NaN or infinity, and to one that a rule drops."""
+
+import math
+from typing import Literal, TypeAlias
+
+from gradclip.rules import Norm, Rule, Value, stages
+
+Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
+POLICIES = ("skip", "zero", "raise", "ignore")
+
+
+class NonFiniteError(RuntimeError, FloatingPointError):
+    """Gradients hold NaN or infinity, and the caller asked to be told."""
+
+
+def only_records(rule: Rule) -> bool:
+    """Return whether a rule never clips, so that nothing may be touched."""
+    return (
+        isinstance(rule, Norm | Value)
+        and isinstance(rule.limit, float)
+        and math.isinf(rule.limit)
+    )
+
+
+def may_drop(rule: Rule, policy: Policy) -> bool:
+    """Return whether a step can be dropped: by the policy, or by `Skip`."""
+    if policy == "skip" and not only_records(rule):
+        return True
+    return any(stage.drops for stage in stages(rule))
+
+
+def check_policy(policy: Policy) -> Policy:
+    """Return the policy for NaN and infinity, or say which there are."""
+    if policy not in POLICIES:
+        known = ", ".join(map(repr, POLICIES))
+        raise ValueError(f"on_nonfinite={policy!r}: use one of {known}.")
+    return policy
+
+
+def check_compiled(rule: Rule, policy: Policy) -> None:
+    """Refuse what compiled code cannot do, and code whose memory has one size."""
+    if check_policy(policy) == "raise":
+        raise ValueError(
+            "on_nonfinite='raise' has to look at the gradients, which compiled code "
+            "cannot; use 'skip', 'zero' or 'ignore', and read what was done afterwards."
+        )
+    if rule.grows:
+        raise ValueError(
+            f"{rule!r} remembers more norms at every step, and compiled code has "
+            "arrays of one size; give it a window."
+        )

@@ -1,0 +1,38 @@
+"""Numbers of any library, brought to the host."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+from numpy.typing import NDArray
+
+
+def on_host(x: Any) -> NDArray[Any]:
+    """Return an array of any library as one of NumPy's, which may share its memory."""
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+
+
+def to_numpy(values: Sequence[Any]) -> list[NDArray[np.float64]]:
+    """Return arrays of any library as NumPy arrays, copied together where they can."""
+    try:
+        first = values[0]
+        xp = array_api_compat.array_namespace(first)
+        stacked = xp.stack(list(values))
+        stacked = stacked.detach().cpu() if hasattr(stacked, "detach") else stacked
+        return list(np.asarray(stacked, np.float64))
+    except (TypeError, ValueError, RuntimeError):
+        # Shapes may differ where the gradients of a step do.
+        return [on_host(x).astype(np.float64) for x in values]
+
+
+def whole(cells: NDArray[np.float64]) -> float:
+    """Return one norm for all cells of a scope; a missing gradient is a NaN cell."""
+    if cells.ndim == 0:
+        return float(cells)
+    known = cells[~np.isnan(cells)]
+    if not known.size:
+        return math.nan
+    # hypot, since the square of a norm of 1e200 is infinite.
+    return float(np.hypot.reduce(known))
