@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradclip import backends, pipeline, rules
+from gradclip import backends, decision, rules
 from gradclip.torch import norms, verbs
 
 NUMPY = "test_twins.py::test_numpy_equals_twin"
@@ -23,7 +23,7 @@ ATTACH, LAWS = "test_attach.py", "test_laws.py"
 MUTATIONS = {
     "the formula": (
         NUMPY + "[norm]",
-        "pipeline.clip_scale = lambda norm, limit, xp, most=1.0: "
+        "decision.clip_scale = lambda norm, limit, xp, most=1.0: "
         "xp.where(norm > limit, limit / norm * 1.01, 1.0)",
     ),
     "NumPy.norm": (
@@ -114,7 +114,7 @@ def run(mutation, tests, report):
         "np": np,
         "torch": torch,
         "backends": backends,
-        "pipeline": pipeline,
+        "decision": decision,
         "rules": rules,
         "norms": norms,
         "verbs": verbs,
