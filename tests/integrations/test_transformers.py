@@ -154,7 +154,7 @@ def test_two_callbacks_are_refused(tmp_path):
 
 
 def test_a_memory_as_large_as_the_gradients_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradclip.integrations.transformers.LARGE", 40)
+    monkeypatch.setattr("gradclip.integrations.tracking.LARGE", 40)
     callback, out = GradientClippingCallback(gc.Moment()), tmp_path / "out"
     with pytest.warns(UserWarning, match="as text in trainer_state"):
         trainer_for(out, callback, max_steps=1, save_strategy="steps").train()
