@@ -21,9 +21,10 @@ from gradclip.cli import app
 from gradclip.studies import STUDIES, bias, smoothness
 from gradclip.studies import generalisation as general
 from gradclip.studies import temporal_order as temporal
-from gradclip.studies.frame import Results, larger, load, plain, read_rows, seen
+from gradclip.studies.frame import larger, load, plain, read_rows, seen
 from gradclip.studies.page import write_page
 from gradclip.studies.progress import duration
+from gradclip.studies.results import Results
 from gradclip.studies.statistics import above, geometric, mean, share, within_noise
 from gradclip.studies.tables import text
 

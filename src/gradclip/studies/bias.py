@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 import gradclip as gc
 from gradclip.per_sample import clipped_sum
 from gradclip.studies.drawing import GREY, curve
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import mean
 from gradclip.studies.tables import Table, pivot
 

@@ -21,12 +21,11 @@ from typing import Any, Literal, TypeAlias
 import gradclip
 from gradclip.studies import STUDIES
 from gradclip.studies.progress import Progress, duration
+from gradclip.studies.results import Cell, Results, Row, key
 from gradclip.studies.tables import Table
 
 Size: TypeAlias = Literal["quick", "usual", "full"]
 Verdict: TypeAlias = Literal["holds", "holds here but not there", "not seen"]
-Cell: TypeAlias = dict[str, Any]
-Row: TypeAlias = dict[str, Any]
 Tick: TypeAlias = Callable[[float], object]
 """Told the share of a cell that is done."""
 
@@ -66,70 +65,14 @@ class Study:
     cells: Callable[[Size], list[Cell]]
     run: Callable[[Cell, Sequence[int], Tick], Iterator[tuple[int, Row]]]
     """Yields a seed and its measurements; may do all seeds together."""
-    find: Callable[["Results"], Findings]
-    draw: Callable[["Results", Any], None]
+    find: Callable[[Results], Findings]
+    draw: Callable[[Results, Any], None]
     """Draws into a matplotlib figure."""
     not_run: tuple[str, ...]
     cost: Callable[[Cell], float]
     """About how many CPU seconds a seed of a cell takes, on one core."""
     seeded: bool = True
     """False where there is nothing random, so that one seed is all."""
-
-
-class Results:
-    """The measurements of a study, by cell and seed."""
-
-    def __init__(self, cells: Sequence[Cell], seeds: Sequence[int]) -> None:
-        """Start without measurements."""
-        self.cells, self.seeds = list(cells), list(seeds)
-        self._rows: dict[tuple[str, int], Row] = {}
-
-    def add(self, cell: Cell, seed: int, row: Row) -> None:
-        """Take in the measurements of a seed."""
-        self._rows[key(cell), seed] = row
-
-    def missing(self, cell: Cell) -> list[int]:
-        """Return the seeds of a cell that are still to be run."""
-        return [seed for seed in self.seeds if (key(cell), seed) not in self._rows]
-
-    def found(self, **where: Any) -> list[Cell]:
-        """Return the cells with these settings."""
-        return [
-            cell
-            for cell in self.cells
-            if all(cell.get(name) == x for name, x in where.items())
-        ]
-
-    def part(self, **where: Any) -> "Results":
-        """Return the measurements of the cells with these settings."""
-        part = Results(self.found(**where), self.seeds)
-        part._rows = self._rows
-        return part
-
-    def options(self, setting: str, **where: Any) -> list[Any]:
-        """Return the values of a setting among the cells, in their order."""
-        return list(dict.fromkeys(cell[setting] for cell in self.found(**where)))
-
-    def values(self, measure: str, **where: Any) -> list[Any]:
-        """Return a measurement of the only cell with these settings, for each seed."""
-        (cell,) = self.found(**where)
-        rows = (self._rows.get((key(cell), seed)) for seed in self.seeds)
-        return [number(row[measure]) for row in rows if row is not None]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every cell has all its seeds."""
-        return not any(map(self.missing, self.cells))
-
-
-def key(cell: Cell) -> str:
-    """Return the settings of a cell as one text."""
-    return json.dumps(cell, sort_keys=True)
-
-
-def number(x: Any) -> Any:
-    """Return what JSON held: infinity and NaN stand there by their names."""
-    return float(x) if x in ("Infinity", "-Infinity", "NaN") else x
 
 
 def plain(x: Any) -> Any:

@@ -16,17 +16,8 @@ from torch import Tensor, nn
 
 from gradclip.rules import Norm
 from gradclip.studies.drawing import GREY, dots
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, negative, positive
 from gradclip.studies.tables import pivot, text
 from gradclip.torch import attach

@@ -12,17 +12,8 @@ import torch
 import gradclip as gc
 from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
 from gradclip.studies.drawing import GREY, curve
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, mean, positive
 from gradclip.studies.tables import pivot, text
 

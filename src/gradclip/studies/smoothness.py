@@ -13,17 +13,8 @@ from numpy.typing import NDArray
 
 from gradclip.decision import clip_scale
 from gradclip.studies.drawing import line
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.tables import Table
 
 Floats = NDArray[np.float64]

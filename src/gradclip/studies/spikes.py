@@ -12,17 +12,8 @@ from torch import Tensor, nn
 import gradclip as gc
 from gradclip.demo import CHARACTERS, library_text
 from gradclip.studies.drawing import dots
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, mean, positive
 from gradclip.studies.tables import pivot, text
 from gradclip.torch import attach

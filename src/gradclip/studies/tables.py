@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gradclip.studies.results import Results
 from gradclip.studies.statistics import Estimate, mean, share, within_noise
-
-if TYPE_CHECKING:
-    from gradclip.studies.frame import Results
 
 NOISE = "≈"
 """Marks what is within noise of the reference."""
@@ -29,7 +27,7 @@ class Table:
 
 
 def pivot(
-    results: "Results",
+    results: Results,
     title: str,
     measure: str,
     rows: str,
@@ -78,7 +76,7 @@ def pivot(
     )
 
 
-def rates(results: "Results", title: str, measure: str, **settings: Any) -> Table:
+def rates(results: Results, title: str, measure: str, **settings: Any) -> Table:
     """Return a table of shares, in per cent."""
     return pivot(results, title, measure, form=".0%", estimate=share, **settings)
 

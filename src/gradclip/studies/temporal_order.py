@@ -16,17 +16,8 @@ from torch import Tensor
 
 from gradclip.rules import Norm
 from gradclip.studies.drawing import curve
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import above, geometric, share
 from gradclip.studies.tables import Table, pivot, rates, text
 from gradclip.torch import Clipper

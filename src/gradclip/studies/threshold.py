@@ -17,17 +17,8 @@ import gradclip as gc
 from gradclip.demo import Network, Setup, library_text
 from gradclip.demo import train as train_demo
 from gradclip.studies.drawing import line
-from gradclip.studies.frame import (
-    Cell,
-    Claim,
-    Findings,
-    Results,
-    Row,
-    Size,
-    Study,
-    Tick,
-    seen,
-)
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.tables import Table
 from gradclip.torch import ClipWarning, attach
 
