@@ -6,7 +6,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import gradclip as gc
-from gradclip.torch import attach
+from gradclip.torch import Clipper, attach
 from table import ROWS, STATEFUL
 
 
@@ -96,7 +96,7 @@ def test_a_refused_state_changes_nothing():
     run(net, optimizer, clipper, range(3))
     before = clipper.state_dict()
     wrong = dict(before)
-    other = attach(optimizer, gc.ZScore(over="tensor"))
+    other = Clipper(net, gc.ZScore(over="tensor"))
     with pytest.raises(ValueError, match="belongs to"):
         clipper.load_state_dict(other.state_dict())
     del wrong["0.count"]

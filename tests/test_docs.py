@@ -66,6 +66,8 @@ def session(text):
     return "\n".join(shown) + "\n"
 
 
+# A page that lists rules attaches each of them to the one optimizer of its opening.
+@pytest.mark.filterwarnings("ignore:this optimizer has a clipper already")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -82,6 +82,18 @@ def test_stepping_without_gradients():
     optimizer.step()
 
 
+def test_a_second_clipper_in_one_optimizer():
+    _, optimizer, _ = setting()
+    first = attach(optimizer, gc.ZScore())
+    with pytest.warns(ClipWarning, match=r"has a clipper already.*detach\(\)"):
+        second = attach(optimizer, gc.ZScore())
+    first.detach(), second.detach()
+    attach(optimizer, gc.ZScore())
+    with pytest.warns(ClipWarning, match="has a clipper already"):
+        attach(optimizer, gc.Norm(1.0))
+    attach(optimizer, gc.Value(1.0), doctor=())
+
+
 def test_parameters_that_the_optimizer_does_not_hold():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)

@@ -141,6 +141,6 @@ def test_where_there_is_no_such_memory_it_is_refused():
     with pytest.raises(ValueError, match="memory='adam'"):
         gc.Moment(memory="adam")
     optimizer = torch.optim.AdamW([p], lr=0.1)
-    own = attach(optimizer, gc.Moment(3.0)).state_dict()
+    own = Clipper([p], gc.Moment(3.0)).state_dict()
     with pytest.raises(ValueError, match="the state belongs to"):
         attach(optimizer, RULE).load_state_dict(own)

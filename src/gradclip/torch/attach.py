@@ -132,6 +132,12 @@ def _several(optimizers: Any) -> list[torch.optim.Optimizer]:
     return [_one(optimizer) for optimizer in optimizers]
 
 
+def has_clipper(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer clips already, as in a notebook cell run twice."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks)
+
+
 class Attached(Clipper):
     """A clipper that an optimizer calls; made by `attach`."""
 
@@ -152,6 +158,12 @@ class Attached(Clipper):
                 "unheld",
                 f"the optimizer does not hold {len(names)} trainable parameters of the "
                 f"model, so they are not clipped: {', '.join(names[:5])}.",
+            )
+        if has_clipper(optimizer):
+            self._doctor.tell(
+                "attached",
+                "this optimizer has a clipper already, whose results this one would "
+                "clip; detach() that one first, or use chain(a, b) for two rules.",
             )
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._flags: dict[str, Any] | None = None

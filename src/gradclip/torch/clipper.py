@@ -49,7 +49,8 @@ class Clipper:
             an error, at least 1.
         history: Takes in every step, as `History("run.jsonl")` does.
         doctor: Which checks for misuse are made, of `"unchanged"`, `"consumed"`,
-            `"scaled"`, `"missing"`, `"unheld"` and `"rate"`. Each warns once.
+            `"scaled"`, `"missing"`, `"unheld"`, `"attached"` and `"rate"`. Each warns
+            once.
         split_over: For parameters of which other processes have other parts, and that
             are no DTensors: a process group, whose members have different tensors, or
             a function of name and parameter that returns a group, `Pieces(group, dim)`

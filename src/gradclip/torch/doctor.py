@@ -14,7 +14,7 @@ from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Value, stages
 from gradclip.torch.exact import on_host
 
-CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "rate")
+CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "attached", "rate")
 STEPS = 500
 """How many steps a clip rate is watched before anything is said about it."""
 DELAY = 10
