@@ -181,6 +181,16 @@ def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, tree
 
 
+def arranged(tree: Any, like: Any) -> Any:
+    """Return a tree whose dictionaries have the order of those of another."""
+    if isinstance(tree, dict) and isinstance(like, dict) and tree.keys() == like.keys():
+        return {key: arranged(tree[key], part) for key, part in like.items()}
+    both = isinstance(tree, (list, tuple)) and isinstance(like, (list, tuple))
+    if both and len(tree) == len(like):
+        return [arranged(a, b) for a, b in zip(tree, like, strict=True)]
+    return tree
+
+
 def dotted(where: str) -> str:
     """Return the path to a leaf as a name: `['a'][0]` is `a.0`."""
     return ".".join(re.findall(r"\['?(.*?)'?\]", where))
@@ -204,9 +214,9 @@ def _clip(
     given = [engine.prepare(x, where) for where, x in named]
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
     rule = memory.rule.bind(names, shapes)
-    weights = _weights(rule, named, params, engine)
+    weights = _weights(rule, grads, named, params, engine)
     if out is not None:
-        engine = engine.writing_to(given, [x for _, x in flatten(out)])
+        engine = engine.writing_to(given, [x for _, x in flatten(arranged(out, grads))])
     with np.errstate(all="ignore"):
         leaves, info, states = run(
             engine,
@@ -241,7 +251,11 @@ def _leaves(grads: Any) -> list[tuple[str, Any]]:
 
 
 def _weights(
-    rule: Rule, named: Sequence[tuple[str, Any]], params: Any, engine: Backend
+    rule: Rule,
+    grads: Grads,
+    named: Sequence[tuple[str, Any]],
+    params: Any,
+    engine: Backend,
 ) -> list[Array]:
     if not any(stage.needs_weight for stage in stages(rule)):
         return []
@@ -250,7 +264,7 @@ def _weights(
             f"{rule!r} compares gradients with parameters; add params=… arranged like "
             "the gradients."
         )
-    weights = list(flatten(params))
+    weights = list(flatten(arranged(params, grads)))
     shapes, given = ([tuple(x.shape) for _, x in part] for part in (named, weights))
     if given != shapes:
         raise ValueError(

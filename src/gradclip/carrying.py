@@ -67,7 +67,10 @@ class UClip(Clipper):
         )
         if bool(info.kept & info.finite):
             after = [x for _, x in flatten(clipped)]
-            self.carried = [x - u for x, u in zip(total, after, strict=True)]
+            rest = [x - u for x, u in zip(total, after, strict=True)]
+            # With on_nonfinite="zero" an element may be NaN, which is not carried on.
+            xp = find_backend(named).xp
+            self.carried = [xp.where(xp.isfinite(d), d, 0) for d in rest]
         return clipped, info
 
     def state_dict(self) -> dict[str, Array]:

@@ -4,6 +4,7 @@ Flat, and arrays only, so that every checkpoint format can hold it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,18 +87,26 @@ class Memory:
         self, i: int, saved: Mapping[str, Array], restore: Callable[[Array], Array]
     ) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
-        prefix = f"{i}."
+        prefix, stage = f"{i}.", stages(self.rule)[i]
         found = {
             name.removeprefix(prefix): restore(x)
             for name, x in saved.items()
             if name.startswith(prefix)
         }
         for name, x in (self.states[i] or {}).items():
-            if name not in found or found[name].shape[-1:] != x.shape[-1:]:
+            cells = partial(_cells, stage, name)
+            if name not in found or cells(found[name]) != cells(x):
                 size = tuple(found[name].shape) if name in found else "nothing"
                 raise ValueError(
-                    f"the state has {size} for {name!r} of {stages(self.rule)[i]!r}, "
+                    f"the state has {size} for {name!r} of {stage!r}, "
                     f"but this clipper needs {tuple(x.shape)}; it was saved with other "
                     "parameters."
                 )
         return found or self.states[i]
+
+
+def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
+    """Return what of the shape of a memory says how many cells there are."""
+    # A window that has grown is longer, for the same parameters.
+    grows = stage.grows and name.rpartition(".")[2] == "norms"
+    return tuple(x.shape[1:] if grows else x.shape[-1:])

@@ -41,8 +41,11 @@ def run(
     for i, stage in enumerate(stages(rule)):
         given = parts = turned(leaves, stage, engine.xp)
         norm = engine.measure(parts, stage.over, stage.p)
+        missing = None
+        if absent is not None and stage.over == "tensor":
+            missing = engine.adopt(absent, norm)
         if i == 0:
-            parts, norm = admit(engine, parts, rule, norm, policy, name_of)
+            parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
         told = scheduled(engine, stage, step)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
@@ -52,7 +55,6 @@ def run(
             going = not skips or engine.known(all_finite(norm, engine)) is not False
             parts, info, state = look_inside(engine, parts, stage, seen, old[i], going)
         else:
-            missing = absent if stage.over == "tensor" else None
             info, state = decide(stage, seen, old[i], missing)
         if skips:
             info = info._replace(kept=info.kept & info.finite)
@@ -165,12 +167,15 @@ def admit(
     norm: Array,
     policy: Policy,
     name_of: Callable[[int], str],
+    absent: Array | None = None,
 ) -> tuple[list[Array], Array]:
     """Return gradients and their norm after the policies that act before a clip."""
-    if policy not in ("raise", "zero") or engine.known(all_finite(norm, engine)):
+    # A missing gradient has the norm NaN, and is no bad one.
+    told = norm if absent is None else engine.xp.where(absent, 0.0, norm)
+    if policy not in ("raise", "zero") or engine.known(all_finite(told, engine)):
         return leaves, norm
     if policy == "raise":
-        if not engine.read(all_finite(norm, engine)):
+        if not engine.read(all_finite(told, engine)):
             raise NonFiniteError(describe_nonfinite(engine, leaves, name_of))
     elif not only_records(rule):
         first = stages(rule)[0]

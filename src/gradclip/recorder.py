@@ -5,6 +5,7 @@ written with one call. A file that cannot be written costs the record, never the
 """
 
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -43,8 +44,23 @@ class Recorder:
         self._flushed = time.monotonic()
         _flush_at_exit(self)
 
+    def __del__(self) -> None:
+        """Write what is left, where a history ends before the program does."""
+        # At the very end of a program there may be nothing left to write with.
+        with contextlib.suppress(Exception):
+            self.flush()
+
+    def _own(self) -> None:
+        """Start anew in a process that was forked, or was sent this recorder."""
+        if os.getpid() != self._owner:
+            self._steps, self._tensors = [], []
+            self._header, self._written_names = False, None
+            self._owner = os.getpid()
+            _flush_at_exit(self)
+
     def add(self, step: Any, info: Info, facts: dict[str, Any]) -> None:
         """Keep one step, and write all that are kept if it is time to."""
+        self._own()
         self._steps.append((step, info, facts))
         late = time.monotonic() - self._flushed > self.flush_seconds
         if len(self._steps) >= self.flush_every or late:
@@ -52,6 +68,7 @@ class Recorder:
 
     def add_tensors(self, step: Any, names: tuple[str, ...], norms: Any) -> None:
         """Keep the norm of each parameter at one step."""
+        self._own()
         self._tensors.append((step, names, norms))
 
     def flush(self) -> None:
@@ -147,7 +164,7 @@ def step_lines(
             {"step": int(numbers[i]), **facts},
             whole(norms[i]),
             whole(limits[i]),
-            float(np.min(scales[i])),
+            float(np.min(scales[i])) if scales[i].size else 1.0,
             bool(kept[i]),
         )
         for i, (_, _, facts) in enumerate(steps)

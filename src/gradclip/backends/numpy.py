@@ -77,7 +77,8 @@ class NumPy(Backend):
         eps = np.finfo(x.dtype).eps
         scale = inward(scale, float(eps), np)
         # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
-        narrow = np.min(scale, initial=1.0) > 1e-30
+        least, most = np.min(scale, initial=1.0), np.max(scale, initial=1.0)
+        narrow = least > 1e-30 and most < 1e30
         kind = np.float32 if eps > 1e-12 and narrow else np.float64
         out = self.out.get(id(x), np.empty_like(x))
         return np.multiply(x, scale.astype(kind), out=out, casting="same_kind")

@@ -54,7 +54,9 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     """
     if columns.wanted is not None:
         return _wanted(columns, source), ()
-    found = [name for name in columns.found if NORM.search(name) or name == "norm"]
+    # The bare word may be a norm of anything, where a gradient's has its name.
+    found = [name for name in columns.found if NORM.search(name)]
+    found = found or [name for name in columns.found if name == "norm"]
     found = [name for name in found if not _is_limit(name)]
     found = [name for name in found if len(columns.found[name].values)]
     if not found:

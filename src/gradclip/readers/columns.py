@@ -72,6 +72,10 @@ class Columns:
         return sorted([*self.found, *self.ignored])
 
 
+GROUPED = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+"""A number whose digits are parted by commas."""
+
+
 def number(text: Any) -> float | None:
     """Return the number that a cell holds; NaN for null, None for no number at all.
 
@@ -102,7 +106,9 @@ def _from_text(text: str) -> float | None:
     if "/" in text:
         # Hugging Face's 'global_step/max_steps': '1/294'.
         text = text.partition("/")[0]
+    # In groups of three, a comma is no decimal sign.
+    text = text.replace(",", "" if GROUPED.fullmatch(text) else ".")
     try:
-        return float(text.replace(",", "")) if text[:1] not in "_nN" else None
+        return float(text) if text[:1] not in "_nN" else None
     except ValueError:
         return None

@@ -50,6 +50,8 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             raise LogError(f"{source}, line {rows.line_num + 1}: {error}.") from None
         if cells is None:
             break
+        if sign == ";":
+            cells = list(map(_with_point, cells))
         if len(cells) == len(names):
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
@@ -60,6 +62,11 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             f"left out, the first is line {bad[0]}."
         )
     return columns
+
+
+def _with_point(cell: str) -> str:
+    """Return a cell of a table in which a comma is the decimal sign."""
+    return cell.replace(",", ".") if cell.count(",") == 1 and "." not in cell else cell
 
 
 def read_parquet(path: Path, column: str | None) -> Columns:

@@ -2,6 +2,9 @@
 
 import math
 import sys
+from typing import Any
+
+import numpy as np
 
 from gradclip.rules.base import Rule
 
@@ -9,9 +12,18 @@ ABOVE_ZERO = math.ulp(0.0)
 LARGEST = sys.float_info.max
 
 
+def plainly(rule: Rule, name: str) -> Any:
+    """Return an argument; a number of NumPy becomes Python's, for the rule's text."""
+    value = getattr(rule, name)
+    if isinstance(value, np.generic):
+        value = value.item()
+        object.__setattr__(rule, name, value)
+    return value
+
+
 def check(rule: Rule, name: str, low: float, high: float, remedy: str) -> None:
     """Refuse what is not a number from `low` to `high`; an integer for integers."""
-    value = getattr(rule, name)
+    value = plainly(rule, name)
     kinds = int if isinstance(low, int) else (int, float)
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if not number or not low <= value <= high:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gradclip.rules.base import Array, Measured, Rule
+from gradclip.rules.checks import plainly
 
 Limit: TypeAlias = float | Array | Callable[[Any], Any]
 
@@ -21,7 +22,7 @@ class Limited(Rule):
 
 def check_limit(rule: Rule, name: str) -> None:
     """Refuse a limit that is negative, zero or NaN; infinity only records."""
-    value = getattr(rule, name)
+    value = plainly(rule, name)
     call = f"{type(rule).__name__}({name}={value!r})"
     if callable(value):
         return

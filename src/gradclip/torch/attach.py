@@ -6,7 +6,9 @@ the clip costs no pass over memory of its own.
 """
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import is_
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -114,8 +116,14 @@ def attach(
 
 def _one(optimizer: Any) -> torch.optim.Optimizer:
     """Return an optimizer, or say what to do with something else."""
-    if hasattr(optimizer, "register_step_pre_hook"):
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return optimizer
+    inner = getattr(optimizer, "optimizer", None)
+    if hasattr(inner, "register_step_pre_hook"):
+        raise TypeError(
+            f"attach() takes an optimizer, and {type(optimizer).__name__} is around "
+            "one: attach to its .optimizer."
+        )
     raise TypeError(
         f"attach() takes an optimizer, not {type(optimizer).__name__}; for "
         "parameters or a module use Clipper(params, rule), and for several optimizers "
@@ -136,6 +144,37 @@ def has_clipper(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer clips already, as in a notebook cell run twice."""
     hooks = optimizer._optimizer_step_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks)
+
+
+def _listed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all parameters that an optimizer holds, as they stand there."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _take_over(
+    stage: Rule, state: State, before: State, kept: list[tuple[int, int]], count: int
+) -> None:
+    """Fill a new memory with what an old one has of parameters that are still there.
+
+    `kept` has their places, now and before, when there were `count` of them.
+    """
+    now, then = [i for i, _ in kept], [j for _, j in kept]
+    for name, x in before.items():
+        key, _, place = name.rpartition(".")
+        if stage.by_part and place.isdecimal():
+            if int(place) in then:
+                state[f"{key}.{now[then.index(int(place))]}"] = x
+        elif not (stage.over == "tensor" or stage.by_place):
+            state[name] = x
+        elif x.shape[-1:] == (count,):
+            if state[name].shape[:-1] != x.shape[:-1]:
+                # A window that has grown; infinity marks what is still free.
+                size = (*x.shape[:-1], state[name].shape[-1])
+                state[name] = x.new_full(size, math.inf)
+            state[name][..., now] = x[..., then]
+        else:
+            # Of units, the first ones are those that were there.
+            state[name][..., : x.shape[-1]] = x
 
 
 class Attached(Clipper):
@@ -165,13 +204,15 @@ class Attached(Clipper):
                 "this optimizer has a clipper already, whose results this one would "
                 "clip; detach() that one first, or use chain(a, b) for two rules.",
             )
+        self._listed = _listed(optimizer)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._flags: dict[str, Any] | None = None
         self._before_closure: tuple[list[Tensor], Any] | None = None
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        after = optimizer.register_step_post_hook(self._after_step)
+        self._hooks = optimizer.register_step_pre_hook(self._before_step), after
+        # The last one to change something for a step is the first to put it back.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(after.id, last=False)
 
     def _empty(self, stage: Rule) -> State:
         """Return the memory of a stage: nothing where it is the optimizer's."""
@@ -264,23 +305,22 @@ class Attached(Clipper):
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`: new parameters get cells of their own."""
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if count == len(self.params):
+        listed = _listed(self.optimizer)
+        if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return
+        self._listed = listed
         named = named_by_optimizers([self.optimizer], self._module)
-        old = self._memory.states
+        old, places = self._memory.states, {id(p): i for i, p in enumerate(self.params)}
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self._make_room()
+        pairs = [(i, places.get(id(p))) for i, p in enumerate(self.params)]
+        kept = [(i, j) for i, j in pairs if j is not None]
         for stage, state, before in zip(
             stages(self.rule), self._memory.states, old, strict=True
         ):
-            for name, x in (before or {}).items():
-                each = stage.over == "tensor" or stage.by_place
-                if each and state is not None:
-                    state[name][..., : x.shape[-1]] = x
-                elif state is not None:
-                    state[name] = x
+            if state is not None and before:
+                _take_over(stage, state, before, kept, len(places))
 
     def _keep_gradients(self) -> None:
         """Hide the gradients from this step; no optimizer moves without them."""
@@ -318,7 +358,8 @@ class Attached(Clipper):
             self.optimizer.state.clear()
             self.optimizer.state.update(state)
         for p, grad in self._kept:
-            p.grad = grad
+            # After an interrupted step there may be a new one already.
+            p.grad = grad if p.grad is None else p.grad
         self._kept, self._before_closure = [], None
 
     def _restore_flags(self) -> None:

@@ -65,8 +65,11 @@ def named_in(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a model with the names that they have without wrappers.
 
     Patterns such as `"head.*"` fit them so, also where the model is compiled, or is
-    wrapped by FSDP or for activation checkpointing.
+    wrapped by DDP or FSDP or for activation checkpointing.
     """
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    if isinstance(model, parallel):
+        model = model.module
     for name, p in model.named_parameters():
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
@@ -167,7 +170,8 @@ def collect(
 def _all_plain(leaves: list[Tensor]) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
     try:
-        return all(map(Tensor.is_contiguous, leaves))
+        whole = all(map(Tensor.is_contiguous, leaves))
+        return whole and not any(map(Tensor.is_conj, leaves))
     except RuntimeError:
         # Only a dense tensor can say, and a pass over the list for layouts costs more.
         return False
@@ -185,6 +189,9 @@ def plain(p: Tensor, g: Tensor) -> Tensor:
             f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients "
             "may be dense or sparse COO."
         )
+    if g.is_conj() or g.is_neg():
+        # Of lazy signs, torch's functions for lists of tensors cannot change any.
+        p.grad = g = g.resolve_conj().resolve_neg()
     if torch._debug_has_internal_overlap(g) == 1:
         # An expanded gradient has many elements in one place.
         p.grad = g = g.clone(memory_format=torch.contiguous_format)

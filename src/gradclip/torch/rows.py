@@ -223,7 +223,7 @@ def wide_copies(
         if count < FEW * len(batch) or any(map(Tensor.is_complex, batch)):
             batch = [_joined(batch)]
         if batch[0].is_complex():
-            wide = wide_moduli(batch[0])
+            wide = wide_moduli(batch[0]).reshape(-1)
         else:
             wide = _filled(scratch(torch.float64)[:count], batch)
         yield wide, stop - start

@@ -231,7 +231,8 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     scale = inward(scale, eps, np if number else torch)
     if eps < 1e-12:
         return [torch.as_tensor(scale)]
-    if (number or on_host([scale])) and bool((scale < 1e-30).any()):
+    far = (scale < 1e-30) | (scale > 1e30)
+    if (number or on_host([scale])) and bool(far.any()):
         # float32 has too few digits left for such a scale, but not for its root.
         return [torch.as_tensor(scale**0.5, dtype=torch.float32)] * 2
     return [torch.as_tensor(scale, dtype=torch.float32)]

@@ -1,0 +1,212 @@
+"""What happens beneath a clipper: other parameters, other processes, odd numbers."""
+
+import gc as garbage
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+import gradclip as gc
+from gradclip.ruletext import rule_from
+from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm
+
+
+def parameter(*numbers):
+    p = torch.nn.Parameter(torch.zeros(len(numbers)))
+    p.grad = torch.tensor(numbers)
+    return p
+
+
+def test_a_parameter_in_the_place_of_another_is_clipped():
+    a, b = parameter(3.0, 4.0), parameter(1.0)
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
+    clipper = attach(optimizer, gc.Norm(1.0))
+    optimizer.step()
+    new = parameter(30.0, 40.0)
+    optimizer.param_groups[0]["params"] = [new]
+    b.grad.zero_()
+    optimizer.step()
+    assert float(clipper.info.norm) == 50.0
+    assert float(new.detach().norm()) == pytest.approx(1.0)
+
+
+def test_the_memory_of_a_parameter_goes_with_it():
+    a, b = parameter(1.0), parameter(100.0)
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
+    clipper = attach(optimizer, gc.EMA(warmup=1))
+    optimizer.step()
+    c = parameter(7.0)
+    optimizer.param_groups[0]["params"].append(c)
+    a.grad, b.grad = torch.tensor([1.0]), torch.tensor([100.0])
+    optimizer.step()
+    assert clipper.info.norm.tolist() == [1.0, 7.0, 100.0]
+    assert not bool(clipper.info.clipped)
+    del optimizer.param_groups[1]
+    optimizer.step()
+    assert clipper.info.norm.tolist() == [1.0, 7.0]
+    assert clipper.state_dict()["0.ema"].tolist() == [1.0, 7.0]
+
+
+def test_a_memory_that_has_grown_takes_up_new_parameters():
+    a = parameter(1.0)
+    optimizer = torch.optim.SGD([a], lr=0.0)
+    clipper = attach(optimizer, gc.Percentile(window=None, over="tensor"), doctor=())
+    for _ in range(300):
+        optimizer.step()
+    optimizer.add_param_group({"params": [parameter(2.0)]})
+    optimizer.step()
+    assert clipper.state_dict()["0.count"].tolist() == [301, 1]
+
+
+def test_a_memory_that_has_grown_can_be_loaded():
+    a = parameter(1.0)
+    clipper = Clipper([a], gc.Percentile(window=None), doctor=())
+    for _ in range(300):
+        clipper.clip_()
+    saved = clipper.state_dict()
+    other = Clipper([a], gc.Percentile(window=None), doctor=())
+    other.load_state_dict(saved)
+    for key, x in other.state_dict().items():
+        assert torch.equal(x, saved[key])
+
+
+@pytest.mark.parametrize("policy", ["raise", "zero"])
+@pytest.mark.parametrize("rule", [gc.EMA(warmup=1), gc.Stabilize()])
+def test_a_missing_gradient_is_no_bad_one(rule, policy):
+    a, b = parameter(1.0), parameter(2.0)
+    clipper = Clipper([a, b], rule, on_nonfinite=policy, doctor=())
+    clipper.clip_()
+    b.grad = None
+    clipper.clip_()
+    b.grad = torch.tensor([float("nan")])
+    if policy == "raise":
+        with pytest.raises(gc.NonFiniteError, match=r"\[1\] \(1 of 1 elements\)"):
+            clipper.clip_()
+    else:
+        clipper.clip_()
+        assert float(b.grad) == 0.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_clippers_leave_nothing_behind(fused):
+    p = parameter(30.0, 40.0)
+    optimizer = torch.optim.SGD([p], lr=1.0, fused=fused)
+    both = [attach(optimizer, gc.Norm(limit), doctor=()) for limit in (1.0, 0.5)]
+    optimizer.step()
+    assert float(p.detach().norm()) == pytest.approx(0.5)
+    for clipper in both:
+        clipper.detach()
+    p.grad = torch.tensor([30.0, 40.0])
+    p.data.zero_()
+    optimizer.step()
+    assert p.tolist() == [-30.0, -40.0]
+
+
+def test_what_is_around_an_optimizer_is_refused_by_name():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    inner = torch.optim.SGD([parameter(1.0)], lr=1.0)
+    with pytest.raises(TypeError, match=r"Around is around one: attach to its"):
+        attach(Around(inner), gc.Norm(1.0))
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (2, 2), (), (3, 4, 5)])
+@pytest.mark.parametrize("over", ["all", "tensor", "unit"])
+def test_complex_tensors_of_any_shape(shape, over):
+    p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.complex64))
+    p.grad = torch.randn(shape, dtype=torch.complex64)
+    want = float(torch.linalg.vector_norm(p.grad.to(torch.complex128)))
+    norm = Clipper([p], gc.Norm(1e9, over=over)).clip_().norm
+    assert float(torch.linalg.vector_norm(norm)) == pytest.approx(want)
+    assert float(get_total_norm([p.grad])) == pytest.approx(want)
+
+
+def test_a_gradient_that_is_conjugated_lazily():
+    w = torch.nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+    (torch.randn(2, 3, dtype=torch.complex64) @ w.mH).abs().square().sum().backward()
+    assert w.grad.is_conj()
+    want = w.grad.resolve_conj() / torch.linalg.vector_norm(w.grad)
+    clip_grad_norm_([w], 1.0)
+    torch.testing.assert_close(w.grad, want)
+
+
+def test_patterns_fit_the_names_inside_of_data_parallel():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    rule = gc.by_name({"1.*": None, "*": gc.Norm(1.0)})
+    clipper = Clipper(torch.nn.DataParallel(net), rule)
+    assert clipper.names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_bad_element_that_was_cleared_is_not_carried_on():
+    clipper = gc.UClip(gc.Value(1.0), on_nonfinite="zero")
+    clipper.clip(np.array([np.nan, 2.0]))
+    clipped, _ = clipper.clip(np.array([0.5, 0.0]))
+    assert clipped.tolist() == [0.5, 1.0]
+
+
+def test_a_history_that_ends_before_the_program_is_written(tmp_path):
+    path = tmp_path / "run.jsonl"
+    clipper = gc.Clipper(gc.Norm(1.0), history=gc.History(path))
+    for _ in range(7):
+        clipper.clip(np.ones(2))
+    del clipper
+    garbage.collect()
+    assert len(gc.History.load(path)) == 7
+
+
+def test_dictionaries_are_matched_by_their_keys():
+    grads = {"b": np.ones(2), "a": np.ones(2)}
+    params = {"a": np.full(2, 1e-3), "b": np.full(2, 1e3)}
+    clipped, _ = gc.clip(grads, gc.Relative(0.01), params=params)
+    assert clipped["b"].tolist() == [1.0, 1.0]
+    assert float(np.linalg.norm(clipped["a"])) < 1e-4
+    out = {"a": np.empty(2), "b": np.empty(2)}
+    gc.clip({"b": np.ones(2), "a": np.zeros(2)}, gc.Norm(9.0), out=out)
+    assert out["b"].tolist() == [1.0, 1.0]
+    assert out["a"].tolist() == [0.0, 0.0]
+
+
+def test_numbers_of_numpy_are_arguments_like_others():
+    rule = gc.ZScore(z=np.float32(2.5), warmup=np.int64(7), max_limit=np.float64(2.0))
+    assert rule_from(repr(rule)) == rule == gc.ZScore(2.5, warmup=7, max_limit=2.0)
+    assert repr(gc.Norm(np.float64(1.5))) == repr(gc.Norm(1.5))
+
+
+def test_a_comma_may_be_a_decimal_sign(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("step;loss;grad_norm;norm\n0;2,0;1,5;9,0\n1;1,234;1,125;9,0\n")
+    assert gc.History.load(path).norm.tolist() == [1.5, 1.125]
+
+
+def _record(history):
+    clipper = gc.Clipper(gc.Norm(1.0), history=history)
+    for _ in range(3):
+        clipper.clip(np.ones(2))
+    history.flush()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_history_goes_with_a_process_that_is_started(tmp_path, method):
+    history = gc.History(tmp_path / "run.jsonl")
+    process = multiprocessing.get_context(method).Process(
+        target=_record, args=(history,)
+    )
+    process.start()
+    process.join()
+    assert len(gc.History.load(tmp_path / "run.jsonl")) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_tiniest_row_is_stretched_without_overflow(dtype):
+    p = torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))
+    p.grad = torch.tensor([[3.0, 4.0], [1e-40, 0.0]], dtype=dtype)
+    info = Clipper(p, gc.Normalize(over="unit")).clip_()
+    torch.testing.assert_close(p.grad[0], torch.tensor([0.6, 0.8], dtype=dtype))
+    torch.testing.assert_close(
+        p.grad[1], torch.tensor([1.0, 0.0], dtype=dtype), rtol=1e-4, atol=0
+    )
+    assert bool(info.finite)
