@@ -210,3 +210,44 @@ def test_the_tiniest_row_is_stretched_without_overflow(dtype):
         p.grad[1], torch.tensor([1.0, 0.0], dtype=dtype), rtol=1e-4, atol=0
     )
     assert bool(info.finite)
+
+
+def test_a_modulus_beyond_float32_is_finite_in_complex64():
+    clipped, info = gc.clip(np.array([3e38 + 3e38j], np.complex64), gc.Norm(1.0))
+    assert float(info.norm) == pytest.approx(3e38 * 2**0.5)
+    assert abs(clipped[0]) == pytest.approx(1.0)
+
+
+def test_limits_of_tensors_are_not_advised_as_one_that_was_in_force(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    clipper = gc.Clipper(gc.Norm(1.3, over="tensor"), history=history)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        clipper.clip([rng.normal(size=4) for _ in range(50)])
+    history.flush()
+    said = str(gc.advise(gc.History.load(history.path)))
+    assert "in force" not in said
+    assert "clipped at" not in said
+
+
+def test_a_fact_that_is_no_number_is_refused_at_once(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    _, info = gc.clip(np.ones(2), gc.Norm(1.0))
+    history.record(0, info, loss=None)
+    with pytest.raises(TypeError, match=r"record\(lr=\[0.1, 0.2\]\): a line holds"):
+        history.record(1, info, lr=[0.1, 0.2])
+    history.record(1, info, lr=np.float32(0.1), loss=torch.tensor(2.0))
+    assert history.step.tolist() == [0, 1]
+
+
+def test_each_run_of_a_file_is_replayed_from_an_empty_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for size in (1.0, 100.0):
+        clipper = gc.Clipper(gc.Norm(1e9), history=gc.History(path))
+        for i in range(60):
+            clipper.clip(np.array([size * (1 + 0.1 * (i % 3))]))
+        clipper.history.flush()
+    both = gc.History.load(path)
+    again = gc.replay(both, gc.ZScore(warmup=10))
+    alone = [gc.replay(run, gc.ZScore(warmup=10)) for run in both.runs]
+    assert again.scale.tolist() == [x for run in alone for x in run.scale.tolist()]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradclip.decision import Info
 from gradclip.memory import at_least
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
-from gradclip.recorder import Recorder
+from gradclip.recorder import Recorder, checked
 from gradclip.rules import Rule
 
 
@@ -145,9 +145,13 @@ class History:
                 One that was recorded before starts a new branch, as after going back
                 to a checkpoint.
             info: What the clipping did.
-            facts: More numbers for the same line, such as `loss`.
+            facts: More numbers for the same line, such as `loss`; None is no number.
+
+        Raises:
+            TypeError: For a fact that is no number, 0-d array or text; nothing is
+                lost then.
         """
-        self._writing().add(step, info, facts)
+        self._writing().add(step, info, checked(facts))
         self._count += 1
 
     def wants_tensors(self) -> bool:

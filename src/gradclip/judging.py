@@ -99,8 +99,10 @@ class Facts:
             if self.steady.size
             else ()
         )
-        self.in_force = _in_force(self.record.limit)
         self.measured = _measured(self.record.rule)
+        # Limits of tensors are no limit of the norm that they were recorded as.
+        whole = self.measured.over == "all"
+        self.in_force = _in_force(self.record.limit) if whole else math.nan
         self.still = stands_still(self.record.loss)
         self.spikes = find_spikes(self.record)
         self._note_gaps()

@@ -182,6 +182,17 @@ def _line(
     return json.dumps({**plainly, "action": action}, allow_nan=False)
 
 
+def checked(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a line can hold, or refuse it before it is kept with others."""
+    for name, x in facts.items():
+        single = isinstance(x, int | float | str) or getattr(x, "shape", None) == ()
+        if x is not None and not single:
+            raise TypeError(
+                f"record({name}={x!r}): a line holds numbers, 0-d arrays and texts."
+            )
+    return {name: math.nan if x is None else x for name, x in facts.items()}
+
+
 def plain(number: Any) -> float | str:
     """Return a number as JSON can hold it: NaN and infinity by their names."""
     x = float(on_host(number))

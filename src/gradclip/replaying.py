@@ -86,7 +86,7 @@ def replay(
         if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
             _all_at_once(norms, rule, limit, scale)
         else:
-            for i, info in enumerate(_one_by_one(norms, bound)):
+            for i, info in enumerate(_one_by_one(norms, bound, record.run)):
                 limit[i], scale[i] = _most(info.limit), np.min(info.scale)
                 if progress and i % 1000 == 999:
                     progress(1000)
@@ -145,13 +145,16 @@ def _all_at_once(norms: Floats, rule: Rule, limit: Floats, scale: Floats) -> Non
     scale[:] = whole if np.ndim(whole) == 1 else np.min(whole, axis=1)
 
 
-def _one_by_one(norms: Floats, rule: Rule) -> Iterator[Info]:
-    """Yield what a rule does at each step that depends on other norms."""
+def _one_by_one(norms: Floats, rule: Rule, runs: Steps) -> Iterator[Info]:
+    """Yield what a rule does at each step that depends on other norms of its run."""
     xp: Any = Scalars() if norms.ndim == 1 else xp_numpy
     first = np.ones_like(norms[0]) if len(norms) else np.float64(1)
-    states: list[State] = [stage.init(first, xp) for stage in stages(rule)]
-    for step, norm in enumerate(norms):
-        info, after = _one_step(norm, rule, step, states, xp)
+    states: list[State] = []
+    start = 0
+    for i, norm in enumerate(norms):
+        if i == 0 or runs[i] != runs[i - 1]:
+            states, start = [stage.init(first, xp) for stage in stages(rule)], i
+        info, after = _one_step(norm, rule, i - start, states, xp)
         # As in training: a step that is dropped leaves no trace.
         if bool(info.kept & info.finite):
             states = after

@@ -64,6 +64,9 @@ class Backend:
     def row_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each row of a matrix, without over- or underflow."""
         xp = self.xp
+        if self.is_complex(x) and hasattr(xp, "complex128"):
+            # A modulus may be beyond float32 where both parts are not.
+            x = xp.astype(x, xp.complex128)
         x = xp.astype(xp.abs(x), self.wide)
         if x.shape[1] == 0:
             return xp.sum(x, axis=1)
