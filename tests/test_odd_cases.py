@@ -251,3 +251,14 @@ def test_each_run_of_a_file_is_replayed_from_an_empty_memory(tmp_path):
     again = gc.replay(both, gc.ZScore(warmup=10))
     alone = [gc.replay(run, gc.ZScore(warmup=10)) for run in both.runs]
     assert again.scale.tolist() == [x for run in alone for x in run.scale.tolist()]
+
+
+def test_a_rule_that_counts_elements_does_so_in_backward():
+    net = torch.nn.Linear(10, 10, bias=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    clipper = attach([optimizer], gc.RMS(1.0, over="all"), in_backward=True)
+    net.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.ones(1, 10)).sum().backward()
+    assert float(clipper.info.limit) == pytest.approx(10.0)

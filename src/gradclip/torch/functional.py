@@ -20,6 +20,7 @@ from gradclip.torch.sharded import (
     holds_dtensor,
     layout_of,
     part_of,
+    refuse_pieces,
 )
 from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
@@ -263,6 +264,7 @@ def _decides_alone(rule: Rule, leaves: list[Tensor]) -> bool:
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:
     if split_over is None and not holds_dtensor(tensors):
+        refuse_pieces(tensors)
         return None
     return layout_of(zip(_names(tensors), tensors, strict=True), split_over)
 

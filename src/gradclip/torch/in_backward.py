@@ -108,16 +108,16 @@ class InBackward(Clipper):
         """Return gradients and their norm, after the policy for NaN."""
         verbs, leaves = self._tools(), collect(params).leaves
         names = [self.names[self._index[id(p)]] for p in params]
-        norm = verbs.measure(leaves, "all", self.rule.p)
+        norm = verbs.measure(leaves, "all", self._bound.p)
         policy = self.on_nonfinite
-        return admit(verbs, leaves, self.rule, norm, policy, names.__getitem__)
+        return admit(verbs, leaves, self._bound, norm, policy, names.__getitem__)
 
     def _scale(self, now: "_Pass", norm: Tensor) -> Tensor:
         """Return the factor for the latest gradients, by what is known so far."""
-        told = scheduled(self._tools(), self.rule, int(self._memory.step))
+        told = scheduled(self._tools(), self._bound, int(self._memory.step))
         seen = self._seen(now.estimate)._replace(told=told)
-        limit = self.rule.update(seen, self._state())[0]
-        scale = clip_scale(now.estimate, limit, seen.xp, self.rule.most(seen))
+        limit = self._bound.update(seen, self._state())[0]
+        scale = clip_scale(now.estimate, limit, seen.xp, self._bound.most(seen))
         scale = torch.where(norm.isfinite(), scale, 1.0)
         dropped = self._skipping & ~norm.isfinite()
         now.note(torch.where(dropped, 0.0, norm * scale), limit, scale)
@@ -134,7 +134,7 @@ class InBackward(Clipper):
         ids = set(map(id, params))
         if self._pass is None or self._pass.stepped & ids:
             # A pass that has such a step already was broken off by an error.
-            now = _Pass(self._previous, self.rule.p)
+            now = _Pass(self._previous, self._bound.p)
             try:
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(lambda: self._end(now))
@@ -155,7 +155,7 @@ class InBackward(Clipper):
         if now is not self._pass:
             return
         self._pass, memory = None, self._memory
-        info, state = decide(self.rule, self._seen(now.total), self._state())
+        info, state = decide(self._bound, self._seen(now.total), self._state())
         kept = info.finite if self._skipping else torch.ones_like(info.finite)
         if self.history is not None:
             self.history.record(memory.step, now.report(info, kept))

@@ -481,6 +481,13 @@ def _check_whole(named: list[tuple[str, Tensor]], known: Mapping[int, Any]) -> N
         )
 
 
+def refuse_pieces(tensors: Sequence[Tensor]) -> None:
+    """Refuse what FSDP1 has cut, where there is no module that knows its groups."""
+    if torch.compiler.is_compiling() or "torch.distributed.fsdp" not in sys.modules:
+        return
+    _check_whole([(f"[{i}]", t) for i, t in enumerate(tensors)], {})
+
+
 def is_dtensor(t: Tensor) -> bool:
     """Return whether a tensor knows where its other parts are."""
     return holds_dtensor([t])
