@@ -1,7 +1,8 @@
 """What happens beneath a clipper: other parameters, other processes, odd numbers."""
 
 import gc as garbage
-import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -181,23 +182,32 @@ def test_a_comma_may_be_a_decimal_sign(tmp_path):
     assert gc.History.load(path).norm.tolist() == [1.5, 1.125]
 
 
-def _record(history):
+STARTED = """
+import multiprocessing, sys
+import numpy as np
+import gradclip as gc
+
+def record(history):
     clipper = gc.Clipper(gc.Norm(1.0), history=history)
     for _ in range(3):
         clipper.clip(np.ones(2))
     history.flush()
 
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_history_goes_with_a_process_that_is_started(tmp_path, method):
-    history = gc.History(tmp_path / "run.jsonl")
-    process = multiprocessing.get_context(method).Process(
-        target=_record, args=(history,)
-    )
+if __name__ == "__main__":
+    history = gc.History(sys.argv[2])
+    context = multiprocessing.get_context(sys.argv[1])
+    process = context.Process(target=record, args=(history,))
     process.start()
     process.join()
-    assert len(gc.History.load(tmp_path / "run.jsonl")) == 3
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_history_goes_with_a_process_that_is_started(tmp_path, method):
+    program, path = tmp_path / "program.py", tmp_path / "run.jsonl"
+    program.write_text(STARTED)
+    subprocess.run([sys.executable, program, method, path], check=True)
+    assert len(gc.History.load(path)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

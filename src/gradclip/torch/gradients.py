@@ -171,7 +171,9 @@ def _all_plain(leaves: list[Tensor]) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
     try:
         whole = all(map(Tensor.is_contiguous, leaves))
-        return whole and not any(map(Tensor.is_conj, leaves))
+        # Compiled code cannot ask for lazy signs.
+        asks = not torch.compiler.is_compiling()
+        return whole and not (asks and any(map(Tensor.is_conj, leaves)))
     except RuntimeError:
         # Only a dense tensor can say, and a pass over the list for layouts costs more.
         return False
@@ -189,7 +191,7 @@ def plain(p: Tensor, g: Tensor) -> Tensor:
             f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients "
             "may be dense or sparse COO."
         )
-    if g.is_conj() or g.is_neg():
+    if not torch.compiler.is_compiling() and (g.is_conj() or g.is_neg()):
         # Of lazy signs, torch's functions for lists of tensors cannot change any.
         p.grad = g = g.resolve_conj().resolve_neg()
     if torch._debug_has_internal_overlap(g) == 1:
