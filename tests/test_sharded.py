@@ -125,7 +125,7 @@ def test_what_only_the_caller_knows(found, world):
 SAID = {
     "replica: all": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
     "replica: dense": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
-    "sync: ddp": ["rank 1", "'module.dense.weight'", "before the gradients are sync"],
+    "sync: ddp": ["rank 1", "'dense.weight'", "before the gradients are sync"],
     "sync: function": ["rank 1", "'[0]'", "before the gradients are sync"],
     "sync: beside": ["rank 1", "'norm'", "before the gradients are synchronised"],
     "group: experts": ["rank 1", "'expert.weight'", "a group is missing"],
