@@ -99,11 +99,13 @@ class Jax:
         return [np.asarray(x) for x in clipped.values()], reported(self.state.info)
 
     def state_dict(self):
-        return gradclip.jax.state_dict(self.rule, self.state)
+        return gradclip.jax.state_dict(self.rule, self.state, self.weights)
 
     def load_state_dict(self, saved):
         with self.wide():
-            self.state = gradclip.jax.load_state_dict(self.rule, self.state, saved)
+            self.state = gradclip.jax.load_state_dict(
+                self.rule, self.state, saved, self.weights
+            )
 
 
 FRONTS = {

@@ -1,14 +1,18 @@
 """What happens beneath a clipper: other parameters, other processes, odd numbers."""
 
+import collections
 import gc as garbage
+import math
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import gradclip as gc
+import gradclip.jax
 from gradclip.ruletext import rule_from
 from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm
 
@@ -272,3 +276,128 @@ def test_a_rule_that_counts_elements_does_so_in_backward():
         optimizer.zero_grad()
         net(torch.ones(1, 10)).sum().backward()
     assert float(clipper.info.limit) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("curve", ["ratio", "tanh", "root"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_smooth_limit_that_is_infinite_leaves_the_norm(curve, size):
+    clipper = gc.Clipper(gc.Smooth(lambda step: math.inf, curve=curve))
+    clipped, info = clipper.clip(np.float32([3.0, 4.0]) * np.float32(size))
+    np.testing.assert_allclose(clipped, np.float32([3.0, 4.0]) * np.float32(size))
+    assert bool(info.finite)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_a_norm_far_below_a_smooth_limit_is_kept(kind):
+    grads = np.array([3.0, 4.0], kind) * np.array(1e-25, kind)
+    clipped, _ = gc.clip(grads, gc.Smooth(1e20, curve="tanh"))
+    np.testing.assert_allclose(clipped, grads, rtol=1e-6)
+
+
+MEMORIES = [
+    gc.EMA(warmup=1),
+    gc.SPAM(ratio=2.0, warmup=1),
+    gc.Percentile(over="tensor"),
+]
+
+
+@pytest.mark.parametrize("rule", MEMORIES, ids=lambda rule: type(rule).__name__)
+def test_memories_follow_the_names_of_their_tensors(rule):
+    def grads(small, large):
+        return {"b": np.full(2, small), "a": np.full(3, large)}
+
+    steps = [grads(1.0, 100.0), grads(1.1, 90.0), grads(5.0, 500.0)]
+    straight, turning = gc.Clipper(rule), gc.Clipper(rule)
+    for i, step in enumerate(steps):
+        want, _ = straight.clip(step)
+        turned = dict(reversed(step.items())) if i % 2 else step
+        got, _ = turning.clip(turned)
+        assert list(got) == list(turned)
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.mark.parametrize("rule", MEMORIES, ids=lambda rule: type(rule).__name__)
+def test_a_memory_finds_its_tensors_in_another_library(rule):
+    first = {"b": np.full(2, 1.0), "a": np.full(3, 100.0)}
+    second = {"b": np.full(2, 5.0), "a": np.full(3, 500.0)}
+    clipper = gc.Clipper(rule)
+    clipper.clip(first)
+    saved = clipper.state_dict()
+    params = {name: jnp.zeros(x.shape) for name, x in first.items()}
+    transform = gradclip.jax.as_optax(rule)
+    state = gradclip.jax.load_state_dict(rule, transform.init(params), saved, params)
+    back = gc.Clipper(rule)
+    back.load_state_dict(gradclip.jax.state_dict(rule, state, params))
+    named = {n: torch.nn.Parameter(torch.zeros(x.shape)) for n, x in params.items()}
+    of_torch = Clipper(named, rule, doctor=())
+    of_torch.load_state_dict(saved)
+    for name, p in named.items():
+        p.grad = torch.tensor(second[name], dtype=torch.float32)
+    of_torch.clip_()
+    of_jax, _ = transform.update({n: jnp.asarray(x) for n, x in second.items()}, state)
+    want, again = clipper.clip(second)[0], back.clip(second)[0]
+    for name in want:
+        np.testing.assert_allclose(of_jax[name], want[name], rtol=1e-5)
+        np.testing.assert_allclose(again[name], want[name], rtol=1e-5)
+        np.testing.assert_allclose(named[name].grad, want[name], rtol=1e-5)
+
+
+def test_a_memory_of_several_tensors_is_not_saved_without_their_names():
+    state = gradclip.jax.as_optax(gc.EMA()).init({"a": jnp.zeros(1), "b": jnp.zeros(1)})
+    with pytest.raises(ValueError, match="hand over params="):
+        gradclip.jax.state_dict(gc.EMA(), state)
+
+
+def test_a_gradient_that_is_none_does_not_shift_the_others():
+    params = {"a": jnp.ones(2), "b": 100 * jnp.ones(2), "c": "no array"}
+    transform = gradclip.jax.as_optax(gc.Relative(0.1, over="tensor"))
+    state = transform.init({"b": params["b"]})
+    grads = {"a": None, "b": jnp.array([30.0, 40.0]), "c": None}
+    updates, _ = transform.update(grads, state, params)
+    weight = 100 * math.sqrt(2)
+    np.testing.assert_allclose(updates["b"], grads["b"] * 0.1 * weight / 50, rtol=1e-5)
+    assert updates["a"] is None
+
+
+def test_gradients_may_be_any_kind_of_dictionary():
+    grads = collections.defaultdict(list, x=np.array([3.0, 4.0]))
+    clipped, _ = gc.clip(grads, gc.Norm(1.0))
+    assert type(clipped) is collections.defaultdict
+    assert clipped["x"].round(4).tolist() == [0.6, 0.8]
+
+
+def test_a_memory_saved_before_the_first_step_is_an_empty_one():
+    saved = gc.Clipper(gc.ZScore()).state_dict()
+    used = gc.Clipper(gc.ZScore())
+    used.clip(np.ones(2))
+    used.load_state_dict(saved)
+    assert "0.mean" not in used.state_dict()
+    p = parameter(3.0, 4.0)
+    of_torch = Clipper([p], gc.ZScore(), doctor=())
+    of_torch.clip_()
+    of_torch.load_state_dict(saved)
+    assert of_torch.state_dict()["0.mean"] == of_torch.state_dict()["step"] == 0
+    state = gradclip.jax.as_optax(gc.ZScore()).init(jnp.zeros(2))
+    state = gradclip.jax.load_state_dict(gc.ZScore(), state, saved)
+    assert float(state.memory[0]["mean"]) == 0.0
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (2,)], [(3, 3)], [(3,)]])
+def test_a_memory_of_other_elements_is_refused(shapes):
+    rule = gc.SPAM(ratio=2.0, warmup=1)
+    other, clipper = gc.Clipper(rule), gc.Clipper(rule)
+    other.clip([np.ones(shape) for shape in shapes])
+    clipper.clip([np.ones((2, 3))])
+    before = clipper.state_dict()
+    with pytest.raises(ValueError, match="it was saved with other parameters"):
+        clipper.load_state_dict(other.state_dict())
+    for name, x in clipper.state_dict().items():
+        np.testing.assert_array_equal(x, before[name])
+
+
+def test_one_more_gradient_for_a_memory_of_elements_is_refused():
+    clipper = gc.Clipper(gc.SPAM(ratio=2.0, warmup=1))
+    clipper.clip([np.ones(2)])
+    with pytest.raises(ValueError, match="nothing of a gradient number 2"):
+        clipper.clip([np.ones(2), np.ones(3)])

@@ -3,6 +3,7 @@
 Gradients are an array, or a list, tuple or dict of gradients, to any depth.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -199,7 +200,10 @@ def dotted(where: str) -> str:
 def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     """Return the leaves arranged as in `tree`."""
     if isinstance(tree, dict):
-        return type(tree)((key, rebuild(part, leaves)) for key, part in tree.items())
+        # A copy, since the class may ask for more than pairs, as defaultdict does.
+        new = copy.copy(tree)
+        new.update((key, rebuild(part, leaves)) for key, part in tree.items())
+        return new
     if isinstance(tree, (list, tuple)):
         parts = [rebuild(part, leaves) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
@@ -214,6 +218,7 @@ def _clip(
     given = [engine.prepare(x, where) for where, x in named]
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
     rule = memory.rule.bind(names, shapes)
+    memory.meet(names)
     weights = _weights(rule, grads, named, params, engine)
     if out is not None:
         engine = engine.writing_to(given, [x for _, x in flatten(arranged(out, grads))])

@@ -28,6 +28,7 @@ def look_inside(
             info, _ = decide(rule, now, memory)
         else:
             memory = memories.get(str(i), {})
+            check_place(stage, memory, i)
             check_shapes(stage, memory, parts)
             info, after = decide(stage, now, memory)
             kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
@@ -51,6 +52,15 @@ def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State
             parts = xp.astype(parts, xp.float32)
         found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}
     return found
+
+
+def check_place(stage: Rule, memory: State, place: int) -> None:
+    """Refuse a tensor that there was none of at the first step."""
+    if stage.stateful and not memory:
+        raise ValueError(
+            f"{stage!r} remembers nothing of a gradient number {place + 1}; hand over "
+            "the same gradients at every step."
+        )
 
 
 def check_shapes(stage: Rule, memory: State, parts: Array) -> None:

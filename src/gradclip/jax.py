@@ -15,7 +15,7 @@ import optax
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
 from gradclip.decision import Info
-from gradclip.memory import Memory
+from gradclip.memory import Memory, places
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_compiled
 from gradclip.rules import Array, Rule, State, stages
@@ -100,15 +100,23 @@ def as_optax(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def state_dict(rule: Rule, state: ClipState) -> dict[str, Any]:
+def state_dict(
+    rule: Rule, state: ClipState, params: optax.Params | None = None
+) -> dict[str, Any]:
     """Return a state as NumPy arrays, as the clippers of all frameworks save theirs.
 
     Args:
         rule: The rule that the state belongs to.
         state: What `as_optax(rule)` keeps; not traced.
+        params: The parameters, for a rule that remembers something of several tensors:
+            JAX sorts the keys of a dictionary, others do not, and so it is saved with
+            their names.
 
     Returns:
         A flat dictionary, for `load_state_dict` of this module or of any clipper.
+
+    Raises:
+        ValueError: If the parameters are needed, and not there.
 
     Example:
         >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp
@@ -117,13 +125,16 @@ def state_dict(rule: Rule, state: ClipState) -> dict[str, Any]:
         >>> sorted(gradclip.jax.state_dict(rule, state))[:4]
         ['0.count', '0.mean', '0.std', 'in_a_row']
     """
-    memory = _memory(rule, state)
+    memory = _memory(rule, state, params)
     memory.step, memory.skipped = int(state.step), int(state.info.skipped)
     return memory.state_dict(np.array)
 
 
 def load_state_dict(
-    rule: Rule, state: ClipState, saved: Mapping[str, Any]
+    rule: Rule,
+    state: ClipState,
+    saved: Mapping[str, Any],
+    params: optax.Params | None = None,
 ) -> ClipState:
     """Return a state that goes on from a saved memory.
 
@@ -131,12 +142,15 @@ def load_state_dict(
         rule: The rule that was saved.
         state: A state made by `as_optax(rule).init(params)`.
         saved: What `state_dict` returned, here or on a clipper.
+        params: As for `state_dict`. What was saved under the same names goes to them,
+            and by the order of the tensors where other names were saved.
 
     Returns:
         The state with the memory, the step and the count of skipped steps taken over.
 
     Raises:
-        ValueError: If another rule was saved, or other parameters.
+        ValueError: If another rule was saved, or other parameters, or if they are
+            needed, and not there.
 
     Example:
         >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, numpy as np
@@ -148,8 +162,8 @@ def load_state_dict(
         >>> float(state.memory[0]["mean"])
         5.0
     """
-    memory = _memory(rule, state)
-    memory.load_state_dict(saved, jnp.asarray)
+    memory = _memory(rule, state, params)
+    memory.load_state_dict(saved, jnp.asarray, blank=lambda: state.memory)
     loaded = jax.tree.map(
         lambda new, old: jnp.asarray(new, old.dtype),
         tuple(memory.states),
@@ -160,9 +174,16 @@ def load_state_dict(
     return ClipState(jnp.asarray(memory.step, state.step.dtype), loaded, info)
 
 
-def _memory(rule: Rule, state: ClipState) -> Memory:
+def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
+    many = max(map(places, stages(rule), state.memory), default=0) > 1
+    if params is None and many:
+        raise ValueError(
+            f"{rule!r} remembers something of each tensor; hand over params=…, whose "
+            "names tell where it belongs."
+        )
     memory = Memory(rule)
     memory.states = state.memory
+    memory.names = () if params is None else _names(params)
     return memory
 
 
@@ -227,9 +248,16 @@ def _run(
         memory,
         step=step,
         policy=policy,
-        weights=jax.tree.leaves(params) if weighs else (),
+        weights=_beside(grads, params) if weighs else (),
     )
     return jax.tree.unflatten(tree, leaves), info, memory
+
+
+def _beside(grads: Any, params: Any) -> list[Array]:
+    """Return the parameters that have a gradient: where that is None, others are."""
+    found, tree = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
+    pairs = zip(found, tree.flatten_up_to(params), strict=True)
+    return [p for g, p in pairs if g is not None]
 
 
 def _settled(state: ClipState) -> ClipState:

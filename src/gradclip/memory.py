@@ -32,8 +32,17 @@ class Memory:
         """
         self.rule = rule
         self.states: Sequence[State | None] = [None] * len(stages(rule))
+        self.names: Sequence[str] = ()
         # Three arrays, not one under three names: compiled code minds the difference.
         self.step, self.skipped, self.in_a_row = zero + 0, zero + 0, zero + 0
+
+    def meet(self, names: Sequence[str]) -> None:
+        """Put what is remembered of each tensor in the order of the tensors now."""
+        if self.names != names:
+            self.states = _in_order(self.rule, self.states, self.names, names)
+            # Other tensors are refused elsewhere, and leave the names as they were.
+            same = not self.names or sorted(self.names) == sorted(names)
+            self.names = names if same else self.names
 
     def count(self, missed: Any) -> None:
         """Count one step; `missed` is 1 where it was skipped, else 0."""
@@ -57,14 +66,23 @@ class Memory:
         saved |= {
             name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS
         }
+        if self.names and any(map(has_places, stages(self.rule))):
+            text = "\n".join(self.names).encode()
+            saved["names"] = asarray(np.frombuffer(text, dtype=np.uint8).copy())
         for i, state in enumerate(self.states):
             saved |= {f"{i}.{name}": asarray(x) for name, x in (state or {}).items()}
         return saved
 
     def load_state_dict(
-        self, saved: Mapping[str, Array], restore: Callable[[Array], Array]
+        self,
+        saved: Mapping[str, Array],
+        restore: Callable[[Array], Array],
+        blank: Callable[[], Sequence[State | None]] | None = None,
     ) -> None:
-        """Take over a saved memory, or leave this one as it was if it does not fit."""
+        """Take over a saved memory, or leave this one as it was if it does not fit.
+
+        What `blank` returns takes its place where it was saved before the first step.
+        """
         missing = [name for name in ("rule", *COUNTERS) if name not in saved]
         if missing:
             raise ValueError(
@@ -76,37 +94,102 @@ class Memory:
                 f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
                 "make the clipper with the rule that was saved."
             )
-        states = [self._stage(i, saved, restore) for i in range(len(self.states))]
-        self.states = states
+        text = bytes(int(c) for c in saved.get("names", ())).decode()
+        names = text.split("\n") if text else []
+        found = [_stage_of(saved, i, restore) for i in range(len(self.states))]
+        found = _in_order(self.rule, found, names, self.names or names)
+        if any(found) or int(saved["step"]):
+            self.states = [self._fitting(i, x) for i, x in enumerate(found)]
+            self.names = self.names or names
+        else:
+            self.states = blank() if blank else [None] * len(self.states)
         for name in COUNTERS:
             # Added to what is there, the count stays an array where it was one.
             now = getattr(self, name)
             setattr(self, name, now * 0 + int(saved[name]))
 
-    def _stage(
-        self, i: int, saved: Mapping[str, Array], restore: Callable[[Array], Array]
-    ) -> State | None:
+    def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
-        prefix, stage = f"{i}.", stages(self.rule)[i]
-        found = {
-            name.removeprefix(prefix): restore(x)
-            for name, x in saved.items()
-            if name.startswith(prefix)
-        }
-        for name, x in (self.states[i] or {}).items():
+        now, stage = self.states[i] or {}, stages(self.rule)[i]
+        # Of a clipper of arrays without a step, nothing is known yet.
+        surplus = sorted(found.keys() - now.keys()) if now else []
+        for name in (*now, *surplus):
+            size, needed = (
+                tuple(state[name].shape) if name in state else "nothing"
+                for state in (found, now)
+            )
             cells = partial(_cells, stage, name)
-            if name not in found or cells(found[name]) != cells(x):
-                size = tuple(found[name].shape) if name in found else "nothing"
+            if "nothing" in (size, needed) or cells(found[name]) != cells(now[name]):
                 raise ValueError(
-                    f"the state has {size} for {name!r} of {stage!r}, "
-                    f"but this clipper needs {tuple(x.shape)}; it was saved with other "
-                    "parameters."
+                    f"the state has {size} for {name!r} of {stage!r}, but this clipper "
+                    f"needs {needed}; it was saved with other parameters."
                 )
         return found or self.states[i]
 
 
+def _stage_of(
+    saved: Mapping[str, Array], i: int, restore: Callable[[Array], Array]
+) -> State:
+    """Return what was saved of one stage."""
+    prefix = f"{i}."
+    return {
+        name.removeprefix(prefix): restore(x)
+        for name, x in saved.items()
+        if name.startswith(prefix)
+    }
+
+
+def has_places(stage: Rule) -> bool:
+    """Return whether a memory depends on which tensor is the first, the second, …."""
+    return stage.stateful and (
+        stage.over == "tensor" or stage.by_place or stage.by_part
+    )
+
+
+def places(stage: Rule, state: State | None) -> int:
+    """Return of how many tensors a memory keeps something apart."""
+    if not has_places(stage):
+        return 0
+    if stage.by_part:
+        return len({name.rpartition(".")[2] for name in state or ()})
+    return max((x.shape[-1] for x in (state or {}).values() if x.ndim), default=0)
+
+
+def _in_order(
+    rule: Rule,
+    states: Sequence[State | None],
+    before: Sequence[str],
+    now: Sequence[str],
+) -> Sequence[State | None]:
+    """Return memories in another order of the same tensors; else as they are."""
+    if list(before) == list(now) or len(set(now)) < len(now):
+        return states
+    if sorted(before) != sorted(now):
+        return states
+    places = {name: i for i, name in enumerate(before)}
+    order = np.array([places[name] for name in now])
+    both = zip(stages(rule), states, strict=True)
+    return [s and _reordered(stage, s, order) for stage, s in both]
+
+
+def _reordered(
+    stage: Rule, state: State, order: "np.ndarray[Any, np.dtype[np.int64]]"
+) -> State:
+    """Return a memory whose place k is the place order[k] that it had."""
+    if not has_places(stage):
+        return state
+    if not stage.by_part:
+        fits = {name: x.shape[-1:] == order.shape for name, x in state.items()}
+        return {name: x[..., order] if fits[name] else x for name, x in state.items()}
+    now = {str(old): str(new) for new, old in enumerate(order)}
+    split = ((name.rpartition("."), x) for name, x in state.items())
+    return {f"{name}.{now.get(place, place)}": x for (name, _, place), x in split}
+
+
 def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
     """Return what of the shape of a memory says how many cells there are."""
+    if stage.by_part:
+        return tuple(x.shape)
     # A window that has grown is longer, for the same parameters.
     grows = stage.grows and name.rpartition(".")[2] == "norms"
     return tuple(x.shape[1:] if grows else x.shape[-1:])

@@ -7,6 +7,9 @@ from gradclip.rules.base import Array, Measured, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
 from gradclip.rules.limits import Limit, Limited, check_limit, limit_at
 
+TINY = 1e-9
+"""What part of its limit a norm is too small for to be bent, also in float64."""
+
 
 @dataclass(frozen=True)
 class Smooth(Limited):
@@ -68,7 +71,8 @@ class Smooth(Limited):
         """Return what each norm is bent to."""
         xp, n, c = seen.xp, seen.norm, limit_at(seen, self.limit)
         if self.curve == "tanh":
-            return c * xp.tanh(n / c), state
+            # An infinite limit, or a norm far below it, would make NaN or 0 of it.
+            return xp.where(n / c < TINY, n, c * xp.tanh(n / c)), state
         # c n / (c + n) without a sum or a product that could overflow.
         low, high = xp.where(n < c, n, c), xp.where(n < c, c, n)
         if self.curve == "root":

@@ -161,7 +161,9 @@ class Clipper:
         device = self.params[0].device
         here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
-            here, lambda x: torch.as_tensor(x).to(device).clone()
+            here,
+            lambda x: torch.as_tensor(x).to(device).clone(),
+            blank=lambda: list(map(self._empty, stages(self._bound))),
         )
 
     def _for_parameters(
@@ -196,6 +198,7 @@ class Clipper:
             self.verify, self.names, self.params, self._layout
         )
         self._memory.states = list(map(self._empty, stages(self._bound)))
+        self._memory.names = self.names
         if self._layout is not None:
             check_split(self._bound, self.params)
 
