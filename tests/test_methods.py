@@ -524,7 +524,7 @@ def test_schedules_are_any_function_of_the_step():
         lambda: gc.RMS(-1.0),
         lambda: gc.RMS(1.0, over="element"),
         lambda: gc.Band(2.0, 1.0),
-        lambda: gc.Band(0.0, 1.0),
+        lambda: gc.Band(-0.1, 1.0),
         lambda: gc.Band(0.1, 1.0, over="singular"),
         lambda: gc.MovingBand(1.2, 1.1),
         lambda: gc.MovingBand(0.5, 2.0, decay=1.5),

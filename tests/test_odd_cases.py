@@ -1,8 +1,11 @@
 """What happens beneath a clipper: other parameters, other processes, odd numbers."""
 
 import collections
+import copy
+import dataclasses
 import gc as garbage
 import math
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ import torch
 
 import gradclip as gc
 import gradclip.jax
+from gradclip import advise
 from gradclip.ruletext import rule_from
 from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm
 
@@ -401,3 +405,143 @@ def test_one_more_gradient_for_a_memory_of_elements_is_refused():
     clipper.clip([np.ones(2)])
     with pytest.raises(ValueError, match="nothing of a gradient number 2"):
         clipper.clip([np.ones(2), np.ones(3)])
+
+
+def test_a_band_may_begin_at_zero():
+    for rule in (gc.Band(0.0, 1.0, over="all"), gc.MovingBand(np.float32(0), 2.0)):
+        assert rule.low == 0.0
+        assert type(rule.low) is float
+    clipper = gc.Clipper(gc.Band(lambda step: 0.0, 1.0, over="all"))
+    clipped, _ = clipper.clip(np.array([0.3, 0.4]))
+    assert clipped.tolist() == [0.3, 0.4]
+    with pytest.raises(ValueError, match="between 0 and high"):
+        gc.Band(np.float32(2.0), 1.0)
+
+
+def test_what_cannot_be_an_argument_is_refused_where_it_is_given():
+    for make in (
+        lambda: gc.Quantile(start=math.inf),
+        lambda: gc.Quantile(rate=1000.0),
+        lambda: rule_from("by_name(1)"),
+        lambda: rule_from("Norm(1.0, over='unit', axis='q')"),
+    ):
+        with pytest.raises(ValueError, match=r"start|rate|by_name|axis"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "rule", [gc.Percentile(window=10), gc.Deviation(window=10, warmup=2)]
+)
+def test_a_ring_in_float32_turns_after_many_million_steps(rule):
+    p = parameter(3.0, 4.0)
+    clipper = Clipper([p], rule, doctor=())
+    saved = clipper.state_dict()
+    saved["step"] += 1
+    saved["0.count"] = torch.tensor(2.0**23, dtype=torch.float32)
+    saved["0.norms"] = saved["0.norms"].float()
+    clipper.load_state_dict(saved)
+    clipper._memory.states = [
+        {name: x.float() for name, x in state.items()}
+        for state in clipper._memory.states
+    ]
+    for _ in range(12):
+        clipper.clip_()
+        p.grad = torch.tensor([3.0, 4.0])
+    state = clipper.state_dict()
+    assert bool(state["0.norms"].isfinite().all())
+    assert 2**22 - 10 <= float(state["0.count"]) < 2**22 + 30
+
+
+def test_an_empty_column_is_no_scale(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,grad_norm,limit,scale\n0,1.0,2.0,\n1,3.0,2.0,\n")
+    history = gc.History.load(path)
+    assert history.norm.tolist() == [1.0, 3.0]
+    assert np.isnan(history.scale).all()
+
+
+@pytest.mark.parametrize("fact", [1j, np.complex128(1), np.array("text"), [1.0]])
+def test_a_fact_that_no_line_can_hold_is_refused(tmp_path, fact):
+    history = gc.History(tmp_path / "run.jsonl")
+    _, info = gc.clip(np.ones(2), gc.Norm(1.0))
+    with pytest.raises(TypeError, match="a line holds"):
+        history.record(0, info, loss=fact)
+
+
+def test_facts_about_a_run_that_no_header_can_hold_are_refused(tmp_path):
+    facts = {}
+    facts["itself"] = facts
+    with pytest.raises(TypeError, match="the header is JSON"):
+        gc.History(tmp_path / "run.jsonl", run=facts)
+
+
+def test_a_state_is_loaded_after_a_group_was_added():
+    def trained():
+        a, b = parameter(1.0), parameter(100.0)
+        optimizer = torch.optim.SGD([a], lr=1.0)
+        clipper = attach(optimizer, gc.EMA(warmup=1))
+        optimizer.add_param_group({"params": [b]})
+        return optimizer, clipper
+
+    optimizer, clipper = trained()
+    optimizer.step()
+    _, other = trained()
+    other.load_state_dict(clipper.state_dict())
+    assert other.state_dict()["0.ema"].tolist() == [1.0, 100.0]
+
+
+def test_a_group_that_is_added_is_clipped_in_backward():
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizers = [torch.optim.SGD([a], lr=1.0)]
+    clipper = attach(optimizers, gc.Norm(1.0), in_backward=True, doctor=())
+    optimizers[0].add_param_group({"params": [b]})
+
+    def step(p):
+        if a.grad is not None and b.grad is not None:
+            optimizers[0].step()
+            a.grad = b.grad = None
+
+    for p in (a, b):
+        p.register_post_accumulate_grad_hook(step)
+    (3 * a + 4 * b).sum().backward()
+    assert float(clipper.info.norm) == 5.0
+    assert [a.item(), b.item()] == pytest.approx([-0.6, -0.8])
+    assert len(clipper.params) == 2
+
+
+def test_tensors_are_not_promised_to_be_recorded_in_backward(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
+    optimizer = torch.optim.SGD([parameter(1.0)], lr=1.0)
+    with pytest.raises(ValueError, match="without tensors_every"):
+        attach(optimizer, gc.Norm(1.0), in_backward=True, history=history)
+
+
+def test_a_clipper_can_be_copied_and_sent_after_it_has_clipped(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    p = parameter(3.0, 4.0)
+    clipper = Clipper([p], gc.ZScore(), history=history)
+    clipper.clip_()
+    for other in (copy.deepcopy(clipper), pickle.loads(pickle.dumps(clipper))):
+        assert float(other.state_dict()["0.mean"]) == 5.0
+        other.history.close()
+    history.close()
+    assert gc.History.load(tmp_path / "run.jsonl").step.tolist() == [0]
+
+
+def test_a_parameter_beside_the_names_of_its_group_gets_a_number():
+    a, b = parameter(1.0), parameter(2.0)
+    optimizer = torch.optim.SGD([("a", a)], lr=1.0)
+    optimizer.param_groups[0]["params"].append(b)
+    assert attach(optimizer, gc.Norm(1.0)).names == ["a", "[1]"]
+
+
+def test_a_lost_run_is_no_reason_to_trust_what_was_recorded():
+    steps = 400
+    norm = np.random.default_rng(0).lognormal(size=steps)
+    loss = np.where(np.arange(steps) < 60, 2.0 - 0.01 * np.arange(steps), 9.0)
+    record = gc.History.of(norm, loss=loss).recorded
+    assert "broken model" in advise(gc.History.from_record(record, None)).reasons[0]
+    elements = dataclasses.replace(record, rule="Value(1.0)")
+    assert advise(gc.History.from_record(elements, None)).limit is None
+    largest = dataclasses.replace(record, rule="Norm(inf, p=inf)")
+    assert advise(gc.History.from_record(largest, None)).rule.p == math.inf

@@ -256,7 +256,8 @@ def _run(
 def _beside(grads: Any, params: Any) -> list[Array]:
     """Return the parameters that have a gradient: where that is None, others are."""
     found, tree = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
-    pairs = zip(found, tree.flatten_up_to(params), strict=True)
+    arranged: Any = tree
+    pairs = zip(found, arranged.flatten_up_to(params), strict=True)
     return [p for g, p in pairs if g is not None]
 
 

@@ -151,11 +151,8 @@ class Facts:
 
     def refusal(self) -> str:
         """Return why the log supports no limit; empty if it does."""
-        if self.measured.over == "element":
-            return (
-                f"{self.record.rule} looks at each element, and what it recorded is "
-                "the largest modulus. Record norms with Norm(float('inf'))."
-            )
+        if why := self._no_norms():
+            return why
         size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
         if size and bad > size / 2 and not (self.record.norm == 0).sum() > size / 2:
             return (
@@ -167,9 +164,19 @@ class Facts:
                 f"{self.norm.size} usable norms are too few; record at least {FEWEST}, "
                 "better a few hundred steps."
             )
-        if self.norm.max() <= self.norm.min() * (1 + 1e-6):
+        if not self._varies():
             return f"every norm is {self.norm[0]:.4g}: such a log says nothing."
-        if (share := pile_up(self.norm)) > 0.1:
+        return ""
+
+    def _no_norms(self) -> str:
+        """Return why the numbers are no norms of gradients before clipping."""
+        if self.measured.over == "element":
+            return (
+                f"{self.record.rule} looks at each element, and what it recorded is "
+                "the largest modulus. Record norms with Norm(float('inf'))."
+            )
+        varies = self.norm.size >= FEWEST and self._varies()
+        if varies and (share := pile_up(self.norm)) > 0.1:
             return (
                 f"{share:.0%} of the norms sit at the largest, {self.norm.max():.4g}: "
                 "these are norms after clipping. Log the norm before it, which "
@@ -177,12 +184,16 @@ class Facts:
             )
         return ""
 
+    def _varies(self) -> bool:
+        return bool(self.norm.max() > self.norm.min() * (1 + 1e-6))
+
     def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
         """Return limit, rule, confidence and the reasons."""
-        if self.healthy.size:
-            return self._before_the_loss()
-        if why := self.refusal():
+        lost = bool(self.healthy.size)
+        if why := self._no_norms() if lost else self.refusal():
             return None, None, "none", [why]
+        if lost:
+            return self._before_the_loss()
         limit, reason = self._limit()
         reasons = [reason]
         rule: Rule = Norm(limit, p=self.measured.p)
@@ -204,7 +215,7 @@ class Facts:
             f"those of a broken model: {limit:g} is the median of the "
             f"{self.healthy.size} norms before. Run again with it, and ask again."
         )
-        return limit, Norm(limit), "low", [reason]
+        return limit, Norm(limit, p=self.measured.p), "low", [reason]
 
     def _limit(self) -> tuple[float, str]:
         """Return a limit just above the typical norm, and why this one."""

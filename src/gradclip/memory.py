@@ -96,10 +96,10 @@ class Memory:
             )
         text = bytes(int(c) for c in saved.get("names", ())).decode()
         names = text.split("\n") if text else []
-        found = [_stage_of(saved, i, restore) for i in range(len(self.states))]
-        found = _in_order(self.rule, found, names, self.names or names)
+        parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
+        found = _in_order(self.rule, parts, names, self.names or names)
         if any(found) or int(saved["step"]):
-            self.states = [self._fitting(i, x) for i, x in enumerate(found)]
+            self.states = [self._fitting(i, x or {}) for i, x in enumerate(found)]
             self.names = self.names or names
         else:
             self.states = blank() if blank else [None] * len(self.states)

@@ -85,10 +85,12 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
         if not callable(schedule):
             continue
         value = engine.number(asked(schedule, step, engine.xp.asarray(0.0)))
-        if engine.known(engine.xp.asarray(value > 0)) is False:
+        fits = value >= 0 if name == "low" else value > 0
+        if engine.known(engine.xp.asarray(fits)) is False:
+            least = "at least" if name == "low" else "above"
             raise ValueError(
                 f"the schedule of {rule!r} gives the {name} {float(value)} at step "
-                f"{step}; a limit is above 0. Nothing was changed."
+                f"{step}; a limit is {least} 0. Nothing was changed."
             )
         told[id(schedule)] = value
     return told

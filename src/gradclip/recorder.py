@@ -34,7 +34,7 @@ class Recorder:
         self, path: Path, run: Mapping[str, Any], flush_every: int, flush_seconds: float
     ) -> None:
         """Keep what the header says; nothing is written before the first flush."""
-        self.path, self.run = path, dict(run)
+        self.path, self.run = path, writable(run)
         self.flush_every, self.flush_seconds = flush_every, flush_seconds
         self.rule = ""
         self._written_names: Sequence[str] | None = None
@@ -49,6 +49,15 @@ class Recorder:
         # At the very end of a program there may be nothing left to write with.
         with contextlib.suppress(Exception):
             self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the buffer: a copy must not write it once more."""
+        return {**self.__dict__, "_steps": [], "_tensors": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a recorder that writes its own last steps, too."""
+        self.__dict__.update(state)
+        _flush_at_exit(self)
 
     def _own(self) -> None:
         """Start anew in a process that was forked, or was sent this recorder."""
@@ -185,12 +194,29 @@ def _line(
 def checked(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a line can hold, or refuse it before it is kept with others."""
     for name, x in facts.items():
-        single = isinstance(x, int | float | str) or getattr(x, "shape", None) == ()
-        if x is not None and not single:
+        if not (x is None or isinstance(x, int | float | str) or is_number(x)):
             raise TypeError(
                 f"record({name}={x!r}): a line holds numbers, 0-d arrays and texts."
             )
     return {name: math.nan if x is None else x for name, x in facts.items()}
+
+
+def is_number(x: Any) -> bool:
+    """Return whether something is a 0-d array of a real number, of any library."""
+    kind = str(getattr(x, "dtype", ""))
+    real = any(word in kind for word in ("float", "int", "bool"))
+    return getattr(x, "shape", None) == () and real
+
+
+def writable(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts about a run, or refuse what the header cannot hold."""
+    try:
+        json.dumps(facts := dict(run), default=str)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"History(run={run!r}): the header is JSON, and that has no place: {error}."
+        ) from None
+    return facts
 
 
 def plain(number: Any) -> float | str:

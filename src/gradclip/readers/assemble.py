@@ -67,7 +67,10 @@ def as_floats(column: Column) -> Floats:
 
 def _aligned(column: Column, rows: Steps) -> Floats:
     """Return the numbers of a column in given rows; NaN where there is none."""
-    places = np.searchsorted(own := np.frombuffer(column.rows, np.int64), rows)
+    own = np.frombuffer(column.rows, np.int64)
+    if not own.size:
+        return np.full(rows.shape, np.nan)
+    places = np.searchsorted(own, rows)
     places = np.minimum(places, own.size - 1)
     return np.where(own[places] == rows, as_floats(column)[places], np.nan)
 

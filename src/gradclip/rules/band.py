@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
-from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
+from gradclip.rules.checks import LARGEST, check, plainly
 from gradclip.rules.keeping import held, usable
 from gradclip.rules.limits import Limit, check_limit, limit_at
 
@@ -20,7 +20,8 @@ class Band(Rule):
 
     Args:
         low: $l$, the smallest norm let through, in the unit of the gradient norm,
-            above 0: a number, a 0-d array, or a function of the step that returns one.
+            at least 0: a number, a 0-d array, or a function of the step that returns
+            one. 0 holds from above only.
         high: $u$, the largest norm let through, in the unit of the gradient norm, at
             least `low`.
         over: As for `Norm`.
@@ -28,8 +29,8 @@ class Band(Rule):
 
     Raises:
         TypeError: For a limit that is not a number, a 0-d array or a function.
-        ValueError: For a limit that is not above 0, numbers in the wrong order, or an
-            unknown scope.
+        ValueError: For a limit out of range, numbers in the wrong order, or an unknown
+            scope.
 
     Example:
         >>> import gradclip as gc, numpy as np
@@ -112,7 +113,7 @@ class MovingBand(Rule):
     def __post_init__(self) -> None:
         """Check the scope, the band and the numbers."""
         super().__post_init__()
-        check_band(self, least=0.0)
+        check_band(self)
         check(self, "decay", 0.0, 1.0, "the decay lies in [0, 1].")
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
 
@@ -144,11 +145,11 @@ def within(seen: Measured, low: Array, high: Array) -> Array:
     return seen.xp.where(raised > high, high, raised)
 
 
-def check_band(rule: "Band | MovingBand", least: float = ABOVE_ZERO) -> None:
+def check_band(rule: "Band | MovingBand") -> None:
     """Refuse a band that is none."""
     check_limit(rule, "high")
-    if isinstance(rule.low, float | int):
+    if isinstance(plainly(rule, "low"), float | int):
         top = rule.high if isinstance(rule.high, float | int) else LARGEST
-        check(rule, "low", least, min(top, LARGEST), "it lies between 0 and high.")
+        check(rule, "low", 0.0, min(top, LARGEST), "it lies between 0 and high.")
     else:
         check_limit(rule, "low")

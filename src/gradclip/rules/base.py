@@ -65,6 +65,10 @@ class Rule:
                 f"{type(self).__name__}(over={self.over!r}): the norm is taken over "
                 f"one of {known}."
             )
+        if not hasattr(self.axis, "__index__"):
+            raise TypeError(
+                f"{type(self).__name__}(axis={self.axis!r}): an axis is an integer."
+            )
         if self.over == "singular":
             object.__setattr__(self, "by_part", True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import held, remembered, usable
+from gradclip.rules.keeping import counted, held, remembered, usable
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,8 @@ class Deviation(Rule):
 
         # Without the slack, which would add up where most norms are limited.
         taken = xp.where(n > limit, most, n)
-        updated = {"norms": remembered(norms, count, taken, xp), "count": count + 1}
+        updated = {
+            "norms": remembered(norms, count, taken, xp),
+            "count": counted(count, self.window, xp),
+        }
         return limit, held(updated, state, usable(n, xp), xp)

@@ -192,6 +192,8 @@ def by_name(rules: Mapping[str, Rule | None]) -> Rule:
         >>> {name: g.round(4).tolist() for name, g in clipped.items()}
         {'body': [0.6, 0.8], 'head': [30.0]}
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"by_name({rules!r}): give a dictionary such as {{'*': rule}}.")
     for pattern, rule in rules.items():
         if rule is not None and not isinstance(rule, Rule):
             raise TypeError(

@@ -61,6 +61,15 @@ def _grown(old: Array, new: Array, xp: Any) -> Array:
     return xp.concat([old, xp.full_like(new[old.shape[0] :], math.inf)])
 
 
+def counted(count: Array, size: int, xp: Any) -> Array:
+    """Return the next count, in a ring of that size, whose places it goes round.
+
+    In float32 one more than 2 ** 24 is the same number, and the ring would stand still.
+    """
+    rounds = size * (2**22 // size)
+    return xp.where(count < 2**23, count, count - rounds) + 1
+
+
 def remembered(norms: Array, count: Array, taken: Array, xp: Any) -> Array:
     """Return a ring of norms with new ones in the place of the oldest."""
     places = xp.cumulative_sum(xp.ones_like(norms), axis=0) - 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import check
-from gradclip.rules.keeping import usable
+from gradclip.rules.keeping import counted, usable
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Percentile(Rule):
         size = norms.shape[0]
         places = xp.cumulative_sum(xp.ones_like(norms), axis=0) - 1
         norms = xp.where((places == count % size) & known, seen.norm, norms)
-        count = xp.where(known, count + 1, count)
+        count = xp.where(known, counted(count, size, xp), count)
 
         ordered = xp.sort(norms, axis=0)
         last = xp.clip(count, 1.0, float(size)) - 1

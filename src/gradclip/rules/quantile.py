@@ -23,10 +23,11 @@ class Quantile(Rule):
     Args:
         q: The percentile that is followed, from 0 to 100.
         rate: $\eta$, how far the limit may move at a step: by a factor of at most
-            $e^\eta$; above 0.
+            $e^\eta$; above 0, up to 80.
         over: `"all"` or each `"tensor"`.
-        start: The first limit, in the unit of the gradient norm, above 0. None takes
-            the first norm, so that a multiple of the loss has the same scales.
+        start: The first limit, in the unit of the gradient norm, above 0 and finite.
+            None takes the first norm, so that a multiple of the loss has the same
+            scales.
 
     Raises:
         TypeError: For a limit that is not a number, a 0-d array or a function.
@@ -54,9 +55,11 @@ class Quantile(Rule):
         """Check every number."""
         super().__post_init__()
         check(self, "q", 0.0, 100.0, "a percentile lies between 0 and 100.")
-        check(self, "rate", ABOVE_ZERO, LARGEST, "the limit has to move.")
+        # Beyond that, the factor of one step would be infinite in float32.
+        check(self, "rate", ABOVE_ZERO, 80.0, "it lies above 0, up to 80.")
         if self.start is not None:
             check_limit(self, "start")
+            check(self, "start", ABOVE_ZERO, LARGEST, "the first limit is finite.")
 
     @property
     def stateful(self) -> bool:

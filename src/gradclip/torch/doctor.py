@@ -55,6 +55,10 @@ class Doctor:
         if "consumed" in self.checks and self._witness is not None:
             self._watch(self._witness)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but weak references, which cannot be copied or sent."""
+        return {**self.__dict__, "_seen": []}
+
     def before(self, leaves: Sequence[Tensor]) -> None:
         """Look at the gradients that are about to be clipped."""
         if "unchanged" in self.checks and self._unchanged(leaves):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -55,8 +56,9 @@ def named_by_optimizers(
     named = {} if model is None else {id(p): n for n, p in named_in(model)}
     found: list[tuple[str, Tensor]] = []
     for group in (group for o in optimizers for group in o.param_groups):
-        names = group.get("param_names", [None] * len(group["params"]))
-        for name, p in zip(names, group["params"], strict=True):
+        # Who appends a parameter to a group may leave its names as they were.
+        names = group.get("param_names", [])[: len(group["params"])]
+        for name, p in zip_longest(names, group["params"]):
             found.append((name or named.get(id(p)) or f"[{len(found)}]", p))
     return named_parameters(found)
 

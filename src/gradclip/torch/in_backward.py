@@ -45,6 +45,11 @@ class InBackward(Clipper):
                 "in_backward=True measures whole parameters of one process, and these "
                 "are split over several; step after backward(), with attach(optimizer)."
             )
+        if self.history is not None and self.history.tensors_every:
+            raise ValueError(
+                "in_backward=True has no step at which all parameters have gradients; "
+                "record without tensors_every."
+            )
         self._index = {id(p): i for i, p in enumerate(self.params)}
         device = self.params[0].device
         self._previous = torch.zeros((), dtype=torch.float64, device=device)
@@ -93,6 +98,8 @@ class InBackward(Clipper):
         params = [p for p in groups if p.grad is not None]
         if not params:
             return
+        if not all(id(p) in self._index for p in params):
+            self._take_up_new_parameters()
         now = self._pass_with(params)
         leaves, norm = self._admitted(params)
         now.take(norm)
@@ -103,6 +110,16 @@ class InBackward(Clipper):
         if self._skipping:
             self._hidden = [(p, p.grad) for p in params if p.grad is not None]
             drop(params, norm.isfinite())
+
+    def _take_up_new_parameters(self) -> None:
+        """Follow `add_param_group`; what is remembered is that of all gradients."""
+        named = named_by_optimizers(self.optimizers, self._module)
+        states = self._memory.states
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
+        self._index = {id(p): i for i, p in enumerate(self.params)}
+        self._make_room()
+        self._memory.states = states
 
     def _admitted(self, params: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return gradients and their norm, after the policy for NaN."""
