@@ -545,3 +545,21 @@ def test_a_lost_run_is_no_reason_to_trust_what_was_recorded():
     assert advise(gc.History.from_record(elements, None)).limit is None
     largest = dataclasses.replace(record, rule="Norm(inf, p=inf)")
     assert advise(gc.History.from_record(largest, None)).rule.p == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_elements_that_were_cleared_are_told(bad):
+    grads = np.array([bad, 2.0])
+    clipped, info = gc.clip(grads, gc.Norm(1.0), on_nonfinite="zero")
+    assert clipped.tolist() == pytest.approx([0.0, 1.0])
+    assert not bool(info.finite)
+    assert bool(info.kept)
+    p, idle = parameter(bad, 2.0), torch.nn.Parameter(torch.zeros(1))
+    clipper = Clipper([p, idle], gc.EMA(), on_nonfinite="zero", doctor=())
+    assert [bool(x) for x in (clipper.clip_().finite, clipper.info.kept)] == [False, 1]
+    p.grad = torch.tensor([1.0, 2.0])
+    assert bool(clipper.clip_().finite)
+    transform = gradclip.jax.as_optax(gc.Norm(1.0), on_nonfinite="zero")
+    _, state = transform.update(jnp.asarray(grads), transform.init(jnp.zeros(2)))
+    assert not bool(state.info.finite)
+    assert bool(state.info.kept)

@@ -65,7 +65,7 @@ class UClip(Clipper):
         clipped, info = super().clip(
             rebuild(grads, iter(total)), params=params, out=out
         )
-        if bool(info.kept & info.finite):
+        if bool(info.kept & (info.finite | (self.on_nonfinite == "zero"))):
             after = [x for _, x in flatten(clipped)]
             rest = [x - u for x, u in zip(total, after, strict=True)]
             # With on_nonfinite="zero" an element may be NaN, which is not carried on.

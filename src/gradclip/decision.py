@@ -21,7 +21,7 @@ class Info(NamedTuple):
     scale: Any
     """The factor applied, 1 where nothing was."""
     finite: Any
-    """Whether the gradients came without NaN and infinity."""
+    """Whether the gradients came without NaN and infinity, which may be cleared."""
     clipped: Any
     """Whether anything was clipped."""
     norm_after: Any

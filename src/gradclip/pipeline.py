@@ -45,6 +45,7 @@ def run(
         if absent is not None and stage.over == "tensor":
             missing = engine.adopt(absent, norm)
         if i == 0:
+            first = there(norm, missing, engine)
             parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
         told = scheduled(engine, stage, step)
         counts = engine.counts(parts) if stage.over == "unit" else ()
@@ -67,6 +68,9 @@ def run(
         if parts is not given:
             leaves = turned(parts, stage, engine.xp, back=True)
     total = summary(infos, engine.xp)
+    if policy == "zero":
+        # What was cleared is no longer in the norm, and should not pass unseen.
+        total = total._replace(finite=all_finite(first, engine))
     if may_drop(rule, policy) and not engine.known(total.kept):
         leaves, total = dropped(engine, leaves, total)
         # A dropped step teaches nothing, also where another norm has dropped it.
@@ -172,8 +176,7 @@ def admit(
     absent: Array | None = None,
 ) -> tuple[list[Array], Array]:
     """Return gradients and their norm after the policies that act before a clip."""
-    # A missing gradient has the norm NaN, and is no bad one.
-    told = norm if absent is None else engine.xp.where(absent, 0.0, norm)
+    told = there(norm, absent, engine)
     if policy not in ("raise", "zero") or engine.known(all_finite(told, engine)):
         return leaves, norm
     if policy == "raise":
@@ -184,6 +187,11 @@ def admit(
         leaves = engine.without_nonfinite(leaves)
         norm = engine.measure(leaves, first.over, first.p)
     return leaves, norm
+
+
+def there(norm: Array, absent: Array | None, engine: Backend) -> Array:
+    """Return the norms with 0 for missing gradients, whose NaN is no bad one."""
+    return norm if absent is None else engine.xp.where(absent, 0.0, norm)
 
 
 def all_finite(norm: Array, engine: Backend) -> Array:

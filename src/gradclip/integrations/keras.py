@@ -3,20 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gradclip.integrations import needed, rule_of, shown
+from gradclip.integrations import needed, rule_of
+from gradclip.integrations.alone import check_inner, check_replicas
 from gradclip.integrations.variables import Variables, verbs
 from gradclip.policy import Policy, check_compiled, may_drop
 from gradclip.rules import Rule
 
 keras: Any = needed("keras", "keras")
 Wrapper = keras.optimizers.LossScaleOptimizer
-TAKEN = (
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-)
 
 
 @keras.saving.register_keras_serializable(package="gradclip")
@@ -71,11 +65,11 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.inner_optimizer = inner_optimizer
         self.rule, self.on_nonfinite = rule_of(rule), on_nonfinite
         check_compiled(self.rule, on_nonfinite)
-        _check(inner_optimizer)
+        check_inner(inner_optimizer, Wrapper)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Make the variables that the rule's memory and the report live in."""
-        _check_replicas()
+        check_replicas(keras.backend.backend())
         self.memory = Variables(self, self.rule, variables)
         self.inner_optimizer.build(variables)
         super().build(variables)
@@ -102,10 +96,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def metrics(self) -> dict[str, float]:
         """Return what a log shows: the latest norm and limit, and the clip rate."""
-        if not self.built:
-            return {}
-        done = self.memory
-        return shown(done.norm, done.limit, done.clipped, done.step)
+        return self.memory.metrics() if self.built else {}
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` makes an equal optimizer from."""
@@ -116,32 +107,3 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
             "rule": repr(self.rule),
             "on_nonfinite": self.on_nonfinite,
         }
-
-
-def _check(inner: Any) -> None:
-    """Refuse what would clip twice, or clip something else than whole gradients."""
-    if isinstance(inner, Wrapper):
-        raise ValueError(
-            "gradients have to be unscaled before a clip: use "
-            "LossScaleOptimizer(Clipped(optimizer, rule))."
-        )
-    taken = [name for name in TAKEN if getattr(inner, name, None) is not None]
-    if taken:
-        raise ValueError(
-            f"the inner optimizer has {', '.join(taken)} set; leave that out, since "
-            "Clipped has to see whole gradients, and clip them alone."
-        )
-
-
-def _check_replicas() -> None:
-    """Refuse TensorFlow's replicas: each has a part of the gradients at this point."""
-    if keras.backend.backend() != "tensorflow":
-        return
-    tf = needed("keras", "tensorflow")
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
-        raise ValueError(
-            f"tf.distribute adds up the gradients of its {replicas} replicas after a "
-            "clip, which would see parts of them; use one replica, or "
-            "keras.distribution with the JAX backend."
-        )

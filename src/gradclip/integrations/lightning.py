@@ -4,7 +4,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gradclip.integrations import needed, rule_of
-from gradclip.integrations.tracking import Tracked, check_alone
+from gradclip.integrations.alone import check_alone
+from gradclip.integrations.tracking import Tracked, one_for_each
 from gradclip.rules import Rule
 from gradclip.torch.doctor import CHECKS
 
@@ -50,9 +51,7 @@ class GradientClipping(Callback):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         """Keep the choice; the optimizers are made later."""
-        self.rule, self.options = rule_of(rule), options
-        several = history if isinstance(history, list) else [history]
-        self.histories: list[History | None] = [*several]
+        self.rule, self.history, self.options = rule_of(rule), history, options
         self.tracked: list[Tracked] = []
         self._saved: dict[str, Any] = {}
 
@@ -64,14 +63,8 @@ class GradientClipping(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to every optimizer, and go on from a checkpoint."""
-        optimizers, histories = trainer.optimizers, self.histories
-        if histories == [None]:
-            histories = [None] * len(optimizers)
-        if len(histories) != len(optimizers):
-            raise ValueError(
-                f"{len(histories)} histories for {len(optimizers)} optimizers; hand "
-                "over a list with one for each."
-            )
+        optimizers = trainer.optimizers
+        histories = one_for_each(optimizers, self.history)
         # One of several optimizers never holds the whole model.
         checks = [c for c in CHECKS if c != "unheld" or len(optimizers) == 1]
         model = _outermost(trainer, pl_module)

@@ -1,7 +1,7 @@
 """What the adapters for torch trainers share: an attached clipper that is counted."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,22 +109,24 @@ class Tracked:
             self.clipper.history.flush()
 
 
-def check_alone(setting: str, value: Any, remedy: str, deepspeed: bool) -> None:
-    """Refuse to clip twice, or where the clip would do nothing.
+def one_for_each(
+    optimizers: Sequence[torch.optim.Optimizer], history: Any
+) -> list[Any]:
+    """Return a history for each optimizer, or None for each.
 
     Args:
-        setting: What turns the trainer's own clip on, with `{}` for the value.
-        value: The value it has.
-        remedy: What to do about it.
-        deepspeed: Whether DeepSpeed makes the steps.
+        optimizers: The optimizers.
+        history: A history, a list of them, or None.
 
     Raises:
-        ValueError: If there is a value, and under DeepSpeed.
+        ValueError: If there are not as many histories as optimizers.
     """
-    if value:
-        raise ValueError(f"{setting.format(value)} clips too; {remedy}.")
-    if deepspeed:
+    if history is None:
+        return [None] * len(optimizers)
+    histories = history if isinstance(history, list) else [history]
+    if len(histories) != len(optimizers):
         raise ValueError(
-            "DeepSpeed steps with gradients of its own, which this callback never "
-            "sees; use gradclip.integrations.deepspeed."
+            f"{len(histories)} histories for {len(optimizers)} optimizers; hand over a "
+            "list with one for each."
         )
+    return histories

@@ -4,7 +4,8 @@ from typing import Any
 
 from gradclip.history import History
 from gradclip.integrations import needed, rule_of
-from gradclip.integrations.tracking import Tracked, check_alone
+from gradclip.integrations.alone import check_alone
+from gradclip.integrations.tracking import Tracked
 from gradclip.rules import Rule
 
 Base: Any = needed("transformers", "transformers.trainer_callback")

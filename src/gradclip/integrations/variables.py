@@ -7,7 +7,7 @@ import numpy as np
 
 from gradclip.backends import Backend, NumPy, find_backend
 from gradclip.decision import Info
-from gradclip.integrations import needed
+from gradclip.integrations import needed, shown
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
@@ -59,6 +59,10 @@ class Variables:
         self._keep(engine, info, states)
         clipped = {id(v): g for v, g in zip(self.trained, leaves, strict=True)}
         return [clipped[id(v)] if id(v) in given else g for g, v in pairs], info.kept
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a log shows: the latest norm and limit, and the clip rate."""
+        return shown(self.norm, self.limit, self.clipped, self.step)
 
     def _keep(
         self, engine: Backend, info: Info, states: Sequence[State | None]
