@@ -134,7 +134,7 @@ def test_demo_says_how_to_install_what_is_missing(module):
 def test_the_program_says_how_to_install_its_command_line():
     result = run("demo", program=(sys.executable, "-c", WITHOUT.format("typer")))
     assert result.returncode == 1
-    assert 'pip install "gradclip[demo]"' in result.stderr
+    assert 'pip install "gradclip[report]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 

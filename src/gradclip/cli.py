@@ -13,7 +13,7 @@ try:
     import typer
 except ModuleNotFoundError:
     raise SystemExit(
-        'The command line needs typer: pip install "gradclip[demo]"'
+        'The command line needs typer: pip install "gradclip[report]"'
     ) from None
 
 import gradclip
