@@ -563,3 +563,23 @@ def test_elements_that_were_cleared_are_told(bad):
     _, state = transform.update(jnp.asarray(grads), transform.init(jnp.zeros(2)))
     assert not bool(state.info.finite)
     assert bool(state.info.kept)
+
+
+def test_tensors_of_a_branch_that_was_replaced_are_left_out(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
+    p = parameter(1.0)
+    clipper = Clipper([p], gc.EMA(), history=history, doctor=())
+    saved = None
+    for i in range(8):
+        p.grad = torch.tensor([1.0 + i])
+        saved = clipper.state_dict() if i == 3 else saved
+        clipper.clip_()
+    clipper.load_state_dict(saved)
+    for i in range(2):
+        p.grad = torch.tensor([10.0 + i])
+        clipper.clip_()
+    history.close()
+    again = gc.History.load(tmp_path / "run.jsonl")
+    assert again.tensors.step.tolist() == again.step.tolist() == [0, 1, 2, 3, 4]
+    assert again.tensors.norm[:, 0].tolist() == [1.0, 2.0, 3.0, 10.0, 11.0]
+    assert gc.replay(again, gc.EMA()).scale.size == 5

@@ -106,10 +106,11 @@ def read(path: Path) -> Record:
         record,
         rule=str(head.get("rule", "")),
         facts=dict(head.get("run") or {}),
-        tensors=_tensors(found),
         format="gradclip",
     )
-    return in_order(record).also(*_damage(found, path))
+    record = in_order(record)
+    tensors = _tensors(found, record)
+    return replace(record, tensors=tensors).also(*_damage(found, path))
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -160,13 +161,14 @@ def _damage(found: Found, path: Path) -> list[str]:
     return [f"{count} damaged and left out, the first is line {lines[0]}."]
 
 
-def _tensors(found: Found) -> Tensors | None:
+def _tensors(found: Found, record: Record) -> Tensors | None:
     """Return the norms of the parameters under the names that came last."""
     if not found.tensors:
         return None
     # Other names are those of another model, and cannot share a heat map.
     names, rows = list(found.tensors.items())[-1]
     newest = dict(rows)
-    steps = sorted(newest)
+    # A branch that was replaced may have gone further than the one that counts.
+    steps = sorted(set(newest) & set(record.step.tolist()))
     norms = np.array([newest[step] for step in steps], np.float64)
     return Tensors(names, np.array(steps, np.int64), norms)
