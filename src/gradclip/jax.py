@@ -15,8 +15,9 @@ import optax
 from gradclip.arrays import check_rule
 from gradclip.backends import Jax, Shards
 from gradclip.decision import Info
-from gradclip.memory import Memory, places
+from gradclip.memory import Memory
 from gradclip.pipeline import empty, run
+from gradclip.placing import places
 from gradclip.policy import Policy, check_compiled
 from gradclip.rules import Array, Rule, State, stages
 

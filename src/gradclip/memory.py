@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
 
@@ -39,7 +40,7 @@ class Memory:
     def meet(self, names: Sequence[str]) -> None:
         """Put what is remembered of each tensor in the order of the tensors now."""
         if self.names != names:
-            self.states = _in_order(self.rule, self.states, self.names, names)
+            self.states = in_order(self.rule, self.states, self.names, names)
             # Other tensors are refused elsewhere, and leave the names as they were.
             same = not self.names or sorted(self.names) == sorted(names)
             self.names = names if same else self.names
@@ -97,7 +98,7 @@ class Memory:
         text = bytes(int(c) for c in saved.get("names", ())).decode()
         names = text.split("\n") if text else []
         parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
-        found = _in_order(self.rule, parts, names, self.names or names)
+        found = in_order(self.rule, parts, names, self.names or names)
         if any(found) or int(saved["step"]):
             self.states = [self._fitting(i, x or {}) for i, x in enumerate(found)]
             self.names = self.names or names
@@ -137,53 +138,6 @@ def _stage_of(
         for name, x in saved.items()
         if name.startswith(prefix)
     }
-
-
-def has_places(stage: Rule) -> bool:
-    """Return whether a memory depends on which tensor is the first, the second, …."""
-    return stage.stateful and (
-        stage.over == "tensor" or stage.by_place or stage.by_part
-    )
-
-
-def places(stage: Rule, state: State | None) -> int:
-    """Return of how many tensors a memory keeps something apart."""
-    if not has_places(stage):
-        return 0
-    if stage.by_part:
-        return len({name.rpartition(".")[2] for name in state or ()})
-    return max((x.shape[-1] for x in (state or {}).values() if x.ndim), default=0)
-
-
-def _in_order(
-    rule: Rule,
-    states: Sequence[State | None],
-    before: Sequence[str],
-    now: Sequence[str],
-) -> Sequence[State | None]:
-    """Return memories in another order of the same tensors; else as they are."""
-    if list(before) == list(now) or len(set(now)) < len(now):
-        return states
-    if sorted(before) != sorted(now):
-        return states
-    places = {name: i for i, name in enumerate(before)}
-    order = np.array([places[name] for name in now])
-    both = zip(stages(rule), states, strict=True)
-    return [s and _reordered(stage, s, order) for stage, s in both]
-
-
-def _reordered(
-    stage: Rule, state: State, order: "np.ndarray[Any, np.dtype[np.int64]]"
-) -> State:
-    """Return a memory whose place k is the place order[k] that it had."""
-    if not has_places(stage):
-        return state
-    if not stage.by_part:
-        fits = {name: x.shape[-1:] == order.shape for name, x in state.items()}
-        return {name: x[..., order] if fits[name] else x for name, x in state.items()}
-    now = {str(old): str(new) for new, old in enumerate(order)}
-    split = ((name.rpartition("."), x) for name, x in state.items())
-    return {f"{name}.{now.get(place, place)}": x for (name, _, place), x in split}
 
 
 def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
