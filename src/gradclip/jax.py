@@ -109,9 +109,9 @@ def state_dict(
     Args:
         rule: The rule that the state belongs to.
         state: What `as_optax(rule)` keeps; not traced.
-        params: The parameters, for a rule that remembers something of several tensors:
-            JAX sorts the keys of a dictionary, others do not, and so it is saved with
-            their names.
+        params: The parameters, arranged like those of `init`, for a rule that remembers
+            something of several tensors: JAX sorts the keys of a dictionary, others do
+            not, and so it is saved with their names.
 
     Returns:
         A flat dictionary, for `load_state_dict` of this module or of any clipper.
