@@ -101,9 +101,7 @@ def as_optax(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def state_dict(
-    rule: Rule, state: ClipState, params: optax.Params | None = None
-) -> dict[str, Any]:
+def state_dict(rule: Rule, state: ClipState, params: Any = None) -> dict[str, Any]:
     """Return a state as NumPy arrays, as the clippers of all frameworks save theirs.
 
     Args:
@@ -135,7 +133,7 @@ def load_state_dict(
     rule: Rule,
     state: ClipState,
     saved: Mapping[str, Any],
-    params: optax.Params | None = None,
+    params: Any = None,
 ) -> ClipState:
     """Return a state that goes on from a saved memory.
 
