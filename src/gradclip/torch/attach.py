@@ -230,24 +230,6 @@ class Attached(Clipper):
             verbs.lender = lender_of(self.optimizer, self.params)
         return verbs
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the memory as tensors, for any kind of checkpoint."""
-        self._take_up_new_parameters()
-        return super().state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved memory, exactly.
-
-        Args:
-            state: What `state_dict` returned.
-
-        Raises:
-            ValueError: If it was saved by another rule, or for another number of
-                parameters; nothing is changed then.
-        """
-        self._take_up_new_parameters()
-        super().load_state_dict(state)
-
     def detach(self) -> None:
         """Take the clipping out of the optimizer again."""
         for hook in self._hooks:

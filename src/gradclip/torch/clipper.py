@@ -145,6 +145,7 @@ class Clipper:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory as tensors, for any kind of checkpoint."""
+        self._take_up_new_parameters()
         saved = self._memory.state_dict(lambda x: torch.as_tensor(x).clone())
         return self._for_parameters(saved, laid_out_like)
 
@@ -158,6 +159,7 @@ class Clipper:
             ValueError: If it was saved by another rule, or for another number of
                 parameters; nothing is changed then.
         """
+        self._take_up_new_parameters()
         device = self.params[0].device
         here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
@@ -185,6 +187,9 @@ class Clipper:
         """Show the rule and how much it is applied to."""
         name = type(self).__name__
         return f"{name}({len(self.params)} parameters, {self.rule!r})"
+
+    def _take_up_new_parameters(self) -> None:
+        """Follow an optimizer, where one says which parameters there are."""
 
     def _make_room(self) -> None:
         """Make the memory for all parameters, so that it can be saved and loaded."""

@@ -98,6 +98,7 @@ class InBackward(Clipper):
         params = [p for p in groups if p.grad is not None]
         if not params:
             return
+        # Of all parameters only when one is new: this is called for each of them.
         if not all(id(p) in self._index for p in params):
             self._take_up_new_parameters()
         now = self._pass_with(params)
@@ -113,6 +114,9 @@ class InBackward(Clipper):
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`; what is remembered is that of all gradients."""
+        held = (p for o in self.optimizers for g in o.param_groups for p in g["params"])
+        if all(id(p) in self._index for p in held):
+            return
         named = named_by_optimizers(self.optimizers, self._module)
         states = self._memory.states
         self.names = [name for name, _ in named]
