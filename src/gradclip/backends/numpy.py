@@ -8,6 +8,7 @@ import array_api_compat
 import numpy as np
 
 from gradclip.backends.base import (
+    BIAS,
     CHUNK,
     ROW,
     Backend,
@@ -16,6 +17,9 @@ from gradclip.backends.base import (
     inward,
 )
 from gradclip.rules import Array
+
+STEPS = np.arange(0.5, 16) / 16
+"""Where the rows lie that are summed in float64, as shares of the whole sum."""
 
 
 class NumPy(Backend):
@@ -39,7 +43,7 @@ class NumPy(Backend):
         """Return the `p`-norm of all elements, chunk by chunk."""
         # Memory order is fine: a norm does not depend on it, and nothing is copied.
         flat = x.ravel(order="K")
-        if p == 2 and flat.dtype == np.float32:
+        if p == 2 and flat.dtype == np.float32 and flat.size > STEPS.size * ROW:
             square = self.square_by_rows(flat)
             # Outside, squares of float32 may have over- or underflowed on the way.
             if 1e-20 < square < math.inf:
@@ -51,15 +55,23 @@ class NumPy(Backend):
         return self.chunk_norm(np.asarray(parts), p)
 
     def square_by_rows(self, x: Array) -> Array:
-        """Return the sum of squares: of short rows in float32, of those in float64."""
+        """Return the sum of squares: of short rows in float32, of those in float64.
+
+        Rows at equal steps of the sum are summed in float64 as well. That mends rows
+        with one huge element, which swallows small ones in float32, and shows whether
+        the others are rounded one way, as constants are; it is NaN then.
+        """
         size = x.size // ROW * ROW
         rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
         squares = np.vecdot(rows, rows).astype(np.float64)
-        if squares.size:
-            # One huge element swallows small ones in float32; it is in the largest row.
-            top = np.argmax(squares)
-            largest = rows[top].astype(np.float64)
-            squares[top] = np.dot(largest, largest)
+        ends = np.cumsum(squares)
+        chosen = np.searchsorted(ends[:-1], ends[-1] * STEPS)
+        wide = rows[chosen].astype(np.float64)
+        fast, exact = squares[chosen], np.vecdot(wide, wide)
+        light = fast < ends[-1] / STEPS.size
+        if abs((fast - exact) @ light) > 2 * BIAS * (exact @ light):
+            return np.float64(math.nan)
+        squares[chosen] = exact
         return np.sum(squares) + np.dot(rest, rest)
 
     def chunk_norm(self, x: Array, p: float) -> Array:

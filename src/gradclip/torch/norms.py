@@ -162,7 +162,9 @@ def _long_norms(tensors: list[Tensor]) -> Tensor:
     norms, biased = combined(
         matrices, list(map(row_norms, matrices)), counts, PICKED // 4
     )
-    norms = torch.hypot(norms, _short_norms(rests))
+    if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
+        rest_norms = _short_norms([rests[i] for i in ragged])
+        norms[ragged] = torch.hypot(norms[ragged], rest_norms)
     for i in biased.nonzero().flatten().tolist():
         norms[i] = exact_norm(tensors[i], 2.0)
     return norms
