@@ -16,6 +16,8 @@ from gradclip.backends import CHUNK
 
 SHORT = 128
 """Elements of float64 that are added one by one."""
+WIDE = {torch.float64, torch.complex128}
+"""Types whose squares float64 may not hold."""
 _IS_CPU = attrgetter("is_cpu")
 
 
@@ -99,7 +101,7 @@ def device_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 def _device_norm(t: Tensor, p: float) -> Tensor:
     # Squares of float64 can overflow; those of narrower types fit into float64.
-    if t.dtype in (torch.float64, torch.complex128) or t.numel() == 0:
+    if t.dtype in WIDE or t.numel() == 0:
         return safe_norm(t, p)
     wide = torch.complex128 if t.is_complex() else torch.float64
     return torch.linalg.vector_norm(t, p, dtype=wide)

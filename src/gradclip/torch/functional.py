@@ -10,7 +10,7 @@ from gradclip.decision import clip_scale
 from gradclip.pipeline import run
 from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Limit, Norm, Rule, Value
-from gradclip.torch.exact import on_host
+from gradclip.torch.exact import WIDE, on_host
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
 from gradclip.torch.sharded import (
     Layout,
@@ -175,7 +175,7 @@ def get_total_norm(
             f"the norm of order {order} of {len(leaves)} tensors is {norm.item()}; "
             "look for NaN and infinity in them."
         )
-    return norm.to(_report_type(leaves))
+    return norm.to(_report_type({t.dtype for t in leaves}))
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def _clip_parameters(
     _, info, _ = clip() if verifier is None else verifier.compare(clip)
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
-    return torch.as_tensor(info.norm).to(_report_type(found.leaves))
+    return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
 
 
 def _decides_alone(rule: Rule, leaves: list[Tensor]) -> bool:
@@ -273,7 +273,6 @@ def _names(tensors: list[Tensor]) -> list[str]:
     return [f"[{i}]" for i in range(len(tensors))]
 
 
-def _report_type(leaves: list[Tensor]) -> torch.dtype:
+def _report_type(dtypes: set[torch.dtype]) -> torch.dtype:
     """Return float32, in which half-precision norms keep their digits, or float64."""
-    wide = {torch.float64, torch.complex128} & {t.dtype for t in leaves}
-    return torch.float64 if wide else torch.float32
+    return torch.float32 if dtypes.isdisjoint(WIDE) else torch.float64

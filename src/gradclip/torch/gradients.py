@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -134,6 +135,8 @@ class Gradients:
     """Which parameters they belong to."""
     weights: list[Tensor]
     """Those parameters, cut to the rows that a sparse gradient has."""
+    dtypes: set[torch.dtype]
+    """Their types: asked for once, since each pass over many takes time."""
 
 
 @torch.no_grad()
@@ -160,21 +163,22 @@ def collect(
             local_grad(params[i], g) for i, g in zip(present, leaves, strict=True)
         ]
     here = [params[i] for i in present]
-    if not (whole := _all_plain(leaves)):
+    dtypes = set(map(attrgetter("dtype"), leaves))
+    if not (whole := _all_plain(leaves, any(d.is_complex for d in dtypes))):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
     if not weights:
         here = []
     elif not whole or holds_dtensor(here):
         here = list(map(_weight, here))
-    return Gradients(leaves, present, here)
+    return Gradients(leaves, present, here, dtypes)
 
 
-def _all_plain(leaves: list[Tensor]) -> bool:
+def _all_plain(leaves: list[Tensor], complex_ones: bool) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
     try:
         whole = all(map(Tensor.is_contiguous, leaves))
         # Compiled code cannot ask for lazy signs.
-        asks = not torch.compiler.is_compiling()
+        asks = complex_ones and not torch.compiler.is_compiling()
         return whole and not (asks and any(map(Tensor.is_conj, leaves)))
     except RuntimeError:
         # Only a dense tensor can say, and a pass over the list for layouts costs more.

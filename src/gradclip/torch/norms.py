@@ -130,7 +130,7 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of short tensors, joined: a call for each takes longer."""
     sizes = list(map(Tensor.numel, tensors))
     found, start = [], 0
-    for wide, count in wide_copies(tensors, sizes):
+    for wide, count, _ in wide_copies(tensors, sizes):
         lengths = torch.tensor(sizes[start : start + count])
         squares = torch.segment_reduce(wide.square_(), "sum", lengths=lengths)
         found.append(squares.sqrt_())
@@ -160,7 +160,7 @@ def _long_norms(tensors: list[Tensor]) -> Tensor:
     matrices, rests = map(list, zip(*pieces, strict=True))
     counts = list(map(len, matrices))
     norms, biased = combined(
-        matrices, list(map(row_norms, matrices)), counts, PICKED // 4
+        matrices, list(map(row_norms, matrices)), counts, PICKED // 2
     )
     if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
         rest_norms = _short_norms([rests[i] for i in ragged])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradclip.backends import BIAS, CHUNK, ROW
 from gradclip.torch.exact import (
+    WIDE,
     converted,
     exact_norm,
     flat_view,
@@ -30,18 +31,16 @@ MIDDLE = 1 << 14
 """Tensors up to this size are measured many at a time, for the same reason."""
 BLOCK = 1 << 26
 """Elements in one pass over rows, whose norms then take half a megabyte."""
-PICKED = 64
-"""Rows of a sum that are summed in float64 as well; a quarter for single tensors."""
+PICKED = 32
+"""Rows of a sum that are summed in float64 as well; half as many for single tensors."""
 PROBES = 16
 """Tensors of middle size that are summed by rows as well."""
-FEW = 1024
+FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 CHANCE = 9e-8
 """A larger error of all probes together is no accident."""
 
-_gather = torch._C._nn.flatten_dense_tensors
 _HALF = (torch.float16, torch.bfloat16)
-_WIDE = {torch.float64, torch.complex128}
 _DTYPE = attrgetter("dtype")
 
 
@@ -101,8 +100,7 @@ class Rows:
 
     def add_gathered(self, tensors: list[Tensor], sizes: list[int]) -> None:
         """Take the norm of many small tensors, by copies in float64."""
-        narrow = _WIDE.isdisjoint(map(_DTYPE, tensors))
-        for wide, _ in wide_copies(tensors, sizes):
+        for wide, _, narrow in wide_copies(tensors, sizes):
             # Nobody sees in float32 that `dot` adds one by one.
             norm = torch.dot(wide, wide).sqrt_() if narrow else root_of_sum(wide)
             self.exact.append(norm.reshape(1))
@@ -177,29 +175,37 @@ def combined(
     Returns:
         The norm of each group, and whether its rows are rounded one way.
     """
-    rows = torch.cat(norms).double()
-    rough = torch.stack(torch._foreach_norm(rows.split(counts)))
-    chosen = _places(rows, rough, torch.tensor(counts), picks)
+    squares = torch.cat(norms).double().square_()
+    sums = _sums(squares, counts)
+    chosen = _places(squares, sums, counts, picks)
     exact = torch.linalg.vector_norm(_chosen(matrices, chosen.flatten()), dim=1)
-    pair = torch.stack([rows[chosen], exact.view_as(chosen)])
-    light = pair[0].square() * picks < rough.square().unsqueeze(1)
-    fast, true = torch.linalg.vector_norm(pair * light, dim=2)
-    rows[chosen.flatten()] = exact
-    total = torch.stack(torch._foreach_norm(rows.split(counts)))
-    return total, (fast - true).abs() > BIAS * true
+    true, fast = exact.square_().view_as(chosen), squares[chosen]
+    light = fast * picks < sums.unsqueeze(1)
+    error = ((fast - true) * light).sum(1).abs_()
+    squares[chosen] = true
+    return _sums(squares, counts).sqrt_(), error > 2 * BIAS * (true * light).sum(1)
 
 
-def _places(rows: Tensor, rough: Tensor, sizes: Tensor, picks: int) -> Tensor:
+def _sums(x: Tensor, counts: list[int]) -> Tensor:
+    """Return the sum of each group."""
+    if len(counts) == 1:
+        return x.sum(0, keepdim=True)
+    return torch.segment_reduce(x, "sum", lengths=torch.tensor(counts))
+
+
+def _places(squares: Tensor, sums: Tensor, counts: list[int], picks: int) -> Tensor:
     """Return some rows of each group, at equal steps of its sum of squares."""
-    usable = (rough > 0) & (rough < math.inf)
-    # A group of zeros, or with an infinity, must not shift the places of the others.
-    even = torch.where(usable, 0.0, 1 / sizes.double())
-    unit = torch.where(usable, rough, math.inf)
-    if len(sizes) > 1:
-        unit, even = unit.repeat_interleave(sizes), even.repeat_interleave(sizes)
-    # In place, since each copy of so many would come with new pages of memory.
-    shares = (rows / unit).square_().nan_to_num_().add_(even)
     steps = torch.arange(0.5, picks, dtype=torch.float64) / picks
+    if len(counts) == 1:
+        found = torch.searchsorted(squares.cumsum(0), steps * sums)
+        return found.clamp_(max=len(squares) - 1).unsqueeze(0)
+    sizes = torch.tensor(counts)
+    usable = (sums > 0) & (sums < math.inf)
+    # A group of zeros, or with an infinity, must not shift the places of the others.
+    even = torch.where(usable, 0.0, 1 / sizes.double()).repeat_interleave(sizes)
+    unit = torch.where(usable, sums, math.inf).repeat_interleave(sizes)
+    # In place, since each copy of so many would come with new pages of memory.
+    shares = (squares / unit).nan_to_num_().add_(even)
     steps = torch.arange(len(sizes)).unsqueeze(1) + steps
     ends = sizes.cumsum(0).unsqueeze(1)
     chosen = torch.searchsorted(torch.cumsum(shares, 0, out=shares), steps)
@@ -222,10 +228,11 @@ def _all_float32(tensors: Sequence[Tensor]) -> bool:
 
 def wide_copies(
     tensors: list[Tensor], sizes: list[int]
-) -> Iterator[tuple[Tensor, int]]:
+) -> Iterator[tuple[Tensor, int, bool]]:
     """Yield the moduli of some tensors at a time, and of how many tensors.
 
     They are in one float64 vector, which stays in the cache; the next overwrites it.
+    The flag says that all of them were narrower than that.
     """
     for start, stop, count in _batches(sizes):
         batch = tensors[start:stop]
@@ -235,7 +242,7 @@ def wide_copies(
             wide = wide_moduli(batch[0]).reshape(-1)
         else:
             wide = _filled(scratch(torch.float64)[:count], batch)
-        yield wide, stop - start
+        yield wide, stop - start, WIDE.isdisjoint(map(_DTYPE, batch))
 
 
 def _batches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -250,10 +257,9 @@ def _batches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def _filled(room: Tensor, tensors: list[Tensor]) -> Tensor:
     """Return room that tensors were copied into, one behind the other."""
-    start = 0
-    for t in tensors:
-        room[start : start + t.numel()].copy_(t.reshape(-1))
-        start += t.numel()
+    parts = room.split(list(map(Tensor.numel, tensors)))
+    for part, t in zip(parts, tensors, strict=True):
+        part.copy_(t.reshape(-1))
     return room
 
 
@@ -262,8 +268,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     try:
         return torch.cat(tensors)
     except RuntimeError:
-        # Of unlike shapes, which takes four times as long.
-        return _gather(tensors)
+        return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
 
 
 def _differ(norm: Tensor, exact: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +15,8 @@ from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import Scalars
 from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
+
+_NUMBERS = Scalars()
 
 
 class InPlace(TorchArrays):
@@ -209,7 +212,7 @@ class OneNumber(InPlace):
     def __init__(self) -> None:
         """Take the namespace of single numbers."""
         super().__init__()
-        self.xp = Scalars()
+        self.xp = _NUMBERS
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
         """Return the norm of everything, read."""
@@ -227,15 +230,19 @@ class OneNumber(InPlace):
 def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     """Return what to multiply tensors of a type by, one after the other."""
     eps = torch.finfo(dtype).eps
-    number = isinstance(scale, float)
-    scale = inward(scale, eps, np if number else torch)
+    if number := isinstance(scale, float):
+        scale = inward(scale, eps, _NUMBERS)
+        far = not 1e-30 <= scale <= 1e30
+    else:
+        scale = inward(scale, eps, torch)
+        far = on_host([scale]) and bool(((scale < 1e-30) | (scale > 1e30)).any())
+    to_tensor = partial(torch.full, ()) if number else torch.as_tensor
     if eps < 1e-12:
-        return [torch.as_tensor(scale)]
-    far = (scale < 1e-30) | (scale > 1e30)
-    if (number or on_host([scale])) and bool(far.any()):
+        return [to_tensor(scale, dtype=torch.float64)]
+    if far:
         # float32 has too few digits left for such a scale, but not for its root.
-        return [torch.as_tensor(scale**0.5, dtype=torch.float32)] * 2
-    return [torch.as_tensor(scale, dtype=torch.float32)]
+        return [to_tensor(scale**0.5, dtype=torch.float32)] * 2
+    return [to_tensor(scale, dtype=torch.float32)]
 
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
