@@ -117,7 +117,7 @@ class Rows:
             return
         fast = torch.stack(torch._foreach_norm(tensors)).double()
         top = fast.nan_to_num(math.inf).topk(PROBES).indices
-        exact = _row_norm(_joined([tensors[i] for i in top.tolist()]))
+        exact = _unprobed([tensors[i] for i in top.tolist()])
         if _differ(torch.linalg.vector_norm(fast[top]), exact):
             for t in tensors:
                 self.add(t)
@@ -276,10 +276,9 @@ def _differ(norm: Tensor, exact: Tensor) -> bool:
     return abs(norm.item() - exact.item()) > CHANCE * exact.item()
 
 
-def _row_norm(t: Tensor) -> Tensor:
-    """Return the 2-norm of one tensor of middle size by its rows, unprobed."""
-    flat = flat_view(t)
-    if flat is None or t.numel() % ROW:
-        return exact_norm(t, 2.0)
-    norms = torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)
-    return torch.linalg.vector_norm(norms.double())
+def _unprobed(tensors: list[Tensor]) -> Tensor:
+    """Return the 2-norm of tensors by their rows, of which none is summed again."""
+    rows = Rows()
+    for t in tensors:
+        rows.add(t)
+    return torch.linalg.vector_norm(torch.cat(rows.norms + rows.exact).double())
