@@ -229,6 +229,17 @@ def test_spikes_are_found_behind_zeros_and_overflows(other):
         assert float(got) == pytest.approx(true_norm([grad]), rel=F32_ULP)
 
 
+@pytest.mark.parametrize("extra", [0, 7], ids=["even", "ragged"])
+def test_each_norm_beside_tensors_of_other_lengths(extra):
+    """Rows of 512 cover some tensors, and leave a rest of others."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [512 * 40, 512 * 50 + extra, 512 * 70, 512 * 33 + 3 * extra]
+    grads = [torch.rand(size, generator=generator) for size in sizes]
+    clipper = Clipper(with_gradients(grads), gc.Norm(1e9, over="tensor"), doctor=())
+    norms = clipper.clip_().norm.tolist()
+    assert norms == pytest.approx([true_norm([g]) for g in grads], rel=F32_ULP / 2)
+
+
 @every_way
 def test_at_the_limit_nothing_changes(way):
     grads = [torch.tensor([3.0, 4.0])]
