@@ -84,3 +84,7 @@ class Scalars:
     def zeros_like(x: Any) -> Any:
         """Return 0, or an array of zeros."""
         return np.float64(0) if isinstance(x, float) else np.zeros_like(x)
+
+
+NUMBERS = Scalars()
+"""One for all who have numbers alone; what is kept of arrays is not for threads."""

@@ -17,6 +17,7 @@ from gradclip.backends.base import (
     inward,
 )
 from gradclip.rules import Array
+from gradclip.scalars import NUMBERS
 
 STEPS = np.arange(0.5, 16) / 16
 """Where the rows lie that are summed in float64, as shares of the whole sum."""
@@ -86,11 +87,11 @@ class NumPy(Backend):
 
     def times(self, x: Array, scale: Array) -> Array:
         """Return one gradient times its scale, in place where that was asked for."""
-        eps = np.finfo(x.dtype).eps
-        scale = inward(scale, float(eps), np)
+        eps = float(np.finfo(x.dtype).eps)
+        scale = scale[()]  # An array of one number takes five times as long as it.
+        scale = inward(scale, eps, NUMBERS if isinstance(scale, float) else np)
         # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
-        least, most = np.min(scale, initial=1.0), np.max(scale, initial=1.0)
-        narrow = least > 1e-30 and most < 1e30
+        narrow = np.all((scale > 1e-30) & (scale < 1e30))
         kind = np.float32 if eps > 1e-12 and narrow else np.float64
         out = self.out.get(id(x), np.empty_like(x))
         return np.multiply(x, scale.astype(kind), out=out, casting="same_kind")

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
 from gradclip.rules import Rule, Scope, State
-from gradclip.scalars import Scalars
+from gradclip.scalars import NUMBERS
 from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
-
-_NUMBERS = Scalars()
 
 
 class InPlace(TorchArrays):
@@ -212,7 +210,7 @@ class OneNumber(InPlace):
     def __init__(self) -> None:
         """Take the namespace of single numbers."""
         super().__init__()
-        self.xp = _NUMBERS
+        self.xp = NUMBERS
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
         """Return the norm of everything, read."""
@@ -231,7 +229,7 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     """Return what to multiply tensors of a type by, one after the other."""
     eps = torch.finfo(dtype).eps
     if number := isinstance(scale, float):
-        scale = inward(scale, eps, _NUMBERS)
+        scale = inward(scale, eps, NUMBERS)
         far = not 1e-30 <= scale <= 1e30
     else:
         scale = inward(scale, eps, torch)
