@@ -13,7 +13,14 @@ import pytest
 import torch
 
 import gradclip as gc
-from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
+from gradclip.torch import (
+    Clipper,
+    attach,
+    clip_grad_norm_,
+    clip_grad_value_,
+    get_total_norm,
+    rows,
+)
 
 F32_ULP = 2.0**-23
 
@@ -227,6 +234,60 @@ def test_spikes_are_found_behind_zeros_and_overflows(other):
     norm = Clipper(params, gc.Norm(1e38, over="tensor"), doctor=()).clip_().norm
     for got, grad in zip(norm, grads, strict=True):
         assert float(got) == pytest.approx(true_norm([grad]), rel=F32_ULP)
+
+
+def behind(heavy, light):
+    """Return rows of random values, each with as many light rows behind it."""
+    count = len(light) // len(heavy)
+    pairs = zip(heavy.split(1), light.split(count), strict=False)
+    return torch.cat([row for pair in pairs for row in pair]).reshape(-1)
+
+
+def few_beside_many(value, spike, share, count=6):
+    """Return constants, or spikes among them, beside a few rows of random values."""
+    light = torch.full((4000, 512), value)
+    light[:, 0] *= spike
+    mass = float(light.double().square().sum()) * share / (1 - share)
+    return behind(torch.randn(count, 512) * (mass / count / 512) ** 0.5, light)
+
+
+HIDDEN = {
+    "bfloat16": lambda: [
+        *(2.5 * torch.randn(16, 16384)).unbind(),
+        *torch.randn(200, 16384).bfloat16().float().unbind(),
+    ],
+    "constants": lambda: [
+        *(2 * torch.randn(16, 16000)).unbind(),
+        *torch.full((100, 16384), 1.0585).unbind(),
+    ],
+    "ragged": lambda: [torch.full((5000 + 7 * i,), 1 + i / 70) for i in range(66)],
+    "one": lambda: [
+        torch.cat([10 * torch.randn(20_000), torch.full((2_000_000,), 1.426125)])
+    ],
+    "rows": lambda: [few_beside_many(1.426125, 1, 0.15)],
+    "spikes": lambda: [few_beside_many(1.3, 1000, 0.25)],
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_values_that_round_one_way_are_found_behind_others(case):
+    """Random values of larger norm do not hide them from the probes."""
+    torch.manual_seed(0)
+    grads = HIDDEN[case]()
+    params, exact = with_gradients(grads), true_norm(grads)
+    for over in ("all", "tensor"):
+        norm = Clipper(params, gc.Norm(1e9, over=over), doctor=()).clip_().norm
+        got = float(torch.linalg.vector_norm(norm))
+        assert got == pytest.approx(exact, rel=F32_ULP / 2), over
+    _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9))
+    assert float(info.norm) == pytest.approx(exact, rel=F32_ULP / 2)
+
+
+def test_a_block_may_be_shorter_than_a_row(monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 1 << 15)
+    monkeypatch.setattr(rows, "CHUNK", 1 << 6)
+    x = torch.rand(2 * rows.BLOCK + 5)
+    assert float(get_total_norm([x])) == pytest.approx(true_norm([x]), rel=F32_ULP)
 
 
 @pytest.mark.parametrize("extra", [0, 7], ids=["even", "ragged"])

@@ -69,8 +69,10 @@ class NumPy(Backend):
         chosen = np.searchsorted(ends[:-1], ends[-1] * STEPS)
         wide = rows[chosen].astype(np.float64)
         fast, exact = squares[chosen], np.vecdot(wide, wide)
-        light = fast < ends[-1] / STEPS.size
-        if abs((fast - exact) @ light) > 2 * BIAS * (exact @ light):
+        light = (fast < ends[-1] / STEPS.size) & (exact > 0)
+        # Each stands for as large a part of the sum, whatever its own size.
+        error = np.sum(fast[light] / exact[light] - 1) / STEPS.size
+        if abs(error) > 2 * BIAS:
             return np.float64(math.nan)
         squares[chosen] = exact
         return np.sum(squares) + np.dot(rest, rest)

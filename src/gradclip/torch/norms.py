@@ -5,6 +5,7 @@ devices, and under `torch.compile`, always in float64, and nothing is read back.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from gradclip.torch.rows import (
     fast_total,
     row_norms,
     wide_copies,
+    wide_norms_of_rows,
 )
 
 Measure: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -159,9 +161,8 @@ def _long_norms(tensors: list[Tensor]) -> Tensor:
     pieces = [cut(flat) for t in tensors if (flat := flat_view(t)) is not None]
     matrices, rests = map(list, zip(*pieces, strict=True))
     counts = list(map(len, matrices))
-    norms, biased = combined(
-        matrices, list(map(row_norms, matrices)), counts, PICKED // 2
-    )
+    exact = partial(wide_norms_of_rows, matrices)
+    norms, biased = combined(list(map(row_norms, matrices)), counts, PICKED // 2, exact)
     if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
         rest_norms = _short_norms([rests[i] for i in ragged])
         norms[ragged] = torch.hypot(norms[ragged], rest_norms)

@@ -7,7 +7,8 @@ Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 
@@ -34,11 +35,11 @@ BLOCK = 1 << 26
 PICKED = 32
 """Rows of a sum that are summed in float64 as well; half as many for single tensors."""
 PROBES = 16
-"""Tensors of middle size that are summed by rows as well."""
+"""Tensors of middle size that are summed in float64 as well."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 CHANCE = 9e-8
-"""A larger error of all probes together is no accident."""
+"""A larger mean error of probes is no accident: they are longer than rows."""
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
@@ -90,9 +91,10 @@ class Rows:
             return
         for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
             matrix, rest = cut(block)
-            self.matrices.append(matrix)
-            self.norms.append(row_norms(matrix))
-            self.rows += len(matrix)
+            if len(matrix):
+                self.matrices.append(matrix)
+                self.norms.append(row_norms(matrix))
+                self.rows += len(matrix)
             if rest is not None:
                 self.exact.append(torch.linalg.vector_norm(rest.double()).reshape(1))
             if self.rows > CHUNK // 2:
@@ -108,22 +110,21 @@ class Rows:
     def add_many(self, tensors: list[Tensor]) -> None:
         """Take the norms of many tensors of middle size, a call for all of them.
 
-        Each may be some units off; the largest, which decide the sum, are summed by
-        rows, and show whether the errors of the others are accidental.
+        Each may be some units off. Some are summed in float64 too, as rows are, and
+        show whether the errors of the others are accidental.
         """
         if len(tensors) < 2 * PROBES:
             for t in tensors:
                 self.add(t)
             return
-        fast = torch.stack(torch._foreach_norm(tensors)).double()
-        top = fast.nan_to_num(math.inf).topk(PROBES).indices
-        exact = _unprobed([tensors[i] for i in top.tolist()])
-        if _differ(torch.linalg.vector_norm(fast[top]), exact):
-            for t in tensors:
-                self.add(t)
+        fast = torch.stack(torch._foreach_norm(tensors))
+        exact = partial(wide_norms_of, tensors)
+        norm, biased = combined([fast], [len(tensors)], PROBES, exact, CHANCE)
+        if not biased:
+            self.exact.append(norm)
             return
-        fast[top] = 0.0
-        self.exact += [fast, exact.reshape(1)]
+        for t in tensors:
+            self.add(t)
 
     def total(self) -> Tensor | None:
         """Return the norm of all rows, or None if it is in doubt."""
@@ -139,7 +140,8 @@ class Rows:
     def _settle(self) -> None:
         """Combine the rows so far."""
         if self.norms:
-            norm, biased = combined(self.matrices, self.norms, [self.rows], PICKED)
+            exact = partial(wide_norms_of_rows, self.matrices)
+            norm, biased = combined(self.norms, [self.rows], PICKED, exact)
             self.exact.append(norm)
             self.biased |= bool(biased)
             self.matrices, self.norms, self.rows = [], [], 0
@@ -163,27 +165,42 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 
 def combined(
-    matrices: list[Tensor], norms: list[Tensor], counts: list[int], picks: int
+    norms: list[Tensor],
+    counts: list[int],
+    picks: int,
+    exact: Callable[[Tensor], Tensor],
+    most: float = BIAS,
 ) -> tuple[Tensor, Tensor]:
     """Combine norms of rows into one norm for each group of `counts` rows, in float64.
 
-    Some rows are summed in float64 as well, chosen at equal steps of the sum of
-    squares: none that decides it is left out (one huge element swallows small ones in
-    float32), and the others show whether float32 rounds these values one way, as it
-    does constants.
+    Some rows are summed in float64 as well, by `exact`, chosen at equal steps of the
+    sum of squares: none that decides it is left out (one huge element swallows small
+    ones in float32), and the others show whether float32 rounds these values one way,
+    as it does constants.
 
     Returns:
-        The norm of each group, and whether its rows are rounded one way.
+        The norm of each group, and whether its mean error is above `most`.
     """
     squares = torch.cat(norms).double().square_()
     sums = _sums(squares, counts)
     chosen = _places(squares, sums, counts, picks)
-    exact = torch.linalg.vector_norm(_chosen(matrices, chosen.flatten()), dim=1)
-    true, fast = exact.square_().view_as(chosen), squares[chosen]
-    light = fast * picks < sums.unsqueeze(1)
-    error = ((fast - true) * light).sum(1).abs_()
+    fast, true = squares[chosen], exact(chosen.flatten()).square_().view_as(chosen)
+    light = (fast * picks < sums.unsqueeze(1)) & (true > 0)
+    # Each stands for as large a part of the sum, whatever its own size.
+    error = torch.where(light, fast / true - 1, 0.0).sum(1).abs_() / picks
     squares[chosen] = true
-    return _sums(squares, counts).sqrt_(), error > 2 * BIAS * (true * light).sum(1)
+    return _sums(squares, counts).sqrt_(), error > 2 * most
+
+
+def wide_norms_of(tensors: list[Tensor], chosen: Tensor) -> Tensor:
+    """Return the 2-norms of some tensors, summed in float64."""
+    wide = (tensors[i].double() for i in chosen.tolist())
+    return torch.stack(list(map(torch.linalg.vector_norm, wide)))
+
+
+def wide_norms_of_rows(matrices: list[Tensor], chosen: Tensor) -> Tensor:
+    """Return the 2-norms of some rows of matrices, summed in float64."""
+    return torch.linalg.vector_norm(_chosen(matrices, chosen), dim=1)
 
 
 def _sums(x: Tensor, counts: list[int]) -> Tensor:
@@ -269,16 +286,3 @@ def _joined(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors)
     except RuntimeError:
         return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
-
-
-def _differ(norm: Tensor, exact: Tensor) -> bool:
-    """Return whether a norm is further off than chance would have it."""
-    return abs(norm.item() - exact.item()) > CHANCE * exact.item()
-
-
-def _unprobed(tensors: list[Tensor]) -> Tensor:
-    """Return the 2-norm of tensors by their rows, of which none is summed again."""
-    rows = Rows()
-    for t in tensors:
-        rows.add(t)
-    return torch.linalg.vector_norm(torch.cat(rows.norms + rows.exact).double())

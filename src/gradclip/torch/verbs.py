@@ -229,7 +229,7 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     """Return what to multiply tensors of a type by, one after the other."""
     eps = torch.finfo(dtype).eps
     if number := isinstance(scale, float):
-        scale = inward(scale, eps, NUMBERS)
+        scale = inward(np.float64(scale), eps, NUMBERS)
         far = not 1e-30 <= scale <= 1e30
     else:
         scale = inward(scale, eps, torch)
