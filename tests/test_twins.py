@@ -119,45 +119,63 @@ def tolerance(front):
     return 1e-9 if front in WIDE else 1e-6
 
 
-def close(got, want, rtol, step):
-    np.testing.assert_allclose(got, want, rtol=rtol, err_msg=f"step {step}")
+class Pairs:
+    """Numbers that ought to be equal; looked at once a run, since each look is slow."""
+
+    def __init__(self):
+        self.got, self.want, self.places = [], [], []
+
+    def add(self, got, want, place):
+        """Take copies of two arrays, and what they are."""
+        got, want = np.array(got, float), np.array(want, float)
+        assert got.shape == want.shape, f"{got.shape}, {want.shape}: {place}"
+        self.got.append(got.ravel())
+        self.want.append(want.ravel())
+        self.places.append(place)
+
+    def check(self, rtol):
+        """Compare all of them, and name the first that are not equal."""
+        got, want = np.concatenate(self.got), np.concatenate(self.want)
+        good = np.isclose(got, want, rtol=rtol, atol=0, equal_nan=True)
+        bad = np.repeat(self.places, list(map(len, self.got)))[~good]
+        assert not len(bad), f"{bad[0]}: {got[~good][:9]}, not {want[~good][:9]}"
 
 
-def assert_step(got, info, want, rtol, step):
-    """Compare the gradients and the report of one step with the twin's."""
+def compare_step(pairs, got, info, want, step):
+    """Lay the gradients and the report of one step beside the twin's."""
     for a, b in zip(got, want.clipped, strict=True):
-        close(a, b, rtol, step)
+        pairs.add(a, b, f"gradients at step {step}")
     assert bool(info.finite) == finite(want.grads)
     if not info.finite:
         assert not info.kept
         return
-    close(info.norm, want.norm, rtol, step)
-    close(info.norm_after, want.after, rtol, step)
+    pairs.add(info.norm, want.norm, f"norm at step {step}")
+    pairs.add(info.norm_after, want.after, f"norm_after at step {step}")
     # A rule without a memory shows its limit where it cuts; a norm of 0 tells nothing.
     told, limits = np.ravel(want.cut), np.ravel(want.after)
     if want.limits is not None:
-        told, limits = np.ravel(want.norm) > 0, np.asarray(want.limits)
+        told, limits = np.ravel(want.norm) > 0, np.ravel(want.limits)
     if told.size == limits.size == np.size(info.limit):
-        close(np.ravel(info.limit)[told], limits[told], rtol, step)
+        limit = np.ravel(info.limit)
+        pairs.add(limit[told], limits[told], f"limit at step {step}")
 
 
-def assert_state(got, want, rtol, step):
-    """Compare two saved memories."""
+def compare_state(pairs, got, want, step):
+    """Lay two saved memories beside one another."""
     assert set(got) == set(want)
     for key in (key for key in want if not key.endswith(("in_a_row", "rest", "names"))):
-        np.testing.assert_allclose(
-            got[key], want[key], rtol=rtol, err_msg=f"{key} at step {step}"
-        )
+        pairs.add(got[key], want[key], f"{key} at step {step}")
 
 
 def follow(front, name, count=STEPS):
     """Take a rule through the run beside its twin and NumPy's states."""
-    clipper, rtol = FRONTS[front](ROWS[name].make(), params()), tolerance(front)
+    clipper, pairs = FRONTS[front](ROWS[name].make(), params()), Pairs()
     for step, want in enumerate(golden(name)[:count]):
         got, info = clipper.clip(want.grads)
-        assert_step(got, info, want, rtol, step)
+        compare_step(pairs, got, info, want, step)
         if step % 10 == 9:
-            assert_state(clipper.state_dict(), states(name)[step], rtol, step)
+            compare_state(pairs, clipper.state_dict(), states(name)[step], step)
+    pairs.check(tolerance(front))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -238,7 +256,7 @@ def cell_by_cell(saved):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_states_equal_those_of_the_twin(name):
-    compared = 0
+    compared, pairs = 0, Pairs()
     for step, (saved, want) in enumerate(zip(states(name), golden(name), strict=True)):
         for key, cells in want.state.items():
             # Where there are two groups, all tensors are in the second one.
@@ -247,8 +265,9 @@ def test_states_equal_those_of_the_twin(name):
             if np.ndim(cells[0]) > 0 and np.ndim(got) == 1:
                 got = got[:, None]
             for a, b in zip(cell_by_cell(got), itertools.cycle(cells)):
-                close(a, np.sort(np.ravel(b)), 1e-9, step)
+                pairs.add(a, np.sort(np.ravel(b)), f"{key} at step {step}")
             compared += 1
+    pairs.check(1e-9)
     assert compared > STEPS // 2
 
 
@@ -269,15 +288,16 @@ def relay(name, jax, rtol):
     # Compiling again for each leg would take longer than the run.
     made = {key: FRONTS[front](rule, params()) for key, front in fronts.items()}
     legs = np.array_split(np.arange(STEPS), len(order))
-    saved = None
+    saved, pairs = None, Pairs()
     for front, leg in zip(order, legs, strict=True):
         if saved is not None:
             made[front].load_state_dict(saved)
         for step in leg:
             got, info = made[front].clip(run[step].grads)
-            assert_step(got, info, run[step], rtol, step)
+            compare_step(pairs, got, info, run[step], step)
         saved = made[front].state_dict()
-        assert_state(saved, states(name)[step], rtol, step)
+        compare_state(pairs, saved, states(name)[step], step)
+    pairs.check(rtol)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
