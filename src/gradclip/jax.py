@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from gradclip.arrays import check_rule
-from gradclip.backends import Jax, Shards
+from gradclip.backends import Jax, NumPy, Shards
 from gradclip.decision import Info
 from gradclip.memory import Memory
 from gradclip.pipeline import empty, run
@@ -203,7 +203,10 @@ def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
     if any(part.by_part for part in parts):
         # Only these rules look at more than how many gradients there are.
         leaves = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in leaves]
-    return tuple(empty(engine, part, leaves) for part in parts)
+    # A window of a thousand places takes JAX a second to stack, and NumPy none.
+    engines = [engine if part.by_part else NumPy() for part in parts]
+    pairs = zip(engines, parts, strict=True)
+    return jax.tree.map(jnp.asarray, tuple(empty(e, part, leaves) for e, part in pairs))
 
 
 def _empty_info(shapes: Info) -> Info:
