@@ -95,7 +95,7 @@ class Jax:
 
     def clip(self, grads):
         with self.wide():
-            # Handed over by jit itself, which is quicker than to make arrays before.
+            # As NumPy arrays: jit is quicker than `asarray` at taking them over.
             given = dict(zip(self.weights, grads, strict=True))
             clipped, self.state = self.update(given, self.state, self.weights)
         return [np.asarray(x) for x in clipped.values()], reported(self.state.info)

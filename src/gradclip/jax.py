@@ -204,9 +204,8 @@ def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
         # Only these rules look at more than how many gradients there are.
         leaves = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in leaves]
     # A window of a thousand places takes JAX a second to stack, and NumPy none.
-    engines = [engine if part.by_part else NumPy() for part in parts]
-    pairs = zip(engines, parts, strict=True)
-    return jax.tree.map(jnp.asarray, tuple(empty(e, part, leaves) for e, part in pairs))
+    made = (empty(engine if p.by_part else NumPy(), p, leaves) for p in parts)
+    return jax.tree.map(jnp.asarray, tuple(made))
 
 
 def _empty_info(shapes: Info) -> Info:
