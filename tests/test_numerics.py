@@ -266,7 +266,15 @@ HIDDEN = {
     ],
     "rows": lambda: [few_beside_many(1.426125, 1, 0.15)],
     "spikes": lambda: [few_beside_many(1.3, 1000, 0.25)],
+    "beside three": lambda: spiked(366),
 }
+
+
+def spiked(count):
+    """Return constants, of which three tensors have an element that decides the sum."""
+    x = torch.full((count, 16384), 1.526579739217653)
+    x[:300:100, 7] = 1.5e4
+    return list(x.unbind())
 
 
 @pytest.mark.parametrize("case", HIDDEN)
@@ -281,6 +289,21 @@ def test_values_that_round_one_way_are_found_behind_others(case):
         assert got == pytest.approx(exact, rel=F32_ULP / 2), over
     _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9))
     assert float(info.norm) == pytest.approx(exact, rel=F32_ULP / 2)
+
+
+@pytest.mark.parametrize("values", [*MAKERS, "bfloat16", "heavy"])
+def test_what_float32_gets_wrong_is_taken_away(values):
+    """Nothing has to be summed again in float64, which takes ten times as long."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4_000_000
+    x = {
+        "bfloat16": lambda: torch.randn(count, generator=generator).bfloat16().float(),
+        "heavy": lambda: (2 * torch.randn(count, generator=generator)).exp(),
+        **{name: lambda make=make: make(count) for name, make in MAKERS.items()},
+    }[values]()
+    norm = rows.fast_total([x])
+    assert norm is not None
+    assert float(norm) == pytest.approx(true_norm([x]), rel=F32_ULP / 2)
 
 
 def test_a_block_may_be_shorter_than_a_row(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, ROW
+from gradclip.torch.combining import combined
 from gradclip.torch.exact import (
     SHORT,
     device_norms,
@@ -25,7 +26,6 @@ from gradclip.torch.exact import (
 from gradclip.torch.rows import (
     MIDDLE,
     PICKED,
-    combined,
     cut,
     fast_total,
     row_norms,
@@ -158,15 +158,15 @@ def _middle_norms(tensors: list[Tensor]) -> Tensor:
 
 def _long_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of many rows each, in float64."""
-    pieces = [cut(flat) for t in tensors if (flat := flat_view(t)) is not None]
+    pieces = [cut(flat, ROW) for t in tensors if (flat := flat_view(t)) is not None]
     matrices, rests = map(list, zip(*pieces, strict=True))
     counts = list(map(len, matrices))
     exact = partial(wide_norms_of_rows, matrices)
-    norms, biased = combined(list(map(row_norms, matrices)), counts, PICKED // 2, exact)
+    norms, doubt = combined(list(map(row_norms, matrices)), counts, PICKED // 2, exact)
     if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
         rest_norms = _short_norms([rests[i] for i in ragged])
         norms[ragged] = torch.hypot(norms[ragged], rest_norms)
-    for i in biased.nonzero().flatten().tolist():
+    for i in doubt.nonzero().flatten().tolist():
         norms[i] = exact_norm(tensors[i], 2.0)
     return norms
 

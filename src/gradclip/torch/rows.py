@@ -1,13 +1,14 @@
 """The 2-norm of many tensors at the speed of the memory, within half a float32 unit.
 
-Squares are summed in float32 over short rows, and the rows in float64. What float32
-gets wrong by bias is found by summing some rows twice, and is then summed in float64.
+Squares are summed in float32 over rows, and the rows in float64. What float32 gets
+wrong by bias is measured by summing some rows twice, and taken away; where that leaves
+a doubt, everything is summed in float64.
 Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237).
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from operator import attrgetter
@@ -15,7 +16,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from gradclip.backends import BIAS, CHUNK, ROW
+from gradclip.backends import CHUNK
+from gradclip.torch.combining import Exact, combined
 from gradclip.torch.exact import (
     WIDE,
     converted,
@@ -30,17 +32,16 @@ SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
 MIDDLE = 1 << 14
 """Tensors up to this size are measured many at a time, for the same reason."""
+LONG = 2048
+"""Elements in a row where one norm is asked for; longer ones are hardly faster."""
 BLOCK = 1 << 26
-"""Elements in one pass over rows, whose norms then take half a megabyte."""
+"""Elements in one pass over rows."""
 PICKED = 32
 """Rows of a sum that are summed in float64 as well; half as many for single tensors."""
 PROBES = 16
 """Tensors of middle size that are summed in float64 as well."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
-CHANCE = 9e-8
-"""A larger mean error of probes is no accident: they are longer than rows."""
-
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
 
@@ -78,7 +79,7 @@ class Rows:
         self.norms: list[Tensor] = []
         self.exact: list[Tensor] = []
         self.rows = 0
-        self.biased = False
+        self.doubt = False
 
     def add(self, t: Tensor) -> None:
         """Take the norms of the rows of one tensor."""
@@ -90,7 +91,7 @@ class Rows:
             self.exact.append(root_of_sum(flat).reshape(1))
             return
         for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
-            matrix, rest = cut(block)
+            matrix, rest = cut(block, LONG)
             if len(matrix):
                 self.matrices.append(matrix)
                 self.norms.append(row_norms(matrix))
@@ -110,8 +111,7 @@ class Rows:
     def add_many(self, tensors: list[Tensor]) -> None:
         """Take the norms of many tensors of middle size, a call for all of them.
 
-        Each may be some units off. Some are summed in float64 too, as rows are, and
-        show whether the errors of the others are accidental.
+        Each may be some units off. Some are summed in float64 too, as rows are.
         """
         if len(tensors) < 2 * PROBES:
             for t in tensors:
@@ -119,12 +119,9 @@ class Rows:
             return
         fast = torch.stack(torch._foreach_norm(tensors))
         exact = partial(wide_norms_of, tensors)
-        norm, biased = combined([fast], [len(tensors)], PROBES, exact, CHANCE)
-        if not biased:
-            self.exact.append(norm)
-            return
-        for t in tensors:
-            self.add(t)
+        if not self._combine([fast], len(tensors), PROBES, exact):
+            for t in tensors:
+                self.add(t)
 
     def total(self) -> Tensor | None:
         """Return the norm of all rows, or None if it is in doubt."""
@@ -133,7 +130,7 @@ class Rows:
             return None
         found = self.exact
         total = root_of_sum(torch.cat(found)) if len(found) > 1 else found[0].sum()
-        if self.biased or not 1e-10 < total.item() < math.inf:
+        if self.doubt or not 1e-10 < total.item() < math.inf:
             return None
         return total
 
@@ -141,18 +138,27 @@ class Rows:
         """Combine the rows so far."""
         if self.norms:
             exact = partial(wide_norms_of_rows, self.matrices)
-            norm, biased = combined(self.norms, [self.rows], PICKED, exact)
-            self.exact.append(norm)
-            self.biased |= bool(biased)
+            self.doubt |= not self._combine(self.norms, self.rows, PICKED, exact)
             self.matrices, self.norms, self.rows = [], [], 0
 
+    def _combine(
+        self, norms: list[Tensor], count: int, picks: int, exact: Exact
+    ) -> bool:
+        """Combine norms into one, and return whether that was possible."""
+        for more in (picks, 8 * picks) if 8 * picks < count else (picks,):
+            norm, doubt = combined(norms, [count], more, exact)
+            if not doubt:
+                self.exact.append(norm)
+                return True
+        return False
 
-def cut(flat: Tensor) -> tuple[Tensor, Tensor | None]:
+
+def cut(flat: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """Return a vector as a matrix of rows, and what is left over, if anything."""
-    rest = flat.numel() % ROW
+    rest = flat.numel() % width
     if not rest:
-        return flat.view(-1, ROW), None
-    return flat[:-rest].view(-1, ROW), flat[-rest:]
+        return flat.view(-1, width), None
+    return flat[:-rest].view(-1, width), flat[-rest:]
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -160,36 +166,9 @@ def row_norms(matrix: Tensor) -> Tensor:
     if matrix.dtype not in _HALF:
         return torch.linalg.vector_norm(matrix, dim=1)
     pieces = converted(matrix.view(-1), torch.float32)
-    norms = [torch.linalg.vector_norm(piece.view(-1, ROW), dim=1) for piece in pieces]
+    width = matrix.shape[1]
+    norms = [torch.linalg.vector_norm(piece.view(-1, width), dim=1) for piece in pieces]
     return norms[0] if len(norms) == 1 else torch.cat(norms)
-
-
-def combined(
-    norms: list[Tensor],
-    counts: list[int],
-    picks: int,
-    exact: Callable[[Tensor], Tensor],
-    most: float = BIAS,
-) -> tuple[Tensor, Tensor]:
-    """Combine norms of rows into one norm for each group of `counts` rows, in float64.
-
-    Some rows are summed in float64 as well, by `exact`, chosen at equal steps of the
-    sum of squares: none that decides it is left out (one huge element swallows small
-    ones in float32), and the others show whether float32 rounds these values one way,
-    as it does constants.
-
-    Returns:
-        The norm of each group, and whether its mean error is above `most`.
-    """
-    squares = torch.cat(norms).double().square_()
-    sums = _sums(squares, counts)
-    chosen = _places(squares, sums, counts, picks)
-    fast, true = squares[chosen], exact(chosen.flatten()).square_().view_as(chosen)
-    light = (fast * picks < sums.unsqueeze(1)) & (true > 0)
-    # Each stands for as large a part of the sum, whatever its own size.
-    error = torch.where(light, fast / true - 1, 0.0).sum(1).abs_() / picks
-    squares[chosen] = true
-    return _sums(squares, counts).sqrt_(), error > 2 * most
 
 
 def wide_norms_of(tensors: list[Tensor], chosen: Tensor) -> Tensor:
@@ -201,32 +180,6 @@ def wide_norms_of(tensors: list[Tensor], chosen: Tensor) -> Tensor:
 def wide_norms_of_rows(matrices: list[Tensor], chosen: Tensor) -> Tensor:
     """Return the 2-norms of some rows of matrices, summed in float64."""
     return torch.linalg.vector_norm(_chosen(matrices, chosen), dim=1)
-
-
-def _sums(x: Tensor, counts: list[int]) -> Tensor:
-    """Return the sum of each group."""
-    if len(counts) == 1:
-        return x.sum(0, keepdim=True)
-    return torch.segment_reduce(x, "sum", lengths=torch.tensor(counts))
-
-
-def _places(squares: Tensor, sums: Tensor, counts: list[int], picks: int) -> Tensor:
-    """Return some rows of each group, at equal steps of its sum of squares."""
-    steps = torch.arange(0.5, picks, dtype=torch.float64) / picks
-    if len(counts) == 1:
-        found = torch.searchsorted(squares.cumsum(0), steps * sums)
-        return found.clamp_(max=len(squares) - 1).unsqueeze(0)
-    sizes = torch.tensor(counts)
-    usable = (sums > 0) & (sums < math.inf)
-    # A group of zeros, or with an infinity, must not shift the places of the others.
-    even = torch.where(usable, 0.0, 1 / sizes.double()).repeat_interleave(sizes)
-    unit = torch.where(usable, sums, math.inf).repeat_interleave(sizes)
-    # In place, since each copy of so many would come with new pages of memory.
-    shares = (squares / unit).nan_to_num_().add_(even)
-    steps = torch.arange(len(sizes)).unsqueeze(1) + steps
-    ends = sizes.cumsum(0).unsqueeze(1)
-    chosen = torch.searchsorted(torch.cumsum(shares, 0, out=shares), steps)
-    return chosen.clamp_(ends - sizes.unsqueeze(1), ends - 1)
 
 
 def _chosen(matrices: list[Tensor], chosen: Tensor) -> Tensor:
