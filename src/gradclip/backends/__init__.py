@@ -4,7 +4,6 @@ They are written once in the array API; a backend overrides what its library doe
 better.
 """
 
-from gradclip.backends.base import BIAS as BIAS
 from gradclip.backends.base import CHUNK as CHUNK
 from gradclip.backends.base import ROW as ROW
 from gradclip.backends.base import Backend as Backend

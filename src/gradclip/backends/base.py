@@ -11,8 +11,6 @@ from gradclip.rules import Array, Rule, Scope, State
 Scaling: TypeAlias = Callable[[Array], Array]
 ROW = 512
 """Elements summed in float32 before float64 takes over."""
-BIAS = 4e-8
-"""A larger mean error of rows is no accident; it is a third of a float32 unit."""
 CHUNK = 1 << 18
 """Elements converted to float64 at a time: 2 MB, which stay in the cache."""
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from gradclip.backends.base import (
-    BIAS,
     CHUNK,
     ROW,
     Backend,
@@ -16,11 +16,12 @@ from gradclip.backends.base import (
     described,
     inward,
 )
+from gradclip.backends.combining import Vector, combined
 from gradclip.rules import Array
 from gradclip.scalars import NUMBERS
 
-STEPS = np.arange(0.5, 16) / 16
-"""Where the rows lie that are summed in float64, as shares of the whole sum."""
+PICKED = 16
+"""Rows of an array that are summed in float64 as well."""
 
 
 class NumPy(Backend):
@@ -44,7 +45,7 @@ class NumPy(Backend):
         """Return the `p`-norm of all elements, chunk by chunk."""
         # Memory order is fine: a norm does not depend on it, and nothing is copied.
         flat = x.ravel(order="K")
-        if p == 2 and flat.dtype == np.float32 and flat.size > STEPS.size * ROW:
+        if p == 2 and flat.dtype == np.float32 and flat.size > PICKED * ROW:
             square = self.square_by_rows(flat)
             # Outside, squares of float32 may have over- or underflowed on the way.
             if 1e-20 < square < math.inf:
@@ -56,26 +57,16 @@ class NumPy(Backend):
         return self.chunk_norm(np.asarray(parts), p)
 
     def square_by_rows(self, x: Array) -> Array:
-        """Return the sum of squares: of short rows in float32, of those in float64.
+        """Return the sum of squares: of rows in float32, of those in float64.
 
-        Rows at equal steps of the sum are summed in float64 as well. That mends rows
-        with one huge element, which swallows small ones in float32, and shows whether
-        the others are rounded one way, as constants are; it is NaN then.
+        It is NaN where rows in float32 leave a doubt.
         """
         size = x.size // ROW * ROW
         rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
         squares = np.vecdot(rows, rows).astype(np.float64)
-        ends = np.cumsum(squares)
-        chosen = np.searchsorted(ends[:-1], ends[-1] * STEPS)
-        wide = rows[chosen].astype(np.float64)
-        fast, exact = squares[chosen], np.vecdot(wide, wide)
-        light = (fast < ends[-1] / STEPS.size) & (exact > 0)
-        # Each stands for as large a part of the sum, whatever its own size.
-        error = np.sum(fast[light] / exact[light] - 1) / STEPS.size
-        if abs(error) > 2 * BIAS:
-            return np.float64(math.nan)
-        squares[chosen] = exact
-        return np.sum(squares) + np.dot(rest, rest)
+        exact = partial(_exact, rows)
+        ((total, doubt),) = combined(squares, [len(rows)], PICKED, exact)
+        return np.float64(math.nan if doubt else total) + np.dot(rest, rest)
 
     def chunk_norm(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of a short vector."""
@@ -144,3 +135,9 @@ class NumPy(Backend):
                 )
         places = {id(x): target for x, target in zip(given, out, strict=True)}
         return NumPy(places | {id(target): target for target in out})
+
+
+def _exact(rows: Vector, places: Vector) -> Vector:
+    """Return the sums of squares of some rows, in float64."""
+    wide = rows[places].astype(np.float64)
+    return np.vecdot(wide, wide)

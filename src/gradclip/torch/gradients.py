@@ -139,12 +139,12 @@ class Gradients:
     """Their types: asked for once, since each pass over many takes time."""
 
 
-@torch.no_grad()
 def collect(
     params: list[Tensor], weights: bool = False, split: bool = False
 ) -> Gradients:
     """Return the gradients of parameters; sparse ones by their coalesced values.
 
+    It is called where gradients are off: a mode within a mode takes 4 microseconds.
     Of a DTensor it is what this process has. Where parameters are `split`, other
     processes may have gradients, so that none here is no error.
     """

@@ -6,13 +6,15 @@ devices, and under `torch.compile`, always in float64, and nothing is read back.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, ROW
-from gradclip.torch.combining import combined
+from gradclip.backends.combining import combined
 from gradclip.torch.exact import (
     SHORT,
     device_norms,
@@ -30,7 +32,8 @@ from gradclip.torch.rows import (
     fast_total,
     row_norms,
     wide_copies,
-    wide_norms_of_rows,
+    wide_squares,
+    wide_squares_of_rows,
 )
 
 Measure: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -40,16 +43,16 @@ def total_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of all tensors taken together, 0-d and in float64."""
     if not on_host(tensors):
         return safe_norm(device_norms(tensors, p), p)
-    return host_total(tensors, p)
+    return torch.tensor(host_total(tensors, p), dtype=torch.float64, device="cpu")
 
 
-def host_total(tensors: Sequence[Tensor], p: float) -> Tensor:
+def host_total(tensors: Sequence[Tensor], p: float) -> float:
     """Return the `p`-norm of all tensors, which are on the host."""
     if p == 2:
         norm = fast_total(tensors)
         if norm is not None:
             return norm
-    return exact_norm(wide_norms(tensors, p), p)
+    return exact_norm(wide_norms(tensors, p), p).item()
 
 
 def wide_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -132,7 +135,7 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of short tensors, joined: a call for each takes longer."""
     sizes = list(map(Tensor.numel, tensors))
     found, start = [], 0
-    for wide, count, _ in wide_copies(tensors, sizes):
+    for wide, count, _ in wide_copies(tensors):
         lengths = torch.tensor(sizes[start : start + count])
         squares = torch.segment_reduce(wide.square_(), "sum", lengths=lengths)
         found.append(squares.sqrt_())
@@ -159,14 +162,18 @@ def _middle_norms(tensors: list[Tensor]) -> Tensor:
 def _long_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of many rows each, in float64."""
     pieces = [cut(flat, ROW) for t in tensors if (flat := flat_view(t)) is not None]
-    matrices, rests = map(list, zip(*pieces, strict=True))
+    matrices = [matrix for matrix, _ in pieces if matrix is not None]
+    rests = [rest for _, rest in pieces]
     counts = list(map(len, matrices))
-    exact = partial(wide_norms_of_rows, matrices)
-    norms, doubt = combined(list(map(row_norms, matrices)), counts, PICKED // 2, exact)
+    ends = list(accumulate(counts, initial=0))
+    exact = partial(wide_squares_of_rows, matrices, ends)
+    squares = wide_squares(list(map(row_norms, matrices)))
+    sums, doubts = zip(*combined(squares, counts, PICKED // 2, exact), strict=True)
+    norms = torch.tensor(sums, dtype=torch.float64, device="cpu").sqrt_()
     if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
-        rest_norms = _short_norms([rests[i] for i in ragged])
+        rest_norms = _short_norms([rest for rest in rests if rest is not None])
         norms[ragged] = torch.hypot(norms[ragged], rest_norms)
-    for i in doubt.nonzero().flatten().tolist():
+    for i in np.flatnonzero(doubts):
         norms[i] = exact_norm(tensors[i], 2.0)
     return norms
 

@@ -9,15 +9,17 @@ Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK
-from gradclip.torch.combining import Exact, combined
+from gradclip.backends import CHUNK, ROW
+from gradclip.backends.combining import Exact, Vector, combined
 from gradclip.torch.exact import (
     WIDE,
     converted,
@@ -30,135 +32,134 @@ from gradclip.torch.exact import (
 
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
-MIDDLE = 1 << 14
-"""Tensors up to this size are measured many at a time, for the same reason."""
+MIDDLE = 1 << 16
+"""Tensors up to this size take a `dot`: rows and what they leave would cost more."""
 LONG = 2048
-"""Elements in a row where one norm is asked for; longer ones are hardly faster."""
+"""Elements in a row of large sets; longer ones are hardly faster."""
 BLOCK = 1 << 26
 """Elements in one pass over rows."""
 PICKED = 32
 """Rows of a sum that are summed in float64 as well; half as many for single tensors."""
-PROBES = 16
-"""Tensors of middle size that are summed in float64 as well."""
+PROBES = 12
+"""Tensors of middle size that are summed in float64 as well: `dot` is exact to 3e-8."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
+MANY = 100
+"""Tensors from which on it is worth trying whether all of them are vectors."""
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
 
 
-def fast_total(tensors: Sequence[Tensor]) -> Tensor | None:
+def fast_total(tensors: Sequence[Tensor]) -> float | None:
     """Return the 2-norm of all tensors, or None where float32 rows will not do."""
     sizes = list(map(Tensor.numel, tensors))
-    rows = Rows()
-    if max(sizes) <= SMALL or sum(sizes) <= 2 * CHUNK:
-        rows.add_gathered(list(tensors), sizes)
+    count = sum(sizes)
+    rows = Rows(ROW if count < 8 * CHUNK else LONG)
+    if max(sizes) <= SMALL or count <= 2 * CHUNK:
+        rows.short = list(tensors)
         return rows.total()
     if min(sizes) > SMALL and max(sizes) <= MIDDLE and _all_float32(tensors):
         rows.add_many(list(tensors))
         return rows.total()
-    small, small_sizes, middle = [], [], []
+    middle = []
     for t, size in zip(tensors, sizes, strict=True):
         if size <= SMALL:
-            small.append(t)
-            small_sizes.append(size)
+            rows.short.append(t)
         elif size <= MIDDLE and t.dtype == torch.float32:
             middle.append(t)
         else:
             rows.add(t)
-    rows.add_gathered(small, small_sizes)
     rows.add_many(middle)
     return rows.total()
 
 
 class Rows:
-    """Norms of short rows of many tensors, to be combined in float64."""
+    """Norms of rows of many tensors, to be combined in float64."""
 
-    def __init__(self) -> None:
-        """Start with no rows, and nothing that is summed already."""
+    def __init__(self, width: int) -> None:
+        """Start with no rows of a width, and nothing that is summed already."""
+        self.width = width
         self.matrices: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.exact: list[Tensor] = []
-        self.rows = 0
+        self.short: list[Tensor] = []
+        self.parts: list[float] = []
+        self.ends = [0]
         self.doubt = False
 
     def add(self, t: Tensor) -> None:
         """Take the norms of the rows of one tensor."""
         flat = flat_view(t)
         if flat is None or t.is_complex():
-            self.exact.append(exact_norm(t, 2.0).reshape(1))
+            self.parts.append(exact_norm(t, 2.0).item())
             return
         if t.dtype == torch.float64:
-            self.exact.append(root_of_sum(flat).reshape(1))
+            self.parts.append(root_of_sum(flat).item())
             return
         for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
-            matrix, rest = cut(block, LONG)
-            if len(matrix):
+            matrix, rest = cut(block, self.width)
+            if matrix is not None:
                 self.matrices.append(matrix)
                 self.norms.append(row_norms(matrix))
-                self.rows += len(matrix)
+                self.ends.append(self.ends[-1] + block.numel() // self.width)
             if rest is not None:
-                self.exact.append(torch.linalg.vector_norm(rest.double()).reshape(1))
-            if self.rows > CHUNK // 2:
+                self.short.append(rest)
+            if self.ends[-1] > CHUNK // 2:
                 self._settle()
 
-    def add_gathered(self, tensors: list[Tensor], sizes: list[int]) -> None:
-        """Take the norm of many small tensors, by copies in float64."""
-        for wide, _, narrow in wide_copies(tensors, sizes):
-            # Nobody sees in float32 that `dot` adds one by one.
-            norm = torch.dot(wide, wide).sqrt_() if narrow else root_of_sum(wide)
-            self.exact.append(norm.reshape(1))
-
     def add_many(self, tensors: list[Tensor]) -> None:
-        """Take the norms of many tensors of middle size, a call for all of them.
+        """Take the norms of many tensors of middle size, as of rows."""
+        if len(tensors) >= 2 * PROBES and all(map(Tensor.is_contiguous, tensors)):
+            flat = list(map(Tensor.ravel, tensors))
+            squares = torch.stack(list(map(torch.dot, flat, flat)))
+            exact = partial(wide_squares_of, flat)
+            if self._combine(squares.double().numpy(), PROBES, exact):
+                return
+        for t in tensors:
+            self.add(t)
 
-        Each may be some units off. Some are summed in float64 too, as rows are.
-        """
-        if len(tensors) < 2 * PROBES:
-            for t in tensors:
-                self.add(t)
-            return
-        fast = torch.stack(torch._foreach_norm(tensors))
-        exact = partial(wide_norms_of, tensors)
-        if not self._combine([fast], len(tensors), PROBES, exact):
-            for t in tensors:
-                self.add(t)
-
-    def total(self) -> Tensor | None:
+    def total(self) -> float | None:
         """Return the norm of all rows, or None if it is in doubt."""
         self._settle()
-        if not self.exact:
-            return None
-        found = self.exact
-        total = root_of_sum(torch.cat(found)) if len(found) > 1 else found[0].sum()
-        if self.doubt or not 1e-10 < total.item() < math.inf:
-            return None
-        return total
+        self._gather()
+        # It neither over- nor underflows by squares.
+        total = math.hypot(*self.parts)
+        return None if self.doubt or not 1e-10 < total < math.inf else total
+
+    def _gather(self) -> None:
+        """Take the norm of all that is short, by copies in float64."""
+        for wide, _, narrow in wide_copies(self.short):
+            # Nobody sees in float32 that `dot` adds one by one.
+            square = torch.dot(wide, wide) if narrow else root_of_sum(wide).square_()
+            self.parts.append(math.sqrt(square.item()))
 
     def _settle(self) -> None:
         """Combine the rows so far."""
         if self.norms:
-            exact = partial(wide_norms_of_rows, self.matrices)
-            self.doubt |= not self._combine(self.norms, self.rows, PICKED, exact)
-            self.matrices, self.norms, self.rows = [], [], 0
+            exact = partial(wide_squares_of_rows, self.matrices, self.ends)
+            squares = wide_squares(self.norms)
+            picks = PICKED if self.width > ROW else PICKED // 2
+            self.doubt |= not self._combine(squares, picks, exact)
+            self.matrices, self.norms, self.ends = [], [], [0]
 
-    def _combine(
-        self, norms: list[Tensor], count: int, picks: int, exact: Exact
-    ) -> bool:
-        """Combine norms into one, and return whether that was possible."""
-        for more in (picks, 8 * picks) if 8 * picks < count else (picks,):
-            norm, doubt = combined(norms, [count], more, exact)
+    def _combine(self, squares: Vector, picks: int, exact: Exact) -> bool:
+        """Combine sums of squares into one, and return whether that was possible."""
+        for more in (picks, 8 * picks) if 8 * picks < squares.size else (picks,):
+            ((total, doubt),) = combined(squares.copy(), [squares.size], more, exact)
             if not doubt:
-                self.exact.append(norm)
+                self.parts.append(math.sqrt(total))
                 return True
         return False
 
 
-def cut(flat: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """Return a vector as a matrix of rows, and what is left over, if anything."""
-    rest = flat.numel() % width
+def cut(flat: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return a vector as a matrix of rows, and what is left over, each if any."""
+    count, rest = divmod(flat.numel(), width)
     if not rest:
-        return flat.view(-1, width), None
-    return flat[:-rest].view(-1, width), flat[-rest:]
+        return flat.view(count, width), None
+    if not count:
+        return None, flat
+    whole, left = flat.split_with_sizes((count * width, rest))
+    return whole.view(count, width), left
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -171,40 +172,43 @@ def row_norms(matrix: Tensor) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def wide_norms_of(tensors: list[Tensor], chosen: Tensor) -> Tensor:
-    """Return the 2-norms of some tensors, summed in float64."""
-    wide = (tensors[i].double() for i in chosen.tolist())
-    return torch.stack(list(map(torch.linalg.vector_norm, wide)))
+def wide_squares(norms: list[Tensor]) -> Vector:
+    """Return the squares of norms, in float64."""
+    joined = torch.cat(norms) if len(norms) > 1 else norms[0]
+    return np.square(joined.numpy(), dtype=np.float64)
 
 
-def wide_norms_of_rows(matrices: list[Tensor], chosen: Tensor) -> Tensor:
-    """Return the 2-norms of some rows of matrices, summed in float64."""
-    return torch.linalg.vector_norm(_chosen(matrices, chosen), dim=1)
+def wide_squares_of(tensors: list[Tensor], places: Vector) -> Vector:
+    """Return the squared norms of some tensors, summed in float64."""
+    wide = (tensors[i].double() for i in places)
+    return np.square([torch.linalg.vector_norm(t).item() for t in wide])
 
 
-def _chosen(matrices: list[Tensor], chosen: Tensor) -> Tensor:
-    """Return some rows, counted through all matrices in ascending order, in float64."""
-    ends = torch.tensor([0, *accumulate(map(len, matrices))])
-    owners = torch.searchsorted(ends, chosen, right=True) - 1
-    which, counts = owners.unique_consecutive(return_counts=True)
-    within = (chosen - ends[owners]).split(counts.tolist())
-    places = zip(which.tolist(), within, strict=True)
-    return torch.cat([matrices[k].index_select(0, rows) for k, rows in places]).double()
+def wide_squares_of_rows(
+    matrices: list[Tensor], ends: list[int], places: Vector
+) -> Vector:
+    """Return the squared norms of some rows, counted through all, in float64."""
+    owners = [(bisect_right(ends, i) - 1, i) for i in places.tolist()]
+    # Most are alone in their tensor, so that `index_select` would take longer.
+    rows = [matrices[k].select(0, i - ends[k]) for k, i in owners]
+    # As many at a time as would fit into what all conversions go through.
+    most = max(1, 2 * CHUNK // matrices[0].shape[1])
+    parts = (torch.stack(rows[i : i + most]) for i in range(0, len(rows), most))
+    norms = [torch.linalg.vector_norm(part.double(), dim=1) for part in parts]
+    return wide_squares(norms)
 
 
 def _all_float32(tensors: Sequence[Tensor]) -> bool:
     return set(map(_DTYPE, tensors)) == {torch.float32}
 
 
-def wide_copies(
-    tensors: list[Tensor], sizes: list[int]
-) -> Iterator[tuple[Tensor, int, bool]]:
+def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
     """Yield the moduli of some tensors at a time, and of how many tensors.
 
     They are in one float64 vector, which stays in the cache; the next overwrites it.
     The flag says that all of them were narrower than that.
     """
-    for start, stop, count in _batches(sizes):
+    for start, stop, count in _batches(list(map(Tensor.numel, tensors))):
         batch = tensors[start:stop]
         if count < FEW * len(batch) or any(map(Tensor.is_complex, batch)):
             batch = [_joined(batch)]
@@ -235,7 +239,7 @@ def _filled(room: Tensor, tensors: list[Tensor]) -> Tensor:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     """Return copies of tensors in one; types are widened, which changes no value."""
-    try:
-        return torch.cat(tensors)
-    except RuntimeError:
-        return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
+    if len(tensors) > MANY:
+        with suppress(RuntimeError):
+            return torch.cat(tensors)
+    return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])

@@ -214,7 +214,7 @@ class OneNumber(InPlace):
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
         """Return the norm of everything, read."""
-        return np.float64(norms.host_total(leaves, p).item())
+        return np.float64(norms.host_total(leaves, p))
 
     def known(self, flag: Any) -> bool | None:
         """Return the flag, which is on the host."""
