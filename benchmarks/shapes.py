@@ -35,6 +35,11 @@ SETS = {
         [(256, 784), (256,), (256, 256), (256,), (10, 256), (10,)],
         torch.float32,
     ),
+    "middle network": (
+        [(1024, 784), (1024,), (1024, 1024), (1024,), (10, 1024), (10,)],
+        torch.float32,
+    ),
+    "100 of 20000": ([(20_000,)] * 100, torch.float32),
     "one of 64M": ([(64 << 20,)], torch.float32),
     "gpt2 bfloat16": (GPT2, torch.bfloat16),
     "gpt2 float16": (GPT2, torch.float16),

@@ -14,6 +14,7 @@ from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
+from gradclip.torch.exact import on_host
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.sharded import (
     Sharded,
@@ -24,7 +25,7 @@ from gradclip.torch.sharded import (
     local_of,
     part_like,
 )
-from gradclip.torch.verbs import InPlace
+from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
 
 if TYPE_CHECKING:
@@ -202,6 +203,10 @@ class Clipper:
         self._verifier = verifier_for(
             self.verify, self.names, self.params, self._layout
         )
+        others = self._layout is not None or self._verifier is not None
+        self._one_number = OneNumber.fits(self._bound) and not (
+            others or self.deterministic
+        )
         self._memory.states = list(map(self._empty, stages(self._bound)))
         self._memory.names = self.names
         if self._layout is not None:
@@ -227,6 +232,8 @@ class Clipper:
         self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
     ) -> InPlace:
         """Return the verbs for this step; missing gradients matter to a memory."""
+        if self._one_number and on_host(found.leaves):
+            return OneNumber(amplified, fused)
         missing = len(found.present) < len(self.params)
         minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
         cells = (len(self.params), found.present) if minds and missing else None
@@ -257,6 +264,7 @@ class Clipper:
         )
         outcome = clip() if self._verifier is None else self._verifier.compare(clip)
         _, info, memory.states = outcome
+        info = verbs.reported(info)
         if self.history is not None:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)

@@ -240,7 +240,8 @@ def _clip_parameters(
     if layout is not None:
         verbs: InPlace = Sharded(layout, rule, found.present)
     else:
-        verbs = _ONE if _decides_alone(rule, found.leaves) else _VERBS
+        alone = OneNumber.fits(rule) and on_host(found.leaves)
+        verbs = _ONE if alone else _VERBS
     clip = partial(
         run,
         verbs,
@@ -254,12 +255,6 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
-
-
-def _decides_alone(rule: Rule, leaves: list[Tensor]) -> bool:
-    """Return whether one norm and limit decide that are numbers on the host."""
-    plain = isinstance(rule, Norm) and not hasattr(rule.limit, "shape")
-    return plain and on_host(leaves)
 
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:

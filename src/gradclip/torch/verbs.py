@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
-from gradclip.rules import Rule, Scope, State
+from gradclip.decision import Info
+from gradclip.rules import Rule, Scope, State, stages
 from gradclip.scalars import NUMBERS
 from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
@@ -121,15 +122,16 @@ class InPlace(TorchArrays):
                     _times_units(leaves[i], factor[ends[i] - sizes[i] : ends[i]])
         return list(leaves)
 
-    def _leave_to_optimizer(self, leaves: Sequence[Tensor], scale: Tensor) -> bool:
+    def _leave_to_optimizer(self, leaves: Sequence[Tensor], scale: Any) -> bool:
         """Divide the amplification by the scale, if float32 can hold the result."""
         eps = [torch.finfo(dtype).eps for dtype in {t.dtype for t in leaves}]
         if min(eps) < 1e-12:
             # The optimizer would take the factor in float32.
             return False
         before = 1.0 if self.amplified is None else self.amplified
-        amplified = before / inward(scale, max(eps), torch)
-        if on_host([scale]) and not 1e-30 < amplified.item() < 1e30:
+        here = isinstance(scale, float) or on_host([scale])
+        amplified = before / torch.as_tensor(inward(scale, max(eps), self.xp))
+        if here and not 1e-30 < amplified.item() < 1e30:
             return False
         self.amplified = amplified
         return True
@@ -200,6 +202,10 @@ class InPlace(TorchArrays):
         """Return the flag where no other device has to be waited for."""
         return bool(flag) if on_host([flag]) else None
 
+    def reported(self, info: Info) -> Info:
+        """Return the report in tensors."""
+        return info
+
 
 class OneNumber(InPlace):
     """The verbs where one norm decides, and that is on the host: a number of NumPy.
@@ -207,14 +213,33 @@ class OneNumber(InPlace):
     Rules say the same on it, in a fifth of the time that torch takes for 0-d tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, amplified: Tensor | None = None, fused: bool = False) -> None:
         """Take the namespace of single numbers."""
-        super().__init__()
+        super().__init__(amplified, fused=fused)
         self.xp = NUMBERS
+
+    @staticmethod
+    def fits(rule: Rule) -> bool:
+        """Return whether a rule needs one norm, and has plain numbers itself."""
+        return all(
+            stage.over == "all"
+            and not (stage.needs_weight or stage.by_part)
+            and not any(hasattr(x, "shape") for x in vars(stage).values())
+            for stage in stages(rule)
+        )
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
         """Return the norm of everything, read."""
-        return np.float64(norms.host_total(leaves, p))
+        norm = np.float64(norms.host_total(leaves, p))
+        return norm if self.amplified is None else norm / self.amplified.item()
+
+    def adopt(self, x: Any, norm: Any) -> Any:
+        """Return an array of a memory in NumPy; what is 0-d as a number."""
+        return np.asarray(x)[()]
+
+    def number(self, x: Any) -> Any:
+        """Return what a schedule said as a number."""
+        return np.float64(x)
 
     def known(self, flag: Any) -> bool | None:
         """Return the flag, which is on the host."""
@@ -223,6 +248,14 @@ class OneNumber(InPlace):
     def count_nonfinite(self, x: Tensor) -> int:
         """Return how many elements of a tensor, no number, are NaN or infinite."""
         return int((~x.isfinite()).sum())
+
+    def reported(self, info: Info) -> Info:
+        """Return the report in tensors, made in two calls."""
+        lengths = [info.norm, info.limit, info.scale, info.norm_after]
+        flags = [info.finite, info.clipped, info.kept]
+        norm, limit, scale, after = torch.from_numpy(np.array(lengths)).unbind()
+        finite, clipped, kept = torch.from_numpy(np.array(flags)).unbind()
+        return Info(norm, limit, scale, finite, clipped, after, kept=kept)
 
 
 def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
