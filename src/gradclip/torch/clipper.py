@@ -262,7 +262,8 @@ class Clipper:
             name_of=lambda i: self.names[found.present[i]],
             absent=verbs.absent,
         )
-        outcome = clip() if self._verifier is None else self._verifier.compare(clip)
+        with verbs.quiet():
+            outcome = clip() if self._verifier is None else self._verifier.compare(clip)
         _, info, memory.states = outcome
         info = verbs.reported(info)
         if self.history is not None:

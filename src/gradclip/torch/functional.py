@@ -251,7 +251,8 @@ def _clip_parameters(
         policy=policy,
         name_of=lambda i: f"parameter [{found.present[i]}]",
     )
-    _, info, _ = clip() if verifier is None else verifier.compare(clip)
+    with verbs.quiet():
+        _, info, _ = clip() if verifier is None else verifier.compare(clip)
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))

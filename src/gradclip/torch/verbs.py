@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -202,6 +203,10 @@ class InPlace(TorchArrays):
         """Return the flag where no other device has to be waited for."""
         return bool(flag) if on_host([flag]) else None
 
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Return what keeps a library from warnings of what rules count on."""
+        return nullcontext()
+
     def reported(self, info: Info) -> Info:
         """Return the report in tensors."""
         return info
@@ -232,6 +237,10 @@ class OneNumber(InPlace):
         """Return the norm of everything, read."""
         norm = np.float64(norms.host_total(leaves, p))
         return norm if self.amplified is None else norm / self.amplified.item()
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Return a context in which NumPy takes infinity and NaN as torch does."""
+        return np.errstate(all="ignore")
 
     def adopt(self, x: Any, norm: Any) -> Any:
         """Return an array of a memory in NumPy; what is 0-d as a number."""
