@@ -8,12 +8,14 @@ PYTEST := $(BIN)/python -m pytest
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
 
+# Sharded tests start processes of their own, which wait for one another half of the time.
 test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 --ignore tests/test_sharded.py $(ARGS)
-	$(PYTEST) tests/test_sharded.py
+	$(PYTEST) tests/test_sharded.py > .sharded.log 2>&1 & sharded=$$!; \
+	$(PYTEST) -n 2 --ignore tests/test_sharded.py $(ARGS); others=$$?; \
+	wait $$sharded; sharded=$$?; cat .sharded.log; test $$others = 0 -a $$sharded = 0
 
 # The trainers are large, and have an environment of their own.
 test-integrations: .venv-integrations/ready

@@ -306,6 +306,12 @@ def test_what_float32_gets_wrong_is_taken_away(values):
     assert float(norm) == pytest.approx(true_norm([x]), rel=F32_ULP / 2)
 
 
+def test_a_subnormal_norm_gives_no_warning():
+    (w,) = with_gradients([torch.tensor([1e-320, 0.0], dtype=torch.float64)])
+    assert float(clip_grad_norm_([w], 1.0)) == 1e-320
+    assert float(w.grad[0]) == 1e-320
+
+
 def test_a_block_may_be_shorter_than_a_row(monkeypatch):
     monkeypatch.setattr(rows, "BLOCK", 1 << 15)
     monkeypatch.setattr(rows, "CHUNK", 1 << 6)
