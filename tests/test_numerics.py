@@ -267,7 +267,15 @@ HIDDEN = {
     "rows": lambda: [few_beside_many(1.426125, 1, 0.15)],
     "spikes": lambda: [few_beside_many(1.3, 1000, 0.25)],
     "beside three": lambda: spiked(366),
+    "in layers": lambda: [middle_of_constants(1.426125) for _ in range(32)],
 }
+
+
+def middle_of_constants(value, rows=20 * 2048):
+    """Return random values between constants: in layers of equal size, at equal steps."""
+    parts = [torch.full((rows,), value), torch.randn(rows), torch.full((rows,), value)]
+    parts[1] *= value
+    return torch.cat(parts)
 
 
 def spiked(count):

@@ -19,6 +19,8 @@ Exact: TypeAlias = Callable[[Vector], Vector]
 
 NOISE = 4e-8
 """The standard error of a sum, at most: three are half a unit of a float32 norm."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples, less their integers, are spread evenly and never come again."""
 
 
 def combined(
@@ -53,8 +55,8 @@ def _without_bias(
     """Return a sum without the mean error of its sample, and whether that is in doubt.
 
     What may be an accident is not taken away. The standard error is told by neighbours:
-    what changes slowly was chosen at equal steps. A part that none was chosen from may
-    be without the error of all others.
+    what changes slowly was chosen evenly. A part that none was chosen from may be
+    without the error of all others.
     """
     if not 0 < light < math.inf:
         return light, False
@@ -89,8 +91,9 @@ def _heavy(
 def _places(
     squares: Vector, sums: list[float], counts: Sequence[int], picks: int
 ) -> Vector:
-    """Return some of each group, at equal steps of its sum of squares."""
-    steps = np.arange(0.5, picks) / picks
+    """Return some of each group: one somewhere in each of equal parts of its sum."""
+    # Equal steps would fall on the same rows of layers that are alike.
+    steps = (np.arange(picks) + np.arange(0.5, picks) * GOLDEN % 1) / picks
     if len(counts) == 1:
         # What rounding leaves behind the last sum is the last one's.
         return squares.cumsum()[:-1].searchsorted(steps * sums[0])
