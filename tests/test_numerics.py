@@ -272,7 +272,7 @@ HIDDEN = {
 
 
 def middle_of_constants(value, rows=20 * 2048):
-    """Return random values between constants: in layers of equal size, at equal steps."""
+    """Return random values between constants: in equal layers, at equal steps."""
     parts = [torch.full((rows,), value), torch.randn(rows), torch.full((rows,), value)]
     parts[1] *= value
     return torch.cat(parts)
