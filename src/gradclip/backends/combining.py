@@ -7,6 +7,7 @@ the whole, and a sample of the others, which shows what is to be taken away.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -29,12 +30,13 @@ def combined(
     """Add up each group of `counts` sums of squares, which are in float64.
 
     Returns:
-        The sum of each group, and whether it is in doubt. `squares` is used up.
+        The sum of each group, and whether it is in doubt.
     """
     with np.errstate(all="ignore"):
         sums = light = _sums(squares, counts)
         heavy = _heavy(squares, sums, counts, picks)
         if heavy.size:
+            squares = squares.copy()
             squares[heavy] = 0
             light = _sums(squares, counts)
         chosen = _places(squares, light, counts, picks)
@@ -88,12 +90,20 @@ def _heavy(
     return large.nonzero()[0]
 
 
+@cache
+def _steps(picks: int) -> Vector:
+    """Return a number in each of equal parts of 0 to 1.
+
+    Equal steps would fall on the same rows of layers that are alike.
+    """
+    return (np.arange(picks) + np.arange(0.5, picks) * GOLDEN % 1) / picks
+
+
 def _places(
     squares: Vector, sums: list[float], counts: Sequence[int], picks: int
 ) -> Vector:
     """Return some of each group: one somewhere in each of equal parts of its sum."""
-    # Equal steps would fall on the same rows of layers that are alike.
-    steps = (np.arange(picks) + np.arange(0.5, picks) * GOLDEN % 1) / picks
+    steps = _steps(picks)
     if len(counts) == 1:
         # What rounding leaves behind the last sum is the last one's.
         return squares.cumsum()[:-1].searchsorted(steps * sums[0])

@@ -144,7 +144,7 @@ class Rows:
     def _combine(self, squares: Vector, picks: int, exact: Exact) -> bool:
         """Combine sums of squares into one, and return whether that was possible."""
         for more in (picks, 8 * picks) if 8 * picks < squares.size else (picks,):
-            ((total, doubt),) = combined(squares.copy(), [squares.size], more, exact)
+            ((total, doubt),) = combined(squares, [squares.size], more, exact)
             if not doubt:
                 self.parts.append(math.sqrt(total))
                 return True
@@ -205,7 +205,8 @@ def _all_float32(tensors: Sequence[Tensor]) -> bool:
 def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
     """Yield the moduli of some tensors at a time, and of how many tensors.
 
-    They are in one float64 vector, which stays in the cache; the next overwrites it.
+    They are copies in a float64 vector, which stays in the cache, and may be changed;
+    the next overwrites it.
     The flag says that all of them were narrower than that.
     """
     for start, stop, count in _batches(list(map(Tensor.numel, tensors))):
@@ -214,6 +215,8 @@ def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
             batch = [_joined(batch)]
         if batch[0].is_complex():
             wide = wide_moduli(batch[0]).reshape(-1)
+        elif count < FEW:
+            wide = batch[0].double()
         else:
             wide = _filled(scratch(torch.float64)[:count], batch)
         yield wide, stop - start, WIDE.isdisjoint(map(_DTYPE, batch))
