@@ -572,3 +572,17 @@ def test_many_tiny_tensors_have_norms_of_their_own(dtype):
     want = [torch.linalg.vector_norm(w.grad.to(wide)).item() for w in ws]
     got = Clipper(ws, gc.Norm(1.0, over="tensor"), doctor=()).clip_().norm
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 2), (5, 1)])
+@pytest.mark.parametrize("count", [3, 200])
+def test_small_tensors_of_one_shape(shape, count):
+    """They can be joined as they are, which leaves them with that many axes."""
+    generator = torch.Generator().manual_seed(0)
+    ws = with_gradients(torch.randn(count, *shape, generator=generator).unbind())
+    want = [torch.linalg.vector_norm(w.grad.double()).item() for w in ws]
+    got = Clipper(ws, gc.Norm(1e9, over="tensor"), doctor=()).clip_().norm
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+    assert float(get_total_norm([w.grad for w in ws])) == pytest.approx(
+        math.hypot(*want), rel=F32_ULP
+    )

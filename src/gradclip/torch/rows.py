@@ -45,7 +45,7 @@ PROBES = 12
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 MANY = 100
-"""Tensors from which on it is worth trying whether all of them are vectors."""
+"""Tensors from which on it is worth trying whether they can be joined as they are."""
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
 
@@ -244,5 +244,5 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     """Return copies of tensors in one; types are widened, which changes no value."""
     if len(tensors) > MANY:
         with suppress(RuntimeError):
-            return torch.cat(tensors)
+            return torch.cat(tensors).reshape(-1)
     return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
