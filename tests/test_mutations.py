@@ -57,9 +57,10 @@ MUTATIONS = {
         LAWS + "::test_backends_agree",
         "backends.TorchArrays.times = lambda self, x, scale: x",
     ),
-    "total_norm": (
+    "host_total": (
         TORCH,
-        "norms.total_norm = lambda tensors, p: norms.tensor_norms(tensors, p).max()",
+        "norms.host_total = lambda tensors, p: "
+        "norms.tensor_norms(tensors, p).max().item()",
     ),
     "tensor_norms": (
         TORCH,
@@ -99,6 +100,11 @@ MUTATIONS = {
     "the loss scale": (
         ATTACH + "::test_grad_scaler",
         "measure = verbs.InPlace.measure; verbs.InPlace.measure = verbs.InPlace.weigh",
+    ),
+    "the loss scale of one number": (
+        ATTACH + "::test_grad_scaler",
+        "verbs.OneNumber.measure = lambda self, leaves, over, p: "
+        "np.float64(norms.host_total(leaves, p))",
     ),
 }
 BROKEN = 99
