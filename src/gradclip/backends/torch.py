@@ -28,5 +28,5 @@ class TorchArrays(Backend):
 
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, beside the norms."""
-        x = self.xp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x
+        x = self.xp.asarray(x) if isinstance(x, np.ndarray) else x
         return x.to(norm.device)

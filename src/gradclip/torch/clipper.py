@@ -264,8 +264,8 @@ class Clipper:
         )
         with verbs.quiet():
             outcome = clip() if self._verifier is None else self._verifier.compare(clip)
-        _, info, memory.states = outcome
-        info = verbs.reported(info)
+        _, info, states = outcome
+        info, memory.states = verbs.reported(info), verbs.lasting(states)
         if self.history is not None:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)

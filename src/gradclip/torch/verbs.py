@@ -246,6 +246,13 @@ class OneNumber(InPlace):
         """Return an array of a memory in NumPy; what is 0-d as a number."""
         return np.asarray(x)[()]
 
+    def lasting(self, states: list[Any]) -> list[Any]:
+        """Return a memory in tensors again, as compiled code goes on with it."""
+        return [
+            state and {k: torch.from_numpy(np.array(x)) for k, x in state.items()}
+            for state in states
+        ]
+
     def number(self, x: Any) -> Any:
         """Return what a schedule said as a number."""
         return np.float64(x)
