@@ -586,3 +586,9 @@ def test_small_tensors_of_one_shape(shape, count):
     assert float(get_total_norm([w.grad for w in ws])) == pytest.approx(
         math.hypot(*want), rel=F32_ULP
     )
+
+
+def test_limits_inside_of_other_rules_may_be_tensors():
+    (w,) = with_gradients([torch.tensor([3.0, 4.0])])
+    rule = gc.Skip(gc.Norm(torch.tensor(10.0)))
+    assert bool(Clipper([w], rule, doctor=()).clip_().kept)

@@ -32,8 +32,8 @@ from gradclip.torch.exact import (
 
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
-MIDDLE = 1 << 16
-"""Tensors up to this size take a `dot`: rows and what they leave would cost more."""
+MIDDLE = 1 << 14
+"""Tensors up to this size take a `dot`; larger ones lose small elements by it."""
 LONG = 2048
 """Elements in a row of large sets; longer ones are hardly faster."""
 BLOCK = 1 << 26

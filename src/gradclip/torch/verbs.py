@@ -14,7 +14,7 @@ from torch import Tensor
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
 from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, State, stages
-from gradclip.scalars import NUMBERS
+from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
 
@@ -131,7 +131,10 @@ class InPlace(TorchArrays):
             return False
         before = 1.0 if self.amplified is None else self.amplified
         here = isinstance(scale, float) or on_host([scale])
-        amplified = before / torch.as_tensor(inward(scale, max(eps), self.xp))
+        scale = inward(scale, max(eps), self.xp)
+        if isinstance(scale, float):
+            scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
+        amplified = before / scale
         if here and not 1e-30 < amplified.item() < 1e30:
             return False
         self.amplified = amplified
@@ -221,16 +224,22 @@ class OneNumber(InPlace):
     def __init__(self, amplified: Tensor | None = None, fused: bool = False) -> None:
         """Take the namespace of single numbers."""
         super().__init__(amplified, fused=fused)
-        self.xp = NUMBERS
+        # What it keeps of arrays is not for threads.
+        self.xp = Scalars()
 
     @staticmethod
     def fits(rule: Rule) -> bool:
-        """Return whether a rule needs one norm, and has plain numbers itself."""
+        """Return whether a rule of ours needs one norm, and has plain numbers itself.
+
+        Those of others may ask for more of the array API than single numbers have.
+        """
+        inner = [getattr(stage, "rule", stage) for stage in stages(rule)]
         return all(
-            stage.over == "all"
+            type(stage).__module__.startswith("gradclip.")
+            and stage.over == "all"
             and not (stage.needs_weight or stage.by_part)
             and not any(hasattr(x, "shape") for x in vars(stage).values())
-            for stage in stages(rule)
+            for stage in (*stages(rule), *inner)
         )
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
@@ -244,7 +253,7 @@ class OneNumber(InPlace):
 
     def adopt(self, x: Any, norm: Any) -> Any:
         """Return an array of a memory in NumPy; what is 0-d as a number."""
-        return np.asarray(x)[()]
+        return np.asarray(x.cpu() if isinstance(x, Tensor) else x)[()]
 
     def lasting(self, states: list[Any]) -> list[Any]:
         """Return a memory in tensors again, as compiled code goes on with it."""
