@@ -588,6 +588,27 @@ def test_small_tensors_of_one_shape(shape, count):
     )
 
 
+class Own(gc.rules.Rule):
+    """A rule of somebody else, with a name of the array API that NumPy calls so too."""
+
+    def update(self, seen, state):
+        return seen.xp.clip(seen.norm, max=1.0), state
+
+
+def test_rules_of_others_have_the_whole_array_api():
+    (w,) = with_gradients([torch.tensor([3.0, 4.0])])
+    assert float(Clipper([w], Own(), doctor=()).clip_().norm_after) == 1
+
+
+def test_a_default_device_does_not_move_the_factor():
+    (w,) = with_gradients([torch.tensor([3.0, 4.0])])
+    optimizer = torch.optim.AdamW([w], fused=True)
+    clipper = attach(optimizer, gc.Norm(1.0), doctor=())
+    with torch.device("meta"):
+        optimizer.step()
+    assert bool(clipper.info.clipped)
+
+
 def test_limits_inside_of_other_rules_may_be_tensors():
     (w,) = with_gradients([torch.tensor([3.0, 4.0])])
     rule = gc.Skip(gc.Norm(torch.tensor(10.0)))

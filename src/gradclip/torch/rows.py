@@ -39,9 +39,9 @@ LONG = 2048
 BLOCK = 1 << 26
 """Elements in one pass over rows."""
 PICKED = 32
-"""Rows of a sum that are summed in float64 as well; half as many for single tensors."""
+"""Long rows that are summed in float64 as well; of short ones, half as many."""
 PROBES = 12
-"""Tensors of middle size that are summed in float64 as well: `dot` is exact to 3e-8."""
+"""Tensors of middle size that are summed in float64 as well."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 MANY = 100
