@@ -6,7 +6,6 @@ devices, and under `torch.compile`, always in float64, and nothing is read back.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
@@ -26,16 +25,16 @@ from gradclip.torch.exact import (
     safe_norm,
 )
 from gradclip.torch.rows import (
-    MIDDLE,
     PICKED,
     cut,
     fast_total,
-    row_norms,
+    row_squares,
     wide_copies,
     wide_squares,
-    wide_squares_of_rows,
 )
 
+MIDDLE = 1 << 14
+"""Elements in a tensor up to which a copy in float64 costs less than rows."""
 Measure: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 
@@ -164,11 +163,11 @@ def _long_norms(tensors: list[Tensor]) -> Tensor:
     pieces = [cut(flat, ROW) for t in tensors if (flat := flat_view(t)) is not None]
     matrices = [matrix for matrix, _ in pieces if matrix is not None]
     rests = [rest for _, rest in pieces]
+    squares = row_squares(matrices)
     counts = list(map(len, matrices))
-    ends = list(accumulate(counts, initial=0))
-    exact = partial(wide_squares_of_rows, matrices, ends)
-    squares = wide_squares(list(map(row_norms, matrices)))
-    sums, doubts = zip(*combined(squares, counts, PICKED // 2, exact), strict=True)
+    exact = partial(wide_squares, matrices)
+    found = combined(squares, counts, PICKED // 2, exact)
+    sums, doubts = zip(*found, strict=True)
     norms = torch.tensor(sums, dtype=torch.float64, device="cpu").sqrt_()
     if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
         rest_norms = _short_norms([rest for rest in rests if rest is not None])

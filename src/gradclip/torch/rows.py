@@ -10,9 +10,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, repeat
 from operator import attrgetter
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -32,20 +33,22 @@ from gradclip.torch.exact import (
 
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
-MIDDLE = 1 << 14
-"""Tensors up to this size take a `dot`; larger ones lose small elements by it."""
 LONG = 2048
 """Elements in a row of large sets; longer ones are hardly faster."""
+ALONE = 1 << 18
+"""Elements up to which NumPy sums squares faster than torch, which wakes threads."""
 BLOCK = 1 << 26
 """Elements in one pass over rows."""
 PICKED = 32
 """Long rows that are summed in float64 as well; of short ones, half as many."""
-PROBES = 12
-"""Tensors of middle size that are summed in float64 as well."""
+SOME = 500
+"""Tensors that are cut before their rows are counted."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 MANY = 100
 """Tensors from which on it is worth trying whether they can be joined as they are."""
+Matrix: TypeAlias = Tensor | Vector
+
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
 
@@ -58,64 +61,79 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     if max(sizes) <= SMALL or count <= 2 * CHUNK:
         rows.short = list(tensors)
         return rows.total()
-    if min(sizes) > SMALL and max(sizes) <= MIDDLE and _all_float32(tensors):
-        rows.add_many(list(tensors))
-        return rows.total()
-    middle = []
+    alone = []
     for t, size in zip(tensors, sizes, strict=True):
         if size <= SMALL:
             rows.short.append(t)
-        elif size <= MIDDLE and t.dtype == torch.float32:
-            middle.append(t)
+        elif size <= ALONE and rows.suit(t):
+            alone.append(t)
         else:
             rows.add(t)
-    rows.add_many(middle)
+    rows.add_many(alone)
     return rows.total()
 
 
 class Rows:
-    """Norms of rows of many tensors, to be combined in float64."""
+    """Rows of many tensors: sums of squares over each, to be combined in float64."""
 
     def __init__(self, width: int) -> None:
         """Start with no rows of a width, and nothing that is summed already."""
         self.width = width
         self.matrices: list[Tensor] = []
-        self.norms: list[Tensor] = []
+        self.arrays: list[Vector] = []
+        self.count = 0
         self.short: list[Tensor] = []
         self.parts: list[float] = []
-        self.ends = [0]
         self.doubt = False
 
     def add(self, t: Tensor) -> None:
-        """Take the norms of the rows of one tensor."""
+        """Cut one tensor into rows."""
         flat = flat_view(t)
         if flat is None or t.is_complex():
             self.parts.append(exact_norm(t, 2.0).item())
-            return
-        if t.dtype == torch.float64:
+        elif t.dtype == torch.float64:
             self.parts.append(root_of_sum(flat).item())
-            return
-        for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
-            matrix, rest = cut(block, self.width)
-            if matrix is not None:
-                self.matrices.append(matrix)
-                self.norms.append(row_norms(matrix))
-                self.ends.append(self.ends[-1] + block.numel() // self.width)
-            if rest is not None:
-                self.short.append(rest)
-            if self.ends[-1] > CHUNK // 2:
-                self._settle()
+        elif flat.numel() <= BLOCK:
+            self._cut(flat)
+        else:
+            for block in flat.split(BLOCK):
+                self._cut(block)
+
+    def suit(self, t: Tensor) -> bool:
+        """Return whether one thread of NumPy could sum the rows of a tensor."""
+        plain = t.dtype == torch.float32 and type(t) is Tensor and t.is_contiguous()
+        return plain and _width(t.numel(), self.width) > 0
 
     def add_many(self, tensors: list[Tensor]) -> None:
-        """Take the norms of many tensors of middle size, as of rows."""
-        if len(tensors) >= 2 * PROBES and all(map(Tensor.is_contiguous, tensors)):
-            flat = list(map(Tensor.ravel, tensors))
-            squares = torch.stack(list(map(torch.dot, flat, flat)))
-            exact = partial(wide_squares_of, flat)
-            if self._combine(squares.double().numpy(), PROBES, exact):
-                return
-        for t in tensors:
-            self.add(t)
+        """Cut tensors into rows that one thread of NumPy will sum."""
+        for start in range(0, len(tensors), SOME):
+            some = tensors[start : start + SOME]
+            try:
+                arrays = list(map(Tensor.numpy, some))
+            except RuntimeError:
+                # Of lazy signs, and of what has a graph, NumPy gets no view.
+                for t in some:
+                    self.add(t)
+                continue
+            widths = map(_width, map(Tensor.numel, some), repeat(self.width))
+            pairs = zip(arrays, widths, strict=True)
+            cut = [x.reshape(-1, width) for x, width in pairs]
+            self.arrays += cut
+            self._count(sum(map(len, cut)))
+
+    def _cut(self, flat: Tensor) -> None:
+        matrix, rest = cut(flat, self.width)
+        if rest is not None:
+            self.short.append(rest)
+        if matrix is not None:
+            self.matrices.append(matrix)
+            self._count(matrix.shape[0])
+
+    def _count(self, rows: int) -> None:
+        """Sum all rows so far if there are many of them."""
+        self.count += rows
+        if self.count > CHUNK // 2:
+            self._settle()
 
     def total(self) -> float | None:
         """Return the norm of all rows, or None if it is in doubt."""
@@ -133,13 +151,18 @@ class Rows:
             self.parts.append(math.sqrt(square.item()))
 
     def _settle(self) -> None:
-        """Combine the rows so far."""
-        if self.norms:
-            exact = partial(wide_squares_of_rows, self.matrices, self.ends)
-            squares = wide_squares(self.norms)
+        """Sum the rows so far.
+
+        All were cut before: Python between two passes over memory finds its own gone
+        from the cache, and takes some times as long.
+        """
+        if self.count:
+            with np.errstate(all="ignore"):
+                squares = row_squares(self.matrices, self.arrays)
+            exact = partial(wide_squares, [*self.matrices, *self.arrays])
             picks = PICKED if self.width > ROW else PICKED // 2
             self.doubt |= not self._combine(squares, picks, exact)
-            self.matrices, self.norms, self.ends = [], [], [0]
+            self.matrices, self.arrays, self.count = [], [], 0
 
     def _combine(self, squares: Vector, picks: int, exact: Exact) -> bool:
         """Combine sums of squares into one, and return whether that was possible."""
@@ -153,16 +176,34 @@ class Rows:
 
 def cut(flat: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
     """Return a vector as a matrix of rows, and what is left over, each if any."""
-    count, rest = divmod(flat.numel(), width)
-    if not rest:
-        return flat.view(count, width), None
+    size = flat.numel()
+    if flat.dtype == torch.float32 and (even := _width(size, width)):
+        return flat.view(-1, even), None
+    count, rest = divmod(size, width)
     if not count:
         return None, flat
     whole, left = flat.split_with_sizes((count * width, rest))
-    return whole.view(count, width), left
+    return whole.view(count, width), left if rest else None
 
 
-def row_norms(matrix: Tensor) -> Tensor:
+@lru_cache(1 << 12)
+def _width(size: int, most: int) -> int:
+    """Return how long rows are if nothing is to be left over; 0 for none such."""
+    even = (width for width in range(most, most // 4, -16) if size % width == 0)
+    return next(even, 0)
+
+
+def row_squares(matrices: list[Tensor], arrays: Sequence[Vector] = ()) -> Vector:
+    """Return the sums of squares of all rows, taken in float32, as one vector."""
+    parts = list(map(np.vecdot, arrays, arrays))
+    if matrices:
+        norms = list(map(_row_norms, matrices))
+        joined = torch.cat(norms) if len(norms) > 1 else norms[0]
+        parts.insert(0, np.square(joined.numpy(), dtype=np.float64))
+    return np.concatenate(parts).astype(np.float64, copy=False)
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
     """Return the 2-norms of rows, in float32 for what is not float64."""
     if matrix.dtype not in _HALF:
         return torch.linalg.vector_norm(matrix, dim=1)
@@ -172,34 +213,33 @@ def row_norms(matrix: Tensor) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def wide_squares(norms: list[Tensor]) -> Vector:
-    """Return the squares of norms, in float64."""
-    joined = torch.cat(norms) if len(norms) > 1 else norms[0]
-    return np.square(joined.numpy(), dtype=np.float64)
+def wide_squares(matrices: Sequence[Matrix], places: Vector) -> Vector:
+    """Return the sums of squares of some rows, counted through all, in float64."""
+    ends = list(accumulate((x.shape[0] for x in matrices), initial=0))
+    found = np.empty(len(places))
+    rows = []
+    for place in places.tolist():
+        owner = bisect_right(ends, place) - 1
+        rows.append(_row(matrices[owner], place - ends[owner]))
+    widths = list(map(len, rows))
+    for width in set(widths):
+        chosen = [i for i, x in enumerate(widths) if x == width]
+        # As many at a time as would fit into what all conversions go through.
+        most = max(1, 2 * CHUNK // width)
+        for start in range(0, len(chosen), most):
+            some = chosen[start : start + most]
+            wide = np.array([rows[i] for i in some], dtype=np.float64)
+            found[some] = np.vecdot(wide, wide)
+    return found
 
 
-def wide_squares_of(tensors: list[Tensor], places: Vector) -> Vector:
-    """Return the squared norms of some tensors, summed in float64."""
-    wide = (tensors[i].double() for i in places)
-    return np.square([torch.linalg.vector_norm(t).item() for t in wide])
-
-
-def wide_squares_of_rows(
-    matrices: list[Tensor], ends: list[int], places: Vector
-) -> Vector:
-    """Return the squared norms of some rows, counted through all, in float64."""
-    owners = [(bisect_right(ends, i) - 1, i) for i in places.tolist()]
-    # Most are alone in their tensor, so that `index_select` would take longer.
-    rows = [matrices[k].select(0, i - ends[k]) for k, i in owners]
-    # As many at a time as would fit into what all conversions go through.
-    most = max(1, 2 * CHUNK // matrices[0].shape[1])
-    parts = (torch.stack(rows[i : i + most]) for i in range(0, len(rows), most))
-    norms = [torch.linalg.vector_norm(part.double(), dim=1) for part in parts]
-    return wide_squares(norms)
-
-
-def _all_float32(tensors: Sequence[Tensor]) -> bool:
-    return set(map(_DTYPE, tensors)) == {torch.float32}
+def _row(matrix: Matrix, i: int) -> Vector:
+    """Return a row as an array: NumPy cuts it out, and joins it, the fastest."""
+    if not isinstance(matrix, Tensor):
+        return matrix[i]
+    if matrix.dtype == torch.float32 and not matrix.is_neg():
+        return matrix.numpy()[i]
+    return matrix[i].float().resolve_neg().numpy()
 
 
 def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
