@@ -268,7 +268,15 @@ HIDDEN = {
     "spikes": lambda: [few_beside_many(1.3, 1000, 0.25)],
     "beside three": lambda: spiked(366),
     "in layers": lambda: [middle_of_constants(1.426125) for _ in range(32)],
+    "swallowed": lambda: [swallowing(60_000, 64 * (i % 20 == 0)) for i in range(60)],
 }
+
+
+def swallowing(size, ones):
+    """Return small elements, and some beside which float32 loses them."""
+    x = torch.full((size,), 2.4e-4)
+    x[:ones] = 1
+    return x
 
 
 def middle_of_constants(value, rows=20 * 2048):
@@ -325,6 +333,36 @@ def test_a_block_may_be_shorter_than_a_row(monkeypatch):
     monkeypatch.setattr(rows, "CHUNK", 1 << 6)
     x = torch.rand(2 * rows.BLOCK + 5)
     assert float(get_total_norm([x])) == pytest.approx(true_norm([x]), rel=F32_ULP)
+
+
+KINDS = {
+    "even": lambda x: x,
+    "with a graph": lambda x: x.requires_grad_(),
+    "lazily negative": torch._neg_view,
+    "of a prime number": lambda x: x.flatten()[:40_009],
+    "channels last": lambda x: x.view(10, 2, 40, 50).to(
+        memory_format=torch.channels_last
+    ),
+    "not dense": lambda x: x.view(200, 200)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_middle_tensors_that_numpy_may_not_see(kind):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(40_000, generator=generator) for _ in range(20)]
+    grads = [KINDS[kind](x) for x in made]
+    for group in (grads, [*grads, *made]):
+        assert float(get_total_norm(group)) == pytest.approx(
+            true_norm([g.resolve_neg() for g in group]), rel=F32_ULP
+        )
+
+
+@pytest.mark.parametrize("value", [1e-25, 3e19])
+def test_middle_tensors_whose_squares_float32_cannot_hold(value):
+    """NumPy would warn of it, and warnings are errors here."""
+    grads = [torch.full((20_000,), value) for _ in range(50)]
+    assert float(get_total_norm(grads)) == pytest.approx(1e3 * value, rel=F32_ULP)
 
 
 @pytest.mark.parametrize("extra", [0, 7], ids=["even", "ragged"])
