@@ -47,10 +47,13 @@ def scratch(dtype: torch.dtype) -> Tensor:
     return _SCRATCH.wide.view(dtype)
 
 
-def converted(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield a vector in another type, piece by piece; the next one overwrites it."""
+def converted(flat: Tensor, dtype: torch.dtype, unit: int = 1) -> Iterator[Tensor]:
+    """Yield a vector in another type, some whole units at a time.
+
+    The next piece overwrites the one before.
+    """
     room = scratch(dtype)
-    for piece in flat.split(room.numel()):
+    for piece in flat.split(room.numel() // unit * unit):
         yield room[: piece.numel()].copy_(piece)
 
 

@@ -6,6 +6,7 @@ devices, and under `torch.compile`, always in float64, and nothing is read back.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -160,18 +161,14 @@ def _middle_norms(tensors: list[Tensor]) -> Tensor:
 
 def _long_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of many rows each, in float64."""
-    pieces = [cut(flat, ROW) for t in tensors if (flat := flat_view(t)) is not None]
-    matrices = [matrix for matrix, _ in pieces if matrix is not None]
-    rests = [rest for _, rest in pieces]
-    squares = row_squares(matrices)
-    counts = list(map(len, matrices))
+    flats = [flat for t in tensors if (flat := flat_view(t)) is not None]
+    pieces = [cut(flat, flat.numel(), ROW) for flat in flats]
+    matrices = list(chain.from_iterable(pieces))
+    counts = [sum(map(len, parts)) for parts in pieces]
     exact = partial(wide_squares, matrices)
-    found = combined(squares, counts, PICKED // 2, exact)
+    found = combined(row_squares(matrices), counts, PICKED // 2, exact)
     sums, doubts = zip(*found, strict=True)
     norms = torch.tensor(sums, dtype=torch.float64, device="cpu").sqrt_()
-    if ragged := [i for i, rest in enumerate(rests) if rest is not None]:
-        rest_norms = _short_norms([rest for rest in rests if rest is not None])
-        norms[ragged] = torch.hypot(norms[ragged], rest_norms)
     for i in np.flatnonzero(doubts):
         norms[i] = exact_norm(tensors[i], 2.0)
     return norms

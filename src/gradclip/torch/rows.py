@@ -11,9 +11,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -65,12 +65,17 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     for t, size in zip(tensors, sizes, strict=True):
         if size <= SMALL:
             rows.short.append(t)
-        elif size <= ALONE and rows.suit(t):
+        elif size <= ALONE and _simple(t):
             alone.append(t)
         else:
             rows.add(t)
     rows.add_many(alone)
     return rows.total()
+
+
+def _simple(t: Tensor) -> bool:
+    """Return whether NumPy may read a tensor as one vector of float32."""
+    return t.dtype == torch.float32 and type(t) is Tensor and t.is_contiguous()
 
 
 class Rows:
@@ -93,19 +98,14 @@ class Rows:
             self.parts.append(exact_norm(t, 2.0).item())
         elif t.dtype == torch.float64:
             self.parts.append(root_of_sum(flat).item())
-        elif flat.numel() <= BLOCK:
-            self._cut(flat)
         else:
-            for block in flat.split(BLOCK):
-                self._cut(block)
-
-    def suit(self, t: Tensor) -> bool:
-        """Return whether one thread of NumPy could sum the rows of a tensor."""
-        plain = t.dtype == torch.float32 and type(t) is Tensor and t.is_contiguous()
-        return plain and _width(t.numel(), self.width) > 0
+            for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
+                matrices = cut(block, block.numel(), self.width)
+                self.matrices += matrices
+                self._count(matrices)
 
     def add_many(self, tensors: list[Tensor]) -> None:
-        """Cut tensors into rows that one thread of NumPy will sum."""
+        """Cut plain tensors into rows that one thread of NumPy will sum."""
         for start in range(0, len(tensors), SOME):
             some = tensors[start : start + SOME]
             try:
@@ -115,23 +115,14 @@ class Rows:
                 for t in some:
                     self.add(t)
                 continue
-            widths = map(_width, map(Tensor.numel, some), repeat(self.width))
-            pairs = zip(arrays, widths, strict=True)
-            cut = [x.reshape(-1, width) for x, width in pairs]
-            self.arrays += cut
-            self._count(sum(map(len, cut)))
+            pieces = map(cut, arrays, map(Tensor.numel, some), repeat(self.width))
+            matrices = list(chain.from_iterable(pieces))
+            self.arrays += matrices
+            self._count(matrices)
 
-    def _cut(self, flat: Tensor) -> None:
-        matrix, rest = cut(flat, self.width)
-        if rest is not None:
-            self.short.append(rest)
-        if matrix is not None:
-            self.matrices.append(matrix)
-            self._count(matrix.shape[0])
-
-    def _count(self, rows: int) -> None:
+    def _count(self, matrices: list[Any]) -> None:
         """Sum all rows so far if there are many of them."""
-        self.count += rows
+        self.count += sum(x.shape[0] for x in matrices)
         if self.count > CHUNK // 2:
             self._settle()
 
@@ -174,23 +165,22 @@ class Rows:
         return False
 
 
-def cut(flat: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return a vector as a matrix of rows, and what is left over, each if any."""
-    size = flat.numel()
-    if flat.dtype == torch.float32 and (even := _width(size, width)):
-        return flat.view(-1, even), None
-    count, rest = divmod(size, width)
-    if not count:
-        return None, flat
-    whole, left = flat.split_with_sizes((count * width, rest))
-    return whole.view(count, width), left if rest else None
+def cut(x: Any, size: int, width: int) -> list[Any]:
+    """Return a contiguous tensor or array as rows: a matrix, and what is left over."""
+    if even := _width(size, width):
+        return [x.reshape(-1, even)]
+    flat, whole = x.reshape(-1), size // width * width
+    if not whole:
+        return [flat.reshape(1, -1)]
+    return [flat[:whole].reshape(-1, width), flat[whole:].reshape(1, -1)]
 
 
 @lru_cache(1 << 12)
 def _width(size: int, most: int) -> int:
     """Return how long rows are if nothing is to be left over; 0 for none such."""
-    even = (width for width in range(most, most // 4, -16) if size % width == 0)
-    return next(even, 0)
+    # Whole vectors of the processor, if that can be as well.
+    lengths = chain(range(most, most // 4, -16), range(most, most // 4, -1))
+    return next((width for width in lengths if size % width == 0), 0)
 
 
 def row_squares(matrices: list[Tensor], arrays: Sequence[Vector] = ()) -> Vector:
@@ -207,8 +197,8 @@ def _row_norms(matrix: Tensor) -> Tensor:
     """Return the 2-norms of rows, in float32 for what is not float64."""
     if matrix.dtype not in _HALF:
         return torch.linalg.vector_norm(matrix, dim=1)
-    pieces = converted(matrix.view(-1), torch.float32)
     width = matrix.shape[1]
+    pieces = converted(matrix.view(-1), torch.float32, width)
     norms = [torch.linalg.vector_norm(piece.view(-1, width), dim=1) for piece in pieces]
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
