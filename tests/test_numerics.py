@@ -567,6 +567,24 @@ def test_threads_do_not_get_into_each_others_conversions():
             assert got == pytest.approx(want, rel=1e-7)
 
 
+def limits_of(window):
+    """The limits that a memory of some length comes to, from one run."""
+    (w,) = with_gradients([torch.zeros(3)])
+    clipper = Clipper([w], gc.Percentile(50, window=window), doctor=())
+    found, generator = [], torch.Generator().manual_seed(window)
+    for _ in range(100):
+        w.grad = torch.rand(3, generator=generator)
+        found.append(float(clipper.clip_().limit))
+    return found
+
+
+def test_threads_do_not_get_into_each_others_memories():
+    windows = [10, 11, 12, 13] * 4
+    alone = list(map(limits_of, windows[:4])) * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(limits_of, windows)) == alone
+
+
 FIRST_CLIP = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
