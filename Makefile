@@ -31,7 +31,7 @@ test-published: .venv-published/ready
 
 # As in the tests, and with every rule compiled by inductor: some minutes.
 golden: .venv/ready
-	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py $(ARGS)
+	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py tests/test_jax.py $(ARGS)
 
 fuzz: .venv/ready
 	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)

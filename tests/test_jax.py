@@ -16,7 +16,7 @@ import gradclip.jax
 from gradclip.backends import Jax
 from gradclip.jax import as_optax
 from table import ROWS, STATELESS
-from test_twins import params, steps
+from test_twins import EVERYWHERE, ONE_EACH, params, steps
 
 GROWING = [name for name in ROWS if ROWS[name].make().grows]
 
@@ -48,7 +48,10 @@ def in_process(code, **environment):
     )
 
 
-@pytest.mark.parametrize("name", STATELESS)
+# Each is compiled for some seconds: all of them in `make golden`.
+@pytest.mark.parametrize(
+    "name", [n for n in STATELESS if EVERYWHERE or n in ONE_EACH or "unit" in n]
+)
 def test_jit_and_vmap_of_the_pure_function(name):
     rule, weights = ROWS[name].make(), tree(params())
     many = list(steps())[1:3]
@@ -399,20 +402,20 @@ rules = [gc.Norm(1.0), gc.Norm(1.0, p=3.0), gc.Norm(0.5, over="tensor"),
 for rule in rules:
     plain, cut = as_optax(rule), as_optax(rule, axis_name="d")
     start = plain.init(whole)
+    step = jax.jit(jax.shard_map(
+        cut.update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P())))
+    each = jax.pmap(cut.update, axis_name="d", in_axes=(0, None))
     for given in (whole, broken):
         want, ended = plain.update(given, start)
         got, state = jax.jit(plain.update)(jax.device_put(given, places), start)
         close(facts(got, state), facts(want, ended))
-        step = jax.shard_map(
-            cut.update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
-        got, state = jax.jit(step)(given, start)
+        got, state = step(given, start)
         close(facts(got, state), facts(want, ended))
 
         pieces = {"cut": given["cut"].reshape(4, 2, 3)}
         one = {"cut": given["cut"]}
         want, ended = plain.update(one, plain.init(one))
-        got, state = jax.pmap(cut.update, axis_name="d", in_axes=(0, None))(
-            pieces, plain.init(one))
+        got, state = each(pieces, plain.init(one))
         close(got["cut"].reshape(8, 3), want["cut"])
         for x in np.asarray(state.info.norm):
             close(x, ended.info.norm)

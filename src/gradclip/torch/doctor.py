@@ -118,7 +118,9 @@ class Doctor:
         far_above = (info.norm > 1000 * info.limit) & info.finite
         if not bool(far_above.any()):
             return
-        for scaler in (x for x in gc.get_objects() if type(x) in _scalers()):
+        kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
+        # There may be millions of objects: a call for each would take a second.
+        for scaler in [x for x in gc.get_objects() if type(x) in kinds]:
             stages_ = [s["stage"].name for s in scaler._per_optimizer_states.values()]
             used = scaler.is_enabled() and scaler._scale is not None
             if used and "UNSCALED" not in stages_:
@@ -165,7 +167,3 @@ def unheld(model: torch.nn.Module, params: Sequence[Tensor]) -> list[str]:
     held = {id(p) for p in params}
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in held]
-
-
-def _scalers() -> tuple[type, ...]:
-    return (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
