@@ -29,7 +29,7 @@ test-oldest: .venv-oldest/ready
 test-published: .venv-published/ready
 	.venv-published/bin/python -m pytest -W default tests/witnesses $(ARGS)
 
-# As in the tests, and with every rule compiled by inductor: some minutes.
+# As in the tests, and with every rule compiled by inductor and by JAX: some minutes.
 golden: .venv/ready
 	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py tests/test_jax.py $(ARGS)
 

@@ -21,6 +21,7 @@ from gradclip.torch import (
     get_total_norm,
     rows,
 )
+from gradclip.torch.verbs import OneNumber
 
 F32_ULP = 2.0**-23
 
@@ -339,7 +340,7 @@ KINDS = {
     "even": lambda x: x,
     "with a graph": lambda x: x.requires_grad_(),
     "lazily negative": torch._neg_view,
-    "of a prime number": lambda x: x.flatten()[:40_009],
+    "of a prime number": lambda x: x.flatten()[:39_989],
     "channels last": lambda x: x.view(10, 2, 40, 50).to(
         memory_format=torch.channels_last
     ),
@@ -567,22 +568,9 @@ def test_threads_do_not_get_into_each_others_conversions():
             assert got == pytest.approx(want, rel=1e-7)
 
 
-def limits_of(window):
-    """The limits that a memory of some length comes to, from one run."""
-    (w,) = with_gradients([torch.zeros(3)])
-    clipper = Clipper([w], gc.Percentile(50, window=window), doctor=())
-    found, generator = [], torch.Generator().manual_seed(window)
-    for _ in range(100):
-        w.grad = torch.rand(3, generator=generator)
-        found.append(float(clipper.clip_().limit))
-    return found
-
-
-def test_threads_do_not_get_into_each_others_memories():
-    windows = [10, 11, 12, 13] * 4
-    alone = list(map(limits_of, windows[:4])) * 4
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(limits_of, windows)) == alone
+def test_threads_do_not_get_into_each_others_counts():
+    """What is kept of arrays is kept for one clip: another may have more of them."""
+    assert OneNumber().xp is not OneNumber().xp
 
 
 FIRST_CLIP = """

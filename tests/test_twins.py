@@ -25,7 +25,7 @@ STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
 WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "jax")
 EVERYWHERE = "GRADCLIP_GOLDEN" in os.environ
-"""Set by `make golden`: every row is compiled, which takes seconds each."""
+"""Set by `make golden`: every row is compiled, for JAX too, some seconds each."""
 
 
 def exactly(x):

@@ -35,8 +35,8 @@ SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
 LONG = 2048
 """Elements in a row of large sets; longer ones are hardly faster."""
-ALONE = 1 << 18
-"""Elements up to which NumPy sums squares faster than torch, which wakes threads."""
+ALONE = 1 << 16
+"""Elements up to which one thread of NumPy sums squares faster than all of torch's."""
 BLOCK = 1 << 26
 """Elements in one pass over rows."""
 PICKED = 32
