@@ -632,6 +632,27 @@ def test_small_tensors_of_one_shape(shape, count):
     )
 
 
+@pytest.mark.parametrize("size", [1.0, 1e36])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_tensors_are_scaled_like_small_ones(dtype, size):
+    """Large ones of bfloat16 go through a copy, with a rest and a second factor too."""
+    if dtype == torch.float16:
+        size = min(size, 1e4)
+    generator = torch.Generator().manual_seed(0)
+    values = size * torch.randn(1300, 1001, generator=generator).clamp(-2, 2)
+    limit = 1e-4 if size > 1 else 0.5
+    rows_of = with_gradients(values.to(dtype).unbind())
+    whole = with_gradients([values.to(dtype)])
+    turned = with_gradients([values.to(dtype)])
+    turned[0].grad = values.to(dtype).t().contiguous().t()
+    for params in (rows_of, whole, turned):
+        clip_grad_norm_(params, limit)
+    want = torch.stack([p.grad for p in rows_of])
+    assert torch.equal(whole[0].grad, want)
+    assert torch.equal(turned[0].grad, want)
+    assert not torch.equal(want, values.to(dtype))
+
+
 class Own(gc.rules.Rule):
     """A rule of somebody else, with a name of the array API that NumPy calls so too."""
 

@@ -48,11 +48,11 @@ def scratch(dtype: torch.dtype) -> Tensor:
 
 
 def converted(flat: Tensor, dtype: torch.dtype, unit: int = 1) -> Iterator[Tensor]:
-    """Yield a vector in another type, some whole units at a time.
+    """Yield a copy of a vector in a type, some whole units at a time.
 
-    The next piece overwrites the one before.
+    The next piece overwrites the one before; both ends stay in the cache.
     """
-    room = scratch(dtype)
+    room = scratch(dtype)[:CHUNK]
     for piece in flat.split(room.numel() // unit * unit):
         yield room[: piece.numel()].copy_(piece)
 

@@ -151,18 +151,17 @@ def collect(
     grads = [p.grad for p in params]
     leaves = [g for g in grads if g is not None]
     present = list(range(len(params)))
+    here = params
     if len(leaves) < len(params):
         present = [i for i, g in enumerate(grads) if g is not None]
+        here = [params[i] for i in present]
     if not (leaves or split):
         raise ValueError(
             f"none of the {len(params)} parameters has a gradient; was backward() "
             "called, and the optimizer not yet zeroed?"
         )
     if holds_dtensor(leaves):
-        leaves = [
-            local_grad(params[i], g) for i, g in zip(present, leaves, strict=True)
-        ]
-    here = [params[i] for i in present]
+        leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
     if not (whole := _all_plain(leaves, any(d.is_complex for d in dtypes))):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
@@ -170,7 +169,7 @@ def collect(
         here = []
     elif not whole or holds_dtensor(here):
         here = list(map(_weight, here))
-    return Gradients(leaves, present, here, dtypes)
+    return Gradients(leaves, present, list(here), dtypes)
 
 
 def _all_plain(leaves: list[Tensor], complex_ones: bool) -> bool:

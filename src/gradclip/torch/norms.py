@@ -135,7 +135,7 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of short tensors, joined: a call for each takes longer."""
     sizes = list(map(Tensor.numel, tensors))
     found, start = [], 0
-    for wide, count, _ in wide_copies(tensors):
+    for wide, count, _ in wide_copies(tensors, sizes):
         lengths = torch.tensor(sizes[start : start + count])
         squares = torch.segment_reduce(wide.square_(), "sum", lengths=lengths)
         found.append(squares.sqrt_())

@@ -59,12 +59,13 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     count = sum(sizes)
     rows = Rows(ROW if count < 8 * CHUNK else LONG)
     if max(sizes) <= SMALL or count <= 2 * CHUNK:
-        rows.short = list(tensors)
+        rows.short, rows.lengths = list(tensors), sizes
         return rows.total()
     alone = []
     for t, size in zip(tensors, sizes, strict=True):
         if size <= SMALL:
             rows.short.append(t)
+            rows.lengths.append(size)
         elif size <= ALONE and _simple(t):
             alone.append(t)
         else:
@@ -88,6 +89,7 @@ class Rows:
         self.arrays: list[Vector] = []
         self.count = 0
         self.short: list[Tensor] = []
+        self.lengths: list[int] = []
         self.parts: list[float] = []
         self.doubt = False
 
@@ -136,7 +138,7 @@ class Rows:
 
     def _gather(self) -> None:
         """Take the norm of all that is short, by copies in float64."""
-        for wide, _, narrow in wide_copies(self.short):
+        for wide, _, narrow in wide_copies(self.short, self.lengths):
             # Nobody sees in float32 that `dot` adds one by one.
             square = torch.dot(wide, wide) if narrow else root_of_sum(wide).square_()
             self.parts.append(math.sqrt(square.item()))
@@ -232,16 +234,19 @@ def _row(matrix: Matrix, i: int) -> Vector:
     return matrix[i].float().resolve_neg().numpy()
 
 
-def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
+def wide_copies(
+    tensors: list[Tensor], sizes: list[int]
+) -> Iterator[tuple[Tensor, int, bool]]:
     """Yield the moduli of some tensors at a time, and of how many tensors.
 
     They are copies in a float64 vector, which stays in the cache, and may be changed;
     the next overwrites it.
     The flag says that all of them were narrower than that.
     """
-    for start, stop, count in _batches(list(map(Tensor.numel, tensors))):
+    for start, stop, count in _batches(sizes):
         batch = tensors[start:stop]
         if count < FEW * len(batch) or any(map(Tensor.is_complex, batch)):
+            # One tensor has the widest type of all, which takes no pass over them.
             batch = [_joined(batch)]
         if batch[0].is_complex():
             wide = wide_moduli(batch[0]).reshape(-1)
@@ -254,6 +259,9 @@ def wide_copies(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, bool]]:
 
 def _batches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
     """Yield where groups of tensors start and stop, and how many elements they have."""
+    if 0 < (count := sum(sizes)) <= 2 * CHUNK:
+        yield 0, len(sizes), count
+        return
     ends = list(accumulate(sizes))
     start = done = 0
     while start < len(sizes):
