@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import gradclip
+from gradclip import cli
 
 ARMS = ("unclipped", "norm-1", "norm-0.25", "percentile", "zscore")
 LISTENING = """
@@ -119,6 +121,11 @@ def test_demo_refuses_a_file_as_its_folder(tmp_path):
         assert "Invalid value for '--out'" in result.stderr
         assert "Traceback" not in result.stderr
     assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_made_is_no_traceback(tmp_path):
+    with pytest.raises(typer.BadParameter, match="name too long"):
+        cli._folder(cli._possible(tmp_path / ("x" * 300)))
 
 
 @pytest.mark.parametrize("module", ["torch", "matplotlib"])

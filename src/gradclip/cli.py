@@ -6,6 +6,7 @@ needs is imported when the command runs.
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,22 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _possible(path: Path) -> Path:
+    """Refuse a folder below a file at once: all else waits for torch to be there."""
+    there = next(filter(os.path.exists, (path, *path.parents)), path)
+    if os.path.isfile(there):
+        raise typer.BadParameter(f"cannot make the folder {path}: {there} is a file.")
+    return path
+
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        file_okay=False, writable=True, callback=_possible, help="Folder for the files."
+    ),
+]
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -53,9 +70,7 @@ def options(
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 600,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")
-    ] = Path("demo-out"),
+    out: Folder = Path("demo-out"),
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Weights and order of the text.")
     ] = 0,
@@ -113,9 +128,7 @@ def doctor(
 @app.command()
 def study(
     name: Annotated[str | None, typer.Argument(help="None lists them.")] = None,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")
-    ] = Path("study-out"),
+    out: Folder = Path("study-out"),
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many; the study's own if not given.")
     ] = None,
