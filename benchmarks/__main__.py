@@ -172,7 +172,7 @@ def cells(rounds):
 
 def numpy(rounds):
     """Time the array front in place against the obvious NumPy."""
-    grads = [p.grad.numpy() for p in parameters(GPT2, torch.float32)]
+    grads = [p.grad.numpy().copy() for p in parameters(GPT2, torch.float32)]
     norm = float(gc.clip(grads, gc.Norm(math.inf))[1].norm)
     limit = [norm]
     flat = np.ones(sum(g.size for g in grads), np.float32)

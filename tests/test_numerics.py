@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gradclip as gc
+from gradclip import backends
 from gradclip.torch import (
     Clipper,
     attach,
@@ -190,10 +191,10 @@ def test_large_tensors_within_one_ulp(values, layout):
         p.grad = g.clone(memory_format=torch.preserve_format)
     for over in ("all", "tensor"):
         norm = Clipper(params, gc.Norm(1e9, over=over)).clip_().norm
-        got = float(torch.linalg.vector_norm(norm))
-        assert got == pytest.approx(exact, rel=F32_ULP / 2), over
-    _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9))
-    assert float(info.norm) == pytest.approx(exact, rel=F32_ULP / 2)
+        _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9, over=over))
+        for norms in (norm, info.norm):
+            got = float(np.linalg.norm(np.ravel(norms)))
+            assert got == pytest.approx(exact, rel=F32_ULP / 2), over
 
 
 @pytest.mark.parametrize("spikes", [1, 5, 60, 2000])
@@ -302,10 +303,10 @@ def test_values_that_round_one_way_are_found_behind_others(case):
     params, exact = with_gradients(grads), true_norm(grads)
     for over in ("all", "tensor"):
         norm = Clipper(params, gc.Norm(1e9, over=over), doctor=()).clip_().norm
-        got = float(torch.linalg.vector_norm(norm))
-        assert got == pytest.approx(exact, rel=F32_ULP / 2), over
-    _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9))
-    assert float(info.norm) == pytest.approx(exact, rel=F32_ULP / 2)
+        _, info = gc.clip([g.numpy() for g in grads], gc.Norm(1e9, over=over))
+        for norms in (norm, info.norm):
+            got = float(np.linalg.norm(np.ravel(norms)))
+            assert got == pytest.approx(exact, rel=F32_ULP / 2), over
 
 
 @pytest.mark.parametrize("values", [*MAKERS, "bfloat16", "heavy"])
@@ -332,8 +333,26 @@ def test_a_subnormal_norm_gives_no_warning():
 def test_a_block_may_be_shorter_than_a_row(monkeypatch):
     monkeypatch.setattr(rows, "BLOCK", 1 << 15)
     monkeypatch.setattr(rows, "CHUNK", 1 << 6)
+    monkeypatch.setattr(backends.rows, "CHUNK", 1 << 6)
     x = torch.rand(2 * rows.BLOCK + 5)
     assert float(get_total_norm([x])) == pytest.approx(true_norm([x]), rel=F32_ULP)
+
+
+@pytest.mark.parametrize("over", ["all", "tensor"])
+@pytest.mark.parametrize("often", [False, True])
+def test_arrays_of_any_layout(monkeypatch, over, often):
+    """Some go by rows, many at a time, or few; the others by copies in float64."""
+    if often:
+        monkeypatch.setattr(backends.rows, "CHUNK", 1 << 6)
+    made = np.random.default_rng(0).standard_normal((60, 40_000), np.float32)
+    shaped = made.reshape(60, 100, 20, 20)
+    grads = [*made[:20], *shaped[20:30].transpose(0, 3, 1, 2), *made[30:40, ::2]]
+    grads += [*made[40:50, :39_989], *made[50:].astype(">f4"), made[:2].T, made[0, :7]]
+    grads += [made[0].astype(np.float16), np.float32(3) * np.ones(()), made[0, :0]]
+    _, info = gc.clip(grads, gc.Norm(math.inf, over=over))
+    each = [np.linalg.norm(g.astype(np.float64)) for g in grads]
+    want = each if over == "tensor" else np.linalg.norm(each)
+    np.testing.assert_allclose(info.norm, want, rtol=F32_ULP / 2)
 
 
 KINDS = {
@@ -364,6 +383,10 @@ def test_middle_tensors_whose_squares_float32_cannot_hold(value):
     """NumPy would warn of it, and warnings are errors here."""
     grads = [torch.full((20_000,), value) for _ in range(50)]
     assert float(get_total_norm(grads)) == pytest.approx(1e3 * value, rel=F32_ULP)
+    for over in ("all", "tensor"):
+        _, info = gc.clip([g.numpy() for g in grads], gc.Norm(math.inf, over=over))
+        got = np.linalg.norm(np.ravel(info.norm))
+        assert got == pytest.approx(1e3 * value, rel=F32_ULP)
 
 
 @pytest.mark.parametrize("extra", [0, 7], ids=["even", "ragged"])

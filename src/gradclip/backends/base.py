@@ -82,6 +82,10 @@ class Backend:
         """Return the `p`-norm of all elements, as a 0-d array."""
         return self.row_norms(self.xp.reshape(x, (1, -1)), p)[0]
 
+    def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
+        """Return the `p`-norms of arrays; if not `apart`, any of the same norm."""
+        return self.xp.stack([self.norm(x, p) for x in leaves])
+
     def units(self, x: Array) -> int:
         """Return how many units a gradient has: rows; a vector or scalar is one."""
         return int(x.shape[0]) if x.ndim > 1 else 1
@@ -100,7 +104,7 @@ class Backend:
         if over == "unit":
             return self.xp.concat([self.unit_norms(x, p) for x in leaves])
         order = math.inf if over == "element" else p
-        norms = self.xp.stack([self.norm(x, order) for x in leaves])
+        norms = self.norms(leaves, order, apart=over == "tensor")
         return norms if over == "tensor" else self.norm(norms, order)
 
     def weigh(self, weights: Sequence[Array], over: Scope, p: float) -> Array:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import array_api_compat
@@ -16,12 +15,9 @@ from gradclip.backends.base import (
     described,
     inward,
 )
-from gradclip.backends.combining import Vector, combined
+from gradclip.backends.rows import PICKED, Rows, cut, row_squares, squares_apart
 from gradclip.rules import Array
 from gradclip.scalars import NUMBERS
-
-PICKED = 16
-"""Rows of an array that are summed in float64 as well."""
 
 
 class NumPy(Backend):
@@ -41,32 +37,28 @@ class NumPy(Backend):
             )
         return x.astype(np.float64) if x.dtype.kind in "biu" else np.asarray(x)
 
+    def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
+        """Return the `p`-norms of arrays, large ones of float32 by rows if possible."""
+        places = [i for i, x in enumerate(leaves) if p == 2 and _has_rows(x)]
+        large = [leaves[i].ravel(order="K") for i in places]
+        known = dict(zip(places, (_apart if apart else _together)(large), strict=True))
+        norms = map(known.get, range(len(leaves)))
+        return np.asarray(
+            [
+                self.norm(x, p) if norm is None else norm
+                for x, norm in zip(leaves, norms, strict=True)
+            ]
+        )
+
     def norm(self, x: Array, p: float) -> Array:
-        """Return the `p`-norm of all elements, chunk by chunk."""
+        """Return the `p`-norm of all elements in float64, chunk by chunk."""
         # Memory order is fine: a norm does not depend on it, and nothing is copied.
         flat = x.ravel(order="K")
-        if p == 2 and flat.dtype == np.float32 and flat.size > PICKED * ROW:
-            square = self.square_by_rows(flat)
-            # Outside, squares of float32 may have over- or underflowed on the way.
-            if 1e-20 < square < math.inf:
-                return np.sqrt(square)
         if flat.size <= CHUNK:
             return self.chunk_norm(flat, p)
         chunks = range(0, flat.size, CHUNK)
         parts = [self.chunk_norm(flat[i : i + CHUNK], p) for i in chunks]
         return self.chunk_norm(np.asarray(parts), p)
-
-    def square_by_rows(self, x: Array) -> Array:
-        """Return the sum of squares: of rows in float32, of those in float64.
-
-        It is NaN where rows in float32 leave a doubt.
-        """
-        size = x.size // ROW * ROW
-        rows, rest = x[:size].reshape(-1, ROW), x[size:].astype(np.float64)
-        squares = np.vecdot(rows, rows).astype(np.float64)
-        exact = partial(_exact, rows)
-        ((total, doubt),) = combined(squares, [len(rows)], PICKED, exact)
-        return np.float64(math.nan if doubt else total) + np.dot(rest, rest)
 
     def chunk_norm(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of a short vector."""
@@ -137,7 +129,26 @@ class NumPy(Backend):
         return NumPy(places | {id(target): target for target in out})
 
 
-def _exact(rows: Vector, places: Vector) -> Vector:
-    """Return the sums of squares of some rows, in float64."""
-    wide = rows[places].astype(np.float64)
-    return np.vecdot(wide, wide)
+def _has_rows(x: Array) -> bool:
+    """Return whether an array can be cut into enough rows of float32 as it lies."""
+    return x.dtype == np.float32 and x.size > PICKED * ROW // 2 and x.flags.forc
+
+
+def _together(arrays: list[Array]) -> list[float | None]:
+    """Return the 2-norm of all in the place of the first; None where it is in doubt."""
+    rows = Rows(sum(x.size for x in arrays))
+    for x in arrays:
+        rows.add(cut(x, x.size, rows.width))
+    total = rows.total() if arrays else None
+    return [total if i == 0 or total is None else 0.0 for i in range(len(arrays))]
+
+
+def _apart(arrays: list[Array]) -> list[float | None]:
+    """Return the 2-norm of each; None where it is in doubt."""
+    pieces = [cut(x, x.size, ROW) for x in arrays]
+    with np.errstate(all="ignore"):
+        found = squares_apart(pieces, row_squares)
+    return [
+        math.sqrt(square) if 1e-20 < square < math.inf and not doubt else None
+        for square, doubt in found
+    ]

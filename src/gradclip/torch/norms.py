@@ -5,8 +5,6 @@ devices, and under `torch.compile`, always in float64, and nothing is read back.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, ROW
-from gradclip.backends.combining import combined
+from gradclip.backends.rows import cut, squares_apart
 from gradclip.torch.exact import (
     SHORT,
     device_norms,
@@ -25,14 +23,7 @@ from gradclip.torch.exact import (
     root_of_sum,
     safe_norm,
 )
-from gradclip.torch.rows import (
-    PICKED,
-    cut,
-    fast_total,
-    row_squares,
-    wide_copies,
-    wide_squares,
-)
+from gradclip.torch.rows import fast_total, row_of, tensor_squares, wide_copies
 
 MIDDLE = 1 << 14
 """Elements in a tensor up to which a copy in float64 costs less than rows."""
@@ -163,11 +154,7 @@ def _long_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of many rows each, in float64."""
     flats = [flat for t in tensors if (flat := flat_view(t)) is not None]
     pieces = [cut(flat, flat.numel(), ROW) for flat in flats]
-    matrices = list(chain.from_iterable(pieces))
-    counts = [sum(map(len, parts)) for parts in pieces]
-    exact = partial(wide_squares, matrices)
-    found = combined(row_squares(matrices), counts, PICKED // 2, exact)
-    sums, doubts = zip(*found, strict=True)
+    sums, doubts = zip(*squares_apart(pieces, tensor_squares, row_of), strict=True)
     norms = torch.tensor(sums, dtype=torch.float64, device="cpu").sqrt_()
     for i in np.flatnonzero(doubts):
         norms[i] = exact_norm(tensors[i], 2.0)

@@ -7,20 +7,19 @@ Sums of torch itself lose 1 % at 1e8 float32 elements on the CPU (pytorch#169237
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
-from itertools import accumulate, chain, repeat
+from functools import partial
+from itertools import chain, repeat
 from operator import attrgetter
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.backends import CHUNK, ROW
-from gradclip.backends.combining import Exact, Vector, combined
+from gradclip.backends import CHUNK
+from gradclip.backends.combining import Exact, Vector
+from gradclip.backends.rows import Rows, batches, cut, row_squares, wide_squares
 from gradclip.torch.exact import (
     WIDE,
     converted,
@@ -33,21 +32,16 @@ from gradclip.torch.exact import (
 
 SMALL = 4096
 """Tensors up to this size are gathered: a call would cost more than the copy."""
-LONG = 2048
-"""Elements in a row of large sets; longer ones are hardly faster."""
 ALONE = 1 << 16
 """Elements up to which one thread of NumPy sums squares faster than all of torch's."""
 BLOCK = 1 << 26
 """Elements in one pass over rows."""
-PICKED = 32
-"""Long rows that are summed in float64 as well; of short ones, half as many."""
 SOME = 500
 """Tensors that are cut before their rows are counted."""
 FEW = 1 << 14
 """Elements in a tensor from which on a copy of its own costs less than joining it."""
 MANY = 100
 """Tensors from which on it is worth trying whether they can be joined as they are."""
-Matrix: TypeAlias = Tensor | Vector
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
@@ -57,7 +51,7 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     """Return the 2-norm of all tensors, or None where float32 rows will not do."""
     sizes = list(map(Tensor.numel, tensors))
     count = sum(sizes)
-    rows = Rows(ROW if count < 8 * CHUNK else LONG)
+    rows = TensorRows(count)
     if max(sizes) <= SMALL or count <= 2 * CHUNK:
         rows.short, rows.lengths = list(tensors), sizes
         return rows.total()
@@ -69,7 +63,7 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
         elif size <= ALONE and _simple(t):
             alone.append(t)
         else:
-            rows.add(t)
+            rows.add_tensor(t)
     rows.add_many(alone)
     return rows.total()
 
@@ -79,21 +73,17 @@ def _simple(t: Tensor) -> bool:
     return t.dtype == torch.float32 and type(t) is Tensor and t.is_contiguous()
 
 
-class Rows:
-    """Rows of many tensors: sums of squares over each, to be combined in float64."""
+class TensorRows(Rows):
+    """Rows of many tensors: some summed by torch, and some by one thread of NumPy."""
 
-    def __init__(self, width: int) -> None:
-        """Start with no rows of a width, and nothing that is summed already."""
-        self.width = width
-        self.matrices: list[Tensor] = []
-        self.arrays: list[Vector] = []
-        self.count = 0
+    def __init__(self, count: int) -> None:
+        """Start with nothing, for so many elements in all."""
+        super().__init__(count)
+        self.tensors: list[Tensor] = []
         self.short: list[Tensor] = []
         self.lengths: list[int] = []
-        self.parts: list[float] = []
-        self.doubt = False
 
-    def add(self, t: Tensor) -> None:
+    def add_tensor(self, t: Tensor) -> None:
         """Cut one tensor into rows."""
         flat = flat_view(t)
         if flat is None or t.is_complex():
@@ -103,8 +93,8 @@ class Rows:
         else:
             for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
                 matrices = cut(block, block.numel(), self.width)
-                self.matrices += matrices
-                self._count(matrices)
+                self.tensors += matrices
+                self.counted(matrices)
 
     def add_many(self, tensors: list[Tensor]) -> None:
         """Cut plain tensors into rows that one thread of NumPy will sum."""
@@ -115,84 +105,35 @@ class Rows:
             except RuntimeError:
                 # Of lazy signs, and of what has a graph, NumPy gets no view.
                 for t in some:
-                    self.add(t)
+                    self.add_tensor(t)
                 continue
             pieces = map(cut, arrays, map(Tensor.numel, some), repeat(self.width))
-            matrices = list(chain.from_iterable(pieces))
-            self.arrays += matrices
-            self._count(matrices)
-
-    def _count(self, matrices: list[Any]) -> None:
-        """Sum all rows so far if there are many of them."""
-        self.count += sum(x.shape[0] for x in matrices)
-        if self.count > CHUNK // 2:
-            self._settle()
+            self.add(list(chain.from_iterable(pieces)))
 
     def total(self) -> float | None:
-        """Return the norm of all rows, or None if it is in doubt."""
-        self._settle()
-        self._gather()
-        # It neither over- nor underflows by squares.
-        total = math.hypot(*self.parts)
-        return None if self.doubt or not 1e-10 < total < math.inf else total
-
-    def _gather(self) -> None:
-        """Take the norm of all that is short, by copies in float64."""
+        """Return the norm of everything, or None if it is in doubt."""
+        self.settle()
         for wide, _, narrow in wide_copies(self.short, self.lengths):
             # Nobody sees in float32 that `dot` adds one by one.
             square = torch.dot(wide, wide) if narrow else root_of_sum(wide).square_()
             self.parts.append(math.sqrt(square.item()))
+        return super().total()
 
-    def _settle(self) -> None:
-        """Sum the rows so far.
-
-        All were cut before: Python between two passes over memory finds its own gone
-        from the cache, and takes some times as long.
-        """
-        if self.count:
-            with np.errstate(all="ignore"):
-                squares = row_squares(self.matrices, self.arrays)
-            exact = partial(wide_squares, [*self.matrices, *self.arrays])
-            picks = PICKED if self.width > ROW else PICKED // 2
-            self.doubt |= not self._combine(squares, picks, exact)
-            self.matrices, self.arrays, self.count = [], [], 0
-
-    def _combine(self, squares: Vector, picks: int, exact: Exact) -> bool:
-        """Combine sums of squares into one, and return whether that was possible."""
-        for more in (picks, 8 * picks) if 8 * picks < squares.size else (picks,):
-            ((total, doubt),) = combined(squares, [squares.size], more, exact)
-            if not doubt:
-                self.parts.append(math.sqrt(total))
-                return True
-        return False
+    def summed(self) -> tuple[Vector, Exact]:
+        """Return the sums of squares of all rows, and what sums some in float64."""
+        squares = [tensor_squares(self.tensors)] if self.tensors else []
+        if self.matrices:
+            squares.append(row_squares(self.matrices))
+        exact = partial(wide_squares, [*self.tensors, *self.matrices], row=row_of)
+        self.tensors = []
+        return np.concatenate(squares), exact
 
 
-def cut(x: Any, size: int, width: int) -> list[Any]:
-    """Return a contiguous tensor or array as rows: a matrix, and what is left over."""
-    if even := _width(size, width):
-        return [x.reshape(-1, even)]
-    flat, whole = x.reshape(-1), size // width * width
-    if not whole:
-        return [flat.reshape(1, -1)]
-    return [flat[:whole].reshape(-1, width), flat[whole:].reshape(1, -1)]
-
-
-@lru_cache(1 << 12)
-def _width(size: int, most: int) -> int:
-    """Return how long rows are if nothing is to be left over; 0 for none such."""
-    # Whole vectors of the processor, if that can be as well.
-    lengths = chain(range(most, most // 4, -16), range(most, most // 4, -1))
-    return next((width for width in lengths if size % width == 0), 0)
-
-
-def row_squares(matrices: list[Tensor], arrays: Sequence[Vector] = ()) -> Vector:
+def tensor_squares(matrices: list[Tensor]) -> Vector:
     """Return the sums of squares of all rows, taken in float32, as one vector."""
-    parts = list(map(np.vecdot, arrays, arrays))
-    if matrices:
-        norms = list(map(_row_norms, matrices))
-        joined = torch.cat(norms) if len(norms) > 1 else norms[0]
-        parts.insert(0, np.square(joined.numpy(), dtype=np.float64))
-    return np.concatenate(parts).astype(np.float64, copy=False)
+    norms = list(map(_row_norms, matrices))
+    joined = torch.cat(norms) if len(norms) > 1 else norms[0]
+    return np.square(joined.numpy(), dtype=np.float64)
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
@@ -205,27 +146,7 @@ def _row_norms(matrix: Tensor) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def wide_squares(matrices: Sequence[Matrix], places: Vector) -> Vector:
-    """Return the sums of squares of some rows, counted through all, in float64."""
-    ends = list(accumulate((x.shape[0] for x in matrices), initial=0))
-    found = np.empty(len(places))
-    rows = []
-    for place in places.tolist():
-        owner = bisect_right(ends, place) - 1
-        rows.append(_row(matrices[owner], place - ends[owner]))
-    widths = list(map(len, rows))
-    for width in set(widths):
-        chosen = [i for i, x in enumerate(widths) if x == width]
-        # As many at a time as would fit into what all conversions go through.
-        most = max(1, 2 * CHUNK // width)
-        for start in range(0, len(chosen), most):
-            some = chosen[start : start + most]
-            wide = np.array([rows[i] for i in some], dtype=np.float64)
-            found[some] = np.vecdot(wide, wide)
-    return found
-
-
-def _row(matrix: Matrix, i: int) -> Vector:
+def row_of(matrix: Tensor | Vector, i: int) -> Vector:
     """Return a row as an array: NumPy cuts it out, and joins it, the fastest."""
     if not isinstance(matrix, Tensor):
         return matrix[i]
@@ -243,7 +164,7 @@ def wide_copies(
     the next overwrites it.
     The flag says that all of them were narrower than that.
     """
-    for start, stop, count in _batches(sizes):
+    for start, stop, count in batches(sizes, 2 * CHUNK):
         batch = tensors[start:stop]
         if count < FEW * len(batch) or any(map(Tensor.is_complex, batch)):
             # One tensor has the widest type of all, which takes no pass over them.
@@ -255,19 +176,6 @@ def wide_copies(
         else:
             wide = _filled(scratch(torch.float64)[:count], batch)
         yield wide, stop - start, WIDE.isdisjoint(map(_DTYPE, batch))
-
-
-def _batches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield where groups of tensors start and stop, and how many elements they have."""
-    if 0 < (count := sum(sizes)) <= 2 * CHUNK:
-        yield 0, len(sizes), count
-        return
-    ends = list(accumulate(sizes))
-    start = done = 0
-    while start < len(sizes):
-        stop = max(start + 1, bisect_right(ends, done + 2 * CHUNK))
-        yield start, stop, ends[stop - 1] - done
-        start, done = stop, ends[stop - 1]
 
 
 def _filled(room: Tensor, tensors: list[Tensor]) -> Tensor:
