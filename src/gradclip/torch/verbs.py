@@ -16,7 +16,7 @@ from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, State, stages
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
-from gradclip.torch.exact import converted, on_host, safe_norm
+from gradclip.torch.exact import on_host, safe_norm
 
 
 class InPlace(TorchArrays):
@@ -328,11 +328,8 @@ def _times_from_cache(t: Tensor, factor: Tensor) -> None:
     From memory, torch takes two to four times as long to multiply as to copy, and from
     the cache it does not.
     """
-    flat, start = t.view(-1), 0
-    for copy in converted(flat, t.dtype):
-        stop = start + copy.numel()
-        torch.mul(copy, factor, out=flat[start:stop])
-        start = stop
+    for piece in t.view(-1).split(CHUNK):
+        torch.mul(piece.clone(), factor, out=piece)
 
 
 def _pieces(t: Tensor) -> Sequence[Tensor]:
