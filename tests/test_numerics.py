@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gradclip as gc
 from gradclip import backends
@@ -19,6 +21,7 @@ from gradclip.torch import (
     attach,
     clip_grad_norm_,
     clip_grad_value_,
+    clip_grads_with_norm_,
     get_total_norm,
     rows,
 )
@@ -674,6 +677,29 @@ def test_large_tensors_are_scaled_like_small_ones(dtype, size):
     assert torch.equal(whole[0].grad, want)
     assert torch.equal(turned[0].grad, want)
     assert not torch.equal(want, values.to(dtype))
+
+
+def test_a_scale_on_a_device_meets_large_tensors_on_the_host():
+    """Fake tensors stand in for the device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [
+            torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device=device))
+            for n, device in ((10, "cuda"), (1 << 18, "cpu"))
+        ]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        norm = clip_grad_norm_(params, 1.0)
+    assert norm.device.type == "cuda"
+
+
+def test_tensors_within_tensors_are_scaled_each():
+    parts = [torch.full((1 << 18,), x, dtype=torch.bfloat16) for x in (2.0, 6.0)]
+    p = torch.nn.Parameter(TwoTensor(*(torch.zeros_like(x) for x in parts)))
+    p.grad = TwoTensor(*parts)
+    clip_grads_with_norm_([p], 1.0, 2.0)
+    assert [x[0].item() for x in (p.grad.a, p.grad.b)] == pytest.approx(
+        [1, 3], rel=0.01
+    )
 
 
 class Own(gc.rules.Rule):

@@ -42,7 +42,7 @@ def _version(asked: bool) -> None:
 def _possible(path: Path) -> Path:
     """Refuse a folder below a file at once: all else waits for torch to be there."""
     there = next(filter(os.path.exists, (path, *path.parents)), path)
-    if os.path.isfile(there):
+    if os.path.exists(there) and not os.path.isdir(there):
         raise typer.BadParameter(f"cannot make the folder {path}: {there} is a file.")
     return path
 

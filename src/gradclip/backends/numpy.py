@@ -39,9 +39,10 @@ class NumPy(Backend):
 
     def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
         """Return the `p`-norms of arrays, large ones of float32 by rows if possible."""
-        places = [i for i, x in enumerate(leaves) if p == 2 and _has_rows(x)]
-        large = [leaves[i].ravel(order="K") for i in places]
-        known = dict(zip(places, (_apart if apart else _together)(large), strict=True))
+        flats = [_flat(x) if p == 2 and _has_rows(x) else None for x in leaves]
+        large = {i: flat for i, flat in enumerate(flats) if flat is not None}
+        found = (_apart if apart else _together)(list(large.values()))
+        known = dict(zip(large, found, strict=True))
         norms = map(known.get, range(len(leaves)))
         return np.asarray(
             [
@@ -130,17 +131,28 @@ class NumPy(Backend):
 
 
 def _has_rows(x: Array) -> bool:
-    """Return whether an array can be cut into enough rows of float32 as it lies."""
-    return x.dtype == np.float32 and x.size > PICKED * ROW // 2 and x.flags.forc
+    """Return whether an array has enough rows of float32."""
+    return x.dtype == np.float32 and x.size > PICKED * ROW // 2
+
+
+def _flat(x: Array) -> Array | None:
+    """Return all elements of an array as they lie; None where that takes a copy."""
+    if x.flags.c_contiguous:
+        return x.reshape(-1)
+    axes = sorted(range(x.ndim), key=x.strides.__getitem__, reverse=True)
+    dense = x.transpose(axes)
+    return dense.reshape(-1) if dense.flags.c_contiguous else None
 
 
 def _together(arrays: list[Array]) -> list[float | None]:
-    """Return the 2-norm of all in the place of the first; None where it is in doubt."""
+    """Return the 2-norm of all in the place of the first, or of each if in doubt."""
     rows = Rows(sum(x.size for x in arrays))
     for x in arrays:
         rows.add(cut(x, x.size, rows.width))
-    total = rows.total() if arrays else None
-    return [total if i == 0 or total is None else 0.0 for i in range(len(arrays))]
+    if arrays and (total := rows.total()) is not None:
+        return [total, *[0.0] * (len(arrays) - 1)]
+    # One that is not finite should not send all others through float64.
+    return _apart(arrays)
 
 
 def _apart(arrays: list[Array]) -> list[float | None]:

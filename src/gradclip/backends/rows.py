@@ -88,7 +88,7 @@ def squares_apart(
     """Return the sum of squares of each array that was cut, and if it is in doubt."""
     counts = [sum(x.shape[0] for x in parts) for parts in pieces]
     found = []
-    for start, stop, _ in batches(counts, CHUNK // 2):
+    for start, stop, _ in batches(counts, CHUNK // 8):
         matrices = list(chain.from_iterable(pieces[start:stop]))
         exact = partial(wide_squares, matrices, row=row)
         squares = squares_of(matrices)

@@ -313,13 +313,19 @@ def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
     for (dtype, device), group in groups.items():
         large: list[Tensor] = []
         if dtype == torch.bfloat16 and on_host(group):
-            large = [t for t in group if t.numel() >= CHUNK and t.is_contiguous()]
-            group = [t for t in group if t.numel() < CHUNK or not t.is_contiguous()]
+            large = list(filter(_slow_from_memory, group))
+            group = [t for t in group if not _slow_from_memory(t)]
         for factor in factors(scale, dtype):
+            factor = factor.to(device)
             if group:
-                torch._foreach_mul_(group, factor.to(device))
+                torch._foreach_mul_(group, factor)
             for t in large:
                 _times_from_cache(t, factor)
+
+
+def _slow_from_memory(t: Tensor) -> bool:
+    """Return whether a tensor of bfloat16 is large, and plain enough to be cut."""
+    return t.numel() >= CHUNK and type(t) is Tensor and t.is_contiguous()
 
 
 def _times_from_cache(t: Tensor, factor: Tensor) -> None:
