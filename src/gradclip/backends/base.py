@@ -83,7 +83,7 @@ class Backend:
         return self.row_norms(self.xp.reshape(x, (1, -1)), p)[0]
 
     def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
-        """Return the `p`-norms of arrays; if not `apart`, any of the same norm."""
+        """Return the `p`-norm of each array; if not `apart`, of groups that are all."""
         return self.xp.stack([self.norm(x, p) for x in leaves])
 
     def units(self, x: Array) -> int:
