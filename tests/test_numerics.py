@@ -256,7 +256,20 @@ def few_beside_many(value, spike, share, count=6):
     return behind(torch.randn(count, 512) * (mass / count / 512) ** 0.5, light)
 
 
+def scattered(size, seed):
+    """Return constants with a few to some thousand spikes of one size among them."""
+    random = np.random.default_rng(seed)
+    x = np.full(size, random.uniform(0.5, 2), np.float32)
+    count = int(10 ** random.uniform(0, math.log10(size / 600)))
+    spike = 10 ** random.uniform(0, 6)
+    x[random.integers(0, size, count)] = spike
+    return [torch.from_numpy(x)]
+
+
 HIDDEN = {
+    "3 spikes": lambda: scattered(1 << 21, 1842253510),
+    "135 spikes": lambda: scattered(3 << 20, 1205809295),
+    "420 spikes": lambda: scattered(1 << 22, 1790356564),
     "bfloat16": lambda: [
         *(2.5 * torch.randn(16, 16384)).unbind(),
         *torch.randn(200, 16384).bfloat16().float().unbind(),
