@@ -187,11 +187,14 @@ def networks(
     path: Path, format: str | None, column: str | None
 ) -> Iterator[tuple[str, History]]:
     """Yield the history of each network in a log, with a name for it."""
-    history = History.load(path, format=format, column=column)
-    others = history.recorded.networks
-    yield f"{path} · {history.recorded.column}" if others else str(path), history
-    for name in others:
-        yield f"{path} · {name}", History.load(path, format=format, column=name)
+    from gradclip.readers.plain import plain_file
+
+    with plain_file(path) as file:
+        history = History.load(file, format=format, column=column)
+        others = history.recorded.networks
+        yield f"{path} · {history.recorded.column}" if others else str(path), history
+        for name in others:
+            yield f"{path} · {name}", History.load(file, format=format, column=name)
 
 
 def how_read(history: History) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class History:
         Args:
             path: A file or folder: gradclip's own, Hugging Face's `trainer_state.json`,
                 TensorBoard events, Lightning's `metrics.csv`, an MLflow store, CSV,
-                JSON lines, Parquet, or what a trainer printed.
+                JSON lines, Parquet, or what a trainer printed; gzip is unpacked, and a
+                pipe or `-` (standard input) is read whole.
             format: What it is, where the guess is wrong; see `gradclip.readers`.
             column: Which column holds the norm before clipping, where the guess is
                 wrong.

@@ -11,6 +11,7 @@ from pathlib import Path
 from gradclip.readers import console, documents, events, mlflow, own, tabular
 from gradclip.readers.assemble import assemble
 from gradclip.readers.columns import Columns
+from gradclip.readers.plain import plain_file
 from gradclip.record import LogError, Record
 
 FORMATS = (
@@ -33,7 +34,7 @@ def read(path: Path, format: str | None = None, column: str | None = None) -> Re
     """Return the record of a log.
 
     Args:
-        path: A file or a folder.
+        path: A file, a folder, a pipe, or `-` for standard input; gzip is unpacked.
         format: One of `FORMATS`; guessed from the content if not given.
         column: The column with the norm before clipping; guessed if not given.
 
@@ -46,7 +47,11 @@ def read(path: Path, format: str | None = None, column: str | None = None) -> Re
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}.")
-    path = _inside(path, format)
+    with plain_file(path) as file:
+        return _read(_inside(file, format), format, column)
+
+
+def _read(path: Path, format: str | None, column: str | None) -> Record:
     format = format or guess(path)
     if format == "gradclip" and column in (None, "norm"):
         return own.read(path)
