@@ -181,6 +181,23 @@ def test_a_run_that_was_lost_is_judged_by_what_came_before():
     assert advice.confidence == "low"
 
 
+def test_a_lucky_first_loss_is_no_sign_of_a_lost_run():
+    loss = np.linspace(2, 1, 2000)
+    loss[0] = 0.6
+    assert advise(norms(), loss=loss).limit == advise(norms()).limit
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_missing_loss_does_not_hide_or_move_the_end(at):
+    norm = np.concatenate([[0.4, 0.3, 0.5, 0.4, 0.4], norms(500) * 50])
+    loss = np.concatenate([[4.8, 4.4, 4.3, 4.2, 4.1], np.full(500, 12.0)])
+    loss[at] = np.nan
+    advice = advise(norm, loss=loss)
+    assert advice.lost
+    assert advice.limit == 0.4
+    assert "the 5 norms before" in advice.reasons[0]
+
+
 def test_a_run_that_did_not_learn_lowers_the_confidence():
     advice = advise(norms(), loss=np.full(2000, 2.3))
     assert advice.confidence == "low"

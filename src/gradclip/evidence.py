@@ -191,7 +191,8 @@ def lost_from(loss: Floats) -> int:
     """Return from which step on a run was lost: its loss rose, and never came back.
 
     A run counts as lost if the median loss of its last tenth is more than half above
-    its first loss, or not finite. It is lost from the first loss above the first one.
+    where it began, or not finite. It began at its first loss, or at the median of the
+    first three if that is above it; it is lost from the first loss above that.
 
     Args:
         loss: The loss at each step; nothing is said if most are NaN.
@@ -204,13 +205,17 @@ def lost_from(loss: Floats) -> int:
         >>> lost_from(np.array([4.8, 3.9, 3.8, 15.0, 20.0, 12, 11, 12, 10, 10]))
         3
     """
-    size = loss.size
-    if size < 10 or not loss[0] > 0 or np.isnan(loss).mean() > 0.5:
+    size, known = loss.size, np.flatnonzero(~np.isnan(loss))
+    if size < 10 or known.size < size / 2:
         return size
+    # The first may be a lucky one.
+    first = float(max(loss[known[0]], np.median(loss[known[:3]])))
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
-    if end <= 1.5 * loss[0]:
+    if not 0 < 1.5 * first < end:
         return size
-    return int(np.argmax(~(loss[1:] <= loss[0]))) + 1
+    risen = np.flatnonzero(loss > first)
+    # A gap says nothing, but those at the end are of a loss that became NaN.
+    return int(risen[0] if risen.size else known[-1] + 1)
 
 
 def stands_still(loss: Floats) -> bool:
