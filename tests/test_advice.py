@@ -210,7 +210,7 @@ def two_runs(factor):
     norm = np.concatenate([norms(500), norms(300, seed=1) * factor])
     from gradclip.readers.assemble import in_order
 
-    record = in_order(gc.History.of(norm, step=step).recorded)
+    record, _ = in_order(gc.History.of(norm, step=step).recorded)
     return gc.advise(gc.History.from_record(record, None))
 
 

@@ -1,8 +1,11 @@
 """Logs as they are in the wild: every quirk is handled, or named in a message."""
 
+import gzip
 import json
 import math
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -194,12 +197,96 @@ def test_not_a_number_is_kept_in_every_spelling(tmp_path):
         (("grad_2.0_norm/a", "grad_2.0_norm_total"), "grad_2.0_norm_total"),
         (("weight_norm", "norm"), "norm"),
         (("total_gradient_norm", "loss"), "total_gradient_norm"),
+        (("grad_norm", "grad_norm_unclipped"), "grad_norm_unclipped"),
+        (("clipped_grad_norm", "unclipped_grad_norm"), "unclipped_grad_norm"),
+        (("gradNormAfterClip", "gradNormBeforeClip"), "gradNormBeforeClip"),
+        (("loss", "crafter-v1 - train/grad_norm"), "crafter-v1 - train/grad_norm"),
     ],
 )
 def test_which_column_is_the_norm_before_clipping(tmp_path, names, chosen):
     rows = "\n".join(f"{i},7.0,8.0" for i in range(3))
     history = load(tmp_path / "log.csv", f"step,{','.join(names)}\n{rows}\n")
     assert history.recorded.column == chosen
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step {step} loss 0.5 clipped_grad_norm: 1.0 grad_norm: {norm}",
+        "step {step} | clipped grad norm: 0.93 | raw grad norm: {norm}",
+        "step {step} pre_clip_grad_norm: {norm} post_clip_grad_norm: 1.0",
+        "split 1 | step {step} | loss 2 | grad_norm {norm}",
+        "time per step: 0.31 | step: {step} | grad_norm {norm}",
+        "ms/step: 312.4 | step: {step} | grad_norm {norm}",
+        "s/it: 0.35 step={step} grad_norm={norm}",
+        "train/step: {step} grad_norm={norm}",
+    ],
+)
+def test_a_word_within_another_is_no_name(tmp_path, line):
+    lines = [line.format(step=7 + i, norm=norm) for i, norm in enumerate(NORMS)]
+    history = load(tmp_path / "out.log", "\n".join(lines))
+    assert history.step.tolist() == list(range(7, 7 + len(NORMS)))
+    assert history.norm.tolist() == NORMS
+
+
+def test_the_range_of_another_method_is_no_limit(tmp_path):
+    rows = "".join(f"{i},0.2,2.0,{1 + i}\n" for i in range(4))
+    history = load(tmp_path / "log.csv", f"step,eps_clip,policy/clip,grad_norm\n{rows}")
+    assert np.isnan(history.limit).all()
+
+
+def test_a_limit_that_is_not_in_every_row_stays(tmp_path):
+    rows = "".join(f"{i},{'' if i % 2 else 0.5},{1 + i}\n" for i in range(4))
+    history = load(tmp_path / "log.csv", f"step,max_grad_norm,grad_norm\n{rows}")
+    assert history.limit.tolist() == [0.5] * 4
+
+
+def test_steps_with_all_their_digits_are_not_rounded(tmp_path):
+    steps = [*range(0, 50_000, 10), *range(50_010, 60_000, 10)]
+    rows = "".join(f"{step:.18e},{1 + step:.18e}\n" for step in steps)
+    history = load(tmp_path / "log.csv", f"step,grad_norm\n{rows}")
+    assert history.step.tolist() == steps
+    assert history.notes == ()
+
+
+def test_tensors_belong_to_the_run_that_they_stand_in(tmp_path):
+    lines = []
+    for run in range(2):
+        lines += ['{"gradclip": 1, "rule": "", "run": {}}', '{"names": ["a", "b"]}']
+        for step in range(30):
+            norm = [80.0 if (run, step) == (0, 15) else 1 + 0.01 * step, 1.0]
+            lines.append(json.dumps({"step": step, "tensors": norm}))
+            whole = {"norm": math.hypot(*norm), "limit": None, "scale": 1}
+            lines.append(json.dumps({"step": step, **whole}))
+    history = load(tmp_path / "run.jsonl", "\n".join(lines))
+    first, second = history.runs
+    assert first.tensors.norm[15].tolist() == [80.0, 1.0]
+    assert second.tensors.norm[15].tolist() == [1.15, 1.0]
+    assert gc.advise(history).spikes[0].tensors == (("a", 80.0), ("b", 1.0))
+    again = gc.replay(first, gc.Norm(40.0, over="tensor"))
+    assert again.scale[15] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["gzip", "utf-16", "pipe"])
+def test_what_is_no_plain_file_is_read_whole(tmp_path, kind):
+    text = "step,grad_norm\n" + "".join(f"{i},{1 + i}\n" for i in range(20_000))
+    path = tmp_path / "log.csv"
+    if kind == "gzip":
+        path = tmp_path / "log.csv.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+    elif kind == "utf-16":
+        path.write_text(text, encoding="utf-16")
+    else:
+        os.mkfifo(path)
+        threading.Thread(target=path.write_text, args=(text,)).start()
+    assert gc.History.load(path).norm.tolist() == list(range(1, 20_001))
+
+
+def test_a_torn_gzip_file_is_refused_by_its_own_name(tmp_path):
+    path = tmp_path / "log.csv.gz"
+    path.write_bytes(gzip.compress(b"step,grad_norm\n1,2\n" * 9)[:-9])
+    with pytest.raises(LogError, match=f"^{path}: not a whole gzip file"):
+        gc.History.load(path)
 
 
 REFUSED = {

@@ -71,7 +71,9 @@ def test_the_page_stands_alone_and_names_stay_text(page):
 def test_the_heat_map_keeps_single_steps():
     norm = np.full((5000, 3), 0.1)
     norm[1234, 1] = 100.0
-    tensors = gc.record.Tensors(("a", "b", "c"), np.arange(5000), norm)
+    tensors = gc.record.Tensors(
+        ("a", "b", "c"), np.arange(5000), norm, np.zeros(5000, int)
+    )
     (cells,) = heat_map(tensors)["data"]
     assert np.max(cells["z"][1]) == pytest.approx(2.0)
     assert np.max(cells["z"][0]) == pytest.approx(-1.0)

@@ -250,10 +250,7 @@ class History:
     def runs(self) -> list["History"]:
         """The runs that the log holds, each as a history of its own."""
         record, names = self.recorded, np.unique(self.recorded.run)
-        return [
-            History.from_record(record.take(record.run == name), self.path)
-            for name in names
-        ]
+        return [History.from_record(record.of_run(name), self.path) for name in names]
 
     def __len__(self) -> int:
         """Return the number of recorded steps."""

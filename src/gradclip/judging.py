@@ -71,7 +71,7 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
         f"the runs differ (median norms {told}); the advice is for the newest, number "
         f"{newest + 1} of {names.size}."
     )
-    return record.take(record.run == newest), notes
+    return record.of_run(newest), notes
 
 
 def warmup_of(record: Record, usable: Any) -> int:
@@ -319,18 +319,19 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
             int(record.step[i]),
             float(norm[i]),
             float(scores[i]),
-            _carriers(record, int(record.step[i])),
+            _carriers(record, int(i)),
         )
         for i in np.flatnonzero(scores > SPIKE)
     )
 
 
-def _carriers(record: Record, step: int) -> tuple[tuple[str, float], ...]:
-    """Return the three largest parameters at a step, where they were recorded."""
+def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
+    """Return the three largest parameters of a row, where they were recorded."""
     tensors = record.tensors
     if tensors is None:
         return ()
-    at = np.flatnonzero(tensors.step == step)
+    same = (tensors.step == record.step[i]) & (tensors.run == record.run[i])
+    at = np.flatnonzero(same)
     if not at.size:
         return ()
     # A parameter that is not finite carried the spike, whatever the others did.

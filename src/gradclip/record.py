@@ -25,6 +25,13 @@ class Tensors:
     step: Steps
     norm: Floats
     """One row for each of these steps, one column for each name."""
+    run: NDArray[np.int64]
+    """To which run each of these steps belongs."""
+
+    def of_run(self, name: int) -> "Tensors":
+        """Return the norms of one run."""
+        own = self.run == name
+        return Tensors(self.names, self.step[own], self.norm[own], self.run[own])
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Record:
         """Return the record with some of its rows."""
         names = ("step", "norm", "limit", "scale", "loss", "run")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def of_run(self, name: int) -> "Record":
+        """Return the steps of one run."""
+        tensors = self.tensors and self.tensors.of_run(name)
+        return replace(self.take(self.run == name), tensors=tensors)
 
     def also(self, *notes: str) -> "Record":
         """Return the record with more said about it; nothing is said twice."""

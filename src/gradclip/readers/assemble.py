@@ -47,17 +47,20 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
             f"read {name}; {', '.join(networks)} belong to other networks: "
             "name them with column=… (--column)."
         )
-    return in_order(record).also(*columns.notes, *notes)
+    record, _ = in_order(record)
+    return record.also(*columns.notes, *notes)
 
 
-def in_order(record: Record) -> Record:
-    """Return the record with its runs told apart and replaced branches left out."""
+def in_order(record: Record) -> tuple[Record, Steps]:
+    """Return the record with its runs told apart and replaced branches left out.
+
+    Returns:
+        The record, and the row of the file that each of its own was.
+    """
     runs, notes = split_runs(record.step, record.norm)
-    if len(runs) == 1 and len(runs[0]) == record.norm.size:
-        return record.also(*notes)
     rows = np.array([row for run in runs for row in run], np.int64)
     names = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
-    return replace(record.take(rows), run=names).also(*notes)
+    return replace(record.take(rows), run=names).also(*notes), rows
 
 
 def as_floats(column: Column) -> Floats:
@@ -90,7 +93,12 @@ def _limits(columns: Columns, rows: Steps) -> Floats:
     if np.isnan(limit).all():
         # An argument that was printed once, in a row of its own.
         limit = np.full(rows.shape, as_floats(columns.found[name])[-1])
-    return limit if name == "limit" else np.where(limit > 0, limit, np.inf)
+    if name == "limit":
+        return limit
+    # An argument that is not in every row has not changed in the others.
+    known = ~np.isnan(limit)
+    last = np.maximum.accumulate(np.where(known, np.arange(limit.size), known.argmax()))
+    return np.where(limit[last] > 0, limit[last], np.inf)
 
 
 def _steps(columns: Columns, norm: Column) -> tuple[Steps, list[str]]:

@@ -16,11 +16,13 @@ NORM = re.compile(
     re.IGNORECASE,
 )
 LIMIT = re.compile(
-    r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)?$"
-    r"|(?:grad|gradient)[\W_]*clip(?:ping)?$|grad[\W_]*clip[\W_]*(?:val|norm)$",
+    r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)$"
+    r"|clip[\W_]*grad(?:ient)?s?$|(?:grad|gradient)[\W_]*clip(?:ping)?$|grad[\W_]*clip[\W_]*(?:val|norm)$",
     re.IGNORECASE,
 )
-AFTER = re.compile(r"after|post[\W_]*clip|clipped(?![a-z])", re.IGNORECASE)
+AFTER = re.compile(
+    r"(?<![a-z])after|(?-i:After)|post[\W_]*clip|(?<!un)clipped(?![a-z])", re.IGNORECASE
+)
 AVERAGE = re.compile(r"avg|average|mean|(?:^|[\W_])ema", re.IGNORECASE)
 FIRST = re.compile(r"before|pre[\W_]*clip|unclipped|total|global|val$", re.IGNORECASE)
 STEPS = (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
+ROUNDED = re.compile(r"(?:\.(\d*))?e\+(\d+)")
 WHOLE = 2.0**53
 """From here on a float skips integers, so that it cannot be a step."""
 NAMED = {"nan", "inf", "infinity", "-inf", "-infinity", "+inf", "null", "none", "-nan"}
@@ -28,8 +29,9 @@ class Column:
             return
         self.rows.append(row)
         self.values.append(value)
-        if isinstance(text, str) and "e+" in text:
-            self.rounded = True
+        if isinstance(text, str) and (found := ROUNDED.search(text)):
+            decimals, exponent = found.groups()
+            self.rounded |= len(decimals or "") < int(exponent)
 
 
 class Columns:

@@ -21,6 +21,15 @@ LIMIT = re.compile(
 )
 
 
+BEFORE = (
+    r"(?<!max_)(?<!max )(?i:(?<!(?<!pre[-_ ])(?<!before[-_ ])clip[-_ ])"
+    r"(?<!(?<!un)clipped[-_ ]))"
+)
+"""Not behind what makes it a limit, or the norm after clipping."""
+APART = r"(?<![a-zA-Z])(?<!s/)(?<!sec/)(?<!per[ _])"
+"""Not the end of another word, nor of a time per step."""
+
+
 class Pattern(NamedTuple):
     """How one tool prints a step."""
 
@@ -60,9 +69,9 @@ PATTERNS = (
     ),
     _pattern(
         "steps",
-        r"(?i:num_updates|global[ _]step|train[ _]step|steps?|iter(?:ation)?s?|it)"
+        rf"{APART}(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|it)"
         r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b.*?"
-        r"(?<!max_)(?<!max )(?<!clip_)(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?"
+        rf"{BEFORE}(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?"
         r"\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
@@ -72,7 +81,7 @@ PATTERNS = (
     ),
     _pattern(
         "norms",
-        r"(?<!max_)(?<!max )(?<!clip_)(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*"
+        rf"{BEFORE}(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*"
         r"['\"]?(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
     ),
 )

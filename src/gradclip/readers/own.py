@@ -3,6 +3,7 @@
 import json
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +14,7 @@ import numpy as np
 
 from gradclip.readers.assemble import in_order
 from gradclip.readers.columns import WHOLE, number
-from gradclip.record import LogError, Record, Tensors, record_of
+from gradclip.record import LogError, Record, Steps, Tensors, record_of
 from gradclip.recorder import SCHEMA
 
 CHUNK = 2_000
@@ -28,7 +29,8 @@ class Found:
         self.columns = {name: array("d") for name in NAMES}
         self.heads: list[dict[str, Any]] = []
         self.names: tuple[str, ...] = ()
-        self.tensors: dict[tuple[str, ...], list[tuple[int, list[float]]]] = {}
+        self.tensors: dict[tuple[str, ...], list[tuple[int, int, list[float]]]] = {}
+        """For each set of names how many steps came before, the step, and the norms."""
         self.damaged: list[int] = []
 
     def add_steps(self, entries: list[Any]) -> bool:
@@ -68,7 +70,8 @@ class Found:
             if len(values) != len(self.names) or None in numbers:
                 return False
             row = [x for x in numbers if x is not None]
-            self.tensors.setdefault(self.names, []).append((step, row))
+            before = len(self.columns["norm"])
+            self.tensors.setdefault(self.names, []).append((before, step, row))
             return True
         norm = number(entry.get("norm", ""))
         if norm is None:
@@ -108,8 +111,8 @@ def read(path: Path) -> Record:
         facts=dict(head.get("run") or {}),
         format="gradclip",
     )
-    record = in_order(record)
-    tensors = _tensors(found, record)
+    record, rows = in_order(record)
+    tensors = _tensors(found, record, rows)
     return replace(record, tensors=tensors).also(*_damage(found, path))
 
 
@@ -161,14 +164,24 @@ def _damage(found: Found, path: Path) -> list[str]:
     return [f"{count} damaged and left out, the first is line {lines[0]}."]
 
 
-def _tensors(found: Found, record: Record) -> Tensors | None:
+def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:
     """Return the norms of the parameters under the names that came last."""
     if not found.tensors:
         return None
     # Other names are those of another model, and cannot share a heat map.
-    names, rows = list(found.tensors.items())[-1]
-    newest = dict(rows)
-    # A branch that was replaced may have gone further than the one that counts.
-    steps = sorted(set(newest) & set(record.step.tolist()))
-    norms = np.array([newest[step] for step in steps], np.float64)
-    return Tensors(names, np.array(steps, np.int64), norms)
+    names, entries = list(found.tensors.items())[-1]
+    owners = dict(zip(rows.tolist(), range(rows.size), strict=True))
+    places: dict[int, list[int]] = {}
+    for row, step in enumerate(found.columns["step"]):
+        places.setdefault(int(step), []).append(row)
+    newest = {}
+    for before, step, norms in entries:
+        # They are written before the step; a file may hold several runs with that.
+        later = places.get(step, [])[bisect_left(places.get(step, []), before) :]
+        if later and later[0] in owners:
+            newest[owners[later[0]]] = norms
+    own = np.array(sorted(newest), np.int64)
+    norms_of = np.array([newest[i] for i in own.tolist()], np.float64)
+    return Tensors(
+        names, record.step[own], norms_of.reshape(-1, len(names)), record.run[own]
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import BinaryIO, cast
 
 from gradclip.record import LogError
 
@@ -46,7 +46,7 @@ def _flows_away(path: Path) -> bool:
     return not path.is_file() and not path.is_dir()
 
 
-def _opened(stack: ExitStack, path: Path) -> IO[bytes]:
+def _opened(stack: ExitStack, path: Path) -> BinaryIO:
     if str(path) == STDIN:
         return sys.stdin.buffer
     return stack.enter_context(path.open("rb"))
@@ -57,8 +57,9 @@ def _unpacked(stack: ExitStack, path: Path) -> Path:
     start = _start(path)
     if start == GZIP:
         try:
-            stream = stack.enter_context(gzip.open(path))
-            path = _copied(stack, stream, path.name.removesuffix(".gz"))
+            with gzip.open(path) as stream:
+                inside = cast(BinaryIO, stream)
+                path = _copied(stack, inside, path.name.removesuffix(".gz"))
         except (OSError, EOFError, zlib.error) as error:
             raise LogError(f"{path}: not a whole gzip file: {error}") from None
         start = _start(path)
@@ -76,7 +77,7 @@ def _start(path: Path) -> bytes:
         return file.read(2)
 
 
-def _copied(stack: ExitStack, stream: IO[bytes], name: str) -> Path:
+def _copied(stack: ExitStack, stream: BinaryIO, name: str) -> Path:
     copy = _place(stack, name)
     with copy.open("wb") as file:
         shutil.copyfileobj(stream, file)
