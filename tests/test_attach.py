@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -432,3 +433,25 @@ def test_names_are_those_without_wrappers(wrap):
     rule = gc.by_name({"1.*": None, "0.*": gc.Norm(1.0)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert attach(optimizer, rule, model).names == names
+
+
+def through_pickle(things):
+    return pickle.loads(pickle.dumps(things))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_copy_clips_as_the_original_does(duplicate, attached):
+    net = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    clipper = attach(optimizer, gc.Norm(0.5))
+    if not attached:
+        clipper.detach()
+    net, optimizer, clipper = duplicate((net, optimizer, clipper))
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    net(torch.full((8, 4), 100.0)).sum().backward()
+    optimizer.step()
+    step = torch.nn.utils.parameters_to_vector(net.parameters()).detach() - before
+    assert (float(step.norm()) < 0.6) == attached
+    clipper.detach()
+    assert not optimizer._optimizer_step_pre_hooks

@@ -74,6 +74,14 @@ def test_gradients_that_are_still_scaled(unscales):
             clipper.clip_()
 
 
+def test_a_scaler_that_is_switched_off_is_none():
+    net, _, clipper = setting(gc.Norm(0.5))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(net(torch.full((3, 4), 1e6)).square().mean()).backward()
+    assert float(clipper.clip_().norm_after) == pytest.approx(0.5)
+    assert "scaled" not in clipper._doctor.checks
+
+
 def test_stepping_without_gradients():
     _, optimizer, _ = setting()
     attach(optimizer, gc.Norm(1.0))

@@ -152,6 +152,24 @@ def test_functions_refuse_the_limit_before_anything_changes(limit):
     assert p.grad.tolist() == [3.0, 4.0]
 
 
+def test_functions_refuse_a_limit_that_follows_the_steps():
+    p = parameter()
+    for call in (clip_grad_norm_, clip_grad_value_):
+        with pytest.raises(TypeError, match="a function does not count"):
+            call([p], lambda step: 1.0 + step)
+    with pytest.raises(TypeError, match="a function does not count"):
+        clip_grads_with_norm_([p], lambda step: 1.0 + step, 5.0)
+    assert p.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("norm", [-5.0, torch.tensor([5.0, 5.0])])
+def test_a_norm_that_is_none_is_refused(norm):
+    p = parameter()
+    with pytest.raises(ValueError, match="total_norm="):
+        clip_grads_with_norm_([p], 1.0, norm)
+    assert p.grad.tolist() == [3.0, 4.0]
+
+
 def test_functions_refuse_what_is_not_a_tensor():
     module = torch.nn.Linear(2, 2)
     for call in (
@@ -213,6 +231,12 @@ def test_attach_and_clipper_refuse_the_wrong_things():
         attach(optimizer, 1.0)
     with pytest.raises(ValueError, match="on_nonfinite='never'"):
         attach(optimizer, gc.Norm(1.0), on_nonfinite="never")
+    with pytest.raises(TypeError, match=r"history='run\.jsonl' is str; use history="):
+        attach(optimizer, gc.Norm(1.0), history="run.jsonl")
+    with pytest.raises(TypeError, match="use history=gradclip"):
+        gc.Clipper(gc.Norm(1.0), history="run.jsonl")
+    with pytest.raises(ValueError, match=r"doctor=\['rate'\]: it is a collection"):
+        attach(optimizer, gc.Norm(1.0), doctor="rate")
     assert not optimizer._optimizer_step_pre_hooks
 
 

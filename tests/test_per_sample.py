@@ -154,6 +154,55 @@ def test_ghosts_equal_per_sample_gradients(kind, padding, rule):
         torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-12)
 
 
+class Times(torch.nn.Module):
+    """Change what goes in, as an activation in place does."""
+
+    def forward(self, x):
+        return x.mul_(10.0)
+
+
+class Tokens(torch.nn.Module):
+    """One index for each sample, and a layer whose output nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 6)
+        self.head, self.unused = torch.nn.Linear(6, 2), torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        hidden = self.embedding(x.to(torch.int64).flatten())
+        self.unused(hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("behind", [Times(), torch.nn.SiLU(inplace=True), "tokens"])
+def test_ghosts_see_gradients_where_the_layer_ends(behind):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear
+    model = (
+        Tokens()
+        if behind == "tokens"
+        else torch.nn.Sequential(linear(5, 6), behind, linear(6, 2))
+    )
+    x = torch.tensor([[1.0], [2.0], [1.0]]) if behind == "tokens" else torch.randn(3, 5)
+    with PerSample(model) as samples:
+        info = samples.backward(model(x).square().sum(1), gc.Norm(1.0))
+    for i in range(3):
+        model.zero_grad()
+        model(x[i : i + 1].clone()).square().sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        norm = torch.cat(grads).double().norm()
+        torch.testing.assert_close(info.norm[i], norm, rtol=1e-5, atol=0)
+
+
+def test_ghosts_refuse_a_layer_without_samples():
+    model = torch.nn.Embedding(4, 3)
+    with PerSample(model) as samples:
+        losses = (torch.ones(2, 4, 3) * model(torch.arange(4))).sum((1, 2))
+        with pytest.raises(ValueError, match=r"called with 4 samples, and there are 2"):
+            samples.backward(losses, gc.Norm(1.0))
+
+
 def test_ghosts_refuse_what_they_cannot_do():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with PerSample(model) as samples:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gradclip.backends import Backend, find_backend
 from gradclip.decision import Info
-from gradclip.memory import Memory, at_least
+from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import run
 from gradclip.policy import Policy, check_policy
 from gradclip.reading import on_host
@@ -118,8 +118,7 @@ class Clipper:
         self.info: Info | None = None
         self._memory = Memory(rule)
         self.history = history
-        if history is not None:
-            history.begin(rule)
+        begin(history, rule)
 
     def clip(
         self, grads: Grads, *, params: Any = None, out: Any = None

@@ -23,6 +23,22 @@ def at_least(least: int, **named: float) -> None:
             raise ValueError(f"{name}={value!r}: it is a number, at least {least}.")
 
 
+def begin(history: Any, rule: Rule) -> None:
+    """Tell a history what clips in the steps to come; None is no history.
+
+    Raises:
+        TypeError: For what is no history, such as the path of one.
+    """
+    if history is None:
+        return
+    if not hasattr(history, "begin"):
+        raise TypeError(
+            f"history={history!r} is {type(history).__name__}; use "
+            "history=gradclip.History(path)."
+        )
+    history.begin(rule)
+
+
 class Memory:
     """The state of each stage of a rule, and the counts of steps."""
 

@@ -208,11 +208,29 @@ class Attached(Clipper):
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._flags: dict[str, Any] | None = None
         self._before_closure: tuple[list[Tensor], Any] | None = None
-        after = optimizer.register_step_post_hook(self._after_step)
-        self._hooks = optimizer.register_step_pre_hook(self._before_step), after
+        self._register()
+
+    def _register(self) -> None:
+        """Have the optimizer call this at every step."""
+        after = self.optimizer.register_step_post_hook(self._after_step)
+        self._hooks: Any = (
+            self.optimizer.register_step_pre_hook(self._before_step),
+            after,
+        )
         # The last one to change something for a step is the first to put it back.
-        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks: Any = self.optimizer._optimizer_step_post_hooks
         hooks.move_to_end(after.id, last=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the hooks, which no optimizer takes into a copy."""
+        return {**self.__dict__, "_hooks": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Register the hooks again, unless they had been taken out."""
+        self.__dict__.update(state)
+        self._hooks = ()
+        if state["_hooks"]:
+            self._register()
 
     def _empty(self, stage: Rule) -> State:
         """Return the memory of a stage: nothing where it is the optimizer's."""
@@ -234,6 +252,7 @@ class Attached(Clipper):
         """Take the clipping out of the optimizer again."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = ()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradclip.arrays import check_rule
 from gradclip.decision import Info
-from gradclip.memory import Memory, at_least
+from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop
 from gradclip.rules import Rule, State, stages
@@ -121,8 +121,7 @@ class Clipper:
             (), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
         self.history = history
-        if history is not None:
-            history.begin(rule)
+        begin(history, rule)
 
     @torch.no_grad()
     def clip_(self) -> Info:

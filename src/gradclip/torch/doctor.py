@@ -38,11 +38,11 @@ class Doctor:
         self, checks: Collection[str], params: Sequence[Tensor], rule: Rule
     ) -> None:
         """Refuse unknown checks, and watch when one gradient is made."""
-        unknown = set(checks) - set(CHECKS)
+        unknown = [checks] if isinstance(checks, str) else set(checks) - set(CHECKS)
         if unknown:
             raise ValueError(
-                f"doctor={sorted(unknown)}: the checks are {', '.join(CHECKS)}; "
-                "an empty tuple turns all of them off."
+                f"doctor={sorted(unknown)}: it is a collection of checks, which are "
+                f"{', '.join(CHECKS)}; an empty tuple turns all of them off."
             )
         self.checks = set(checks)
         self.rule = rule
@@ -120,10 +120,11 @@ class Doctor:
             return
         kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
         # There may be millions of objects: a call for each would take a second.
-        for scaler in [x for x in gc.get_objects() if type(x) in kinds]:
+        found = [x for x in gc.get_objects() if type(x) in kinds]
+        # One that is switched off, as for a run without amp, has no states at all.
+        for scaler in [x for x in found if x.is_enabled() and x._scale is not None]:
             stages_ = [s["stage"].name for s in scaler._per_optimizer_states.values()]
-            used = scaler.is_enabled() and scaler._scale is not None
-            if used and "UNSCALED" not in stages_:
+            if "UNSCALED" not in stages_:
                 self.tell(
                     "scaled",
                     f"the norm is {float(info.norm.max()):.3g}, and a GradScaler with "

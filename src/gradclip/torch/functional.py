@@ -62,7 +62,7 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError: For what is not a tensor.
+        TypeError: For what is not a tensor, or a limit that follows the steps.
         ValueError: For a limit or order that is not above 0, for no parameters and for
             no gradients.
         NonFiniteError: A `RuntimeError`, where that was asked for.
@@ -166,6 +166,7 @@ def get_total_norm(
     if not leaves:
         return torch.tensor(0.0)
     verbs, layout = _VERBS, _layout(leaves, split_over)
+    leaves = list(map(_dense, leaves))
     if layout is not None:
         verbs = Sharded(layout, rule, list(range(len(leaves))))
         leaves = [part_of(t) for t in leaves]
@@ -176,6 +177,11 @@ def get_total_norm(
             "look for NaN and infinity in them."
         )
     return norm.to(_report_type({t.dtype for t in leaves}))
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Return the values of a sparse tensor, which has no others than 0."""
+    return t.coalesce().values() if t.layout == torch.sparse_coo else t
 
 
 @torch.no_grad()
@@ -198,8 +204,9 @@ def clip_grads_with_norm_(
         foreach: Accepted for compatibility.
 
     Raises:
-        TypeError: For what is not a tensor.
-        ValueError: For a limit that is not above 0, no parameters or no gradients.
+        TypeError: For what is not a tensor, or a limit that follows the steps.
+        ValueError: For a limit that is not above 0, a norm below 0 or of several
+            numbers, no parameters or no gradients.
 
     Example:
         >>> import torch
@@ -211,8 +218,13 @@ def clip_grads_with_norm_(
         tensor([0.6000, 0.8000])
     """
     rule = Norm(max_norm)
-    leaves = collect(distinct(parameters)).leaves
+    _check_fixed(rule)
     norm = full_of(torch.as_tensor(total_norm)).double()
+    if norm.dim() or (on_host([norm]) and bool(norm < 0)):
+        raise ValueError(
+            f"total_norm={total_norm!r}: it is a number at least 0, or a 0-d tensor."
+        )
+    leaves = collect(distinct(parameters)).leaves
     scale = clip_scale(norm, rule.limit, torch)
     if _VERBS.known(scale == 1) is not True:
         _VERBS.multiply(leaves, scale, "all")
@@ -228,6 +240,7 @@ def _clip_parameters(
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
+    _check_fixed(rule)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None
@@ -256,6 +269,15 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
+
+
+def _check_fixed(rule: Rule) -> None:
+    """Refuse a limit that follows the steps, which a function does not count."""
+    if rule.stateful:
+        raise TypeError(
+            f"{rule!r}: the limit follows the steps, and a function does not count "
+            "them; use clipper = Clipper(params, rule), then clipper.clip_()."
+        )
 
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:

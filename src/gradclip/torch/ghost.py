@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradclip.backends import TorchArrays
 from gradclip.decision import Info
@@ -25,7 +26,7 @@ class PerSample:
 
     Linear and embedding layers need no per-sample gradients; those of other layers are
     formed for one layer at a time. Samples must not influence each other (no batch
-    norm), and each layer may be called once.
+    norm), each layer may be called once, and its parameters used by nothing else.
 
     Args:
         model: The module; its inputs have the samples along their first axis.
@@ -61,7 +62,7 @@ class PerSample:
                 "PerSample: some layers share a parameter, so that their norms do not "
                 "add up; use torch.func.vmap with gradclip.per_sample.clipped_sum."
             )
-        self._calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._calls: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "PerSample":
@@ -90,7 +91,8 @@ class PerSample:
                 f"PerSample: {layer} is called twice, or with other than one tensor; "
                 "use torch.func.vmap with gradclip.per_sample.clipped_sum."
             )
-        self._calls[layer] = inputs[0].detach(), output
+        # Where its gradient arrives, even if it is changed in place behind the layer.
+        self._calls[layer] = inputs[0].detach(), get_gradient_edge(output)
 
     def backward(self, losses: Tensor, rule: Rule) -> Info:
         """Add the clipped gradients to `grad`, as `backward()` would.
@@ -124,12 +126,23 @@ class PerSample:
     def _norms(self, losses: Tensor) -> Tensor:
         """Return the norm of the gradient of each sample."""
         layers = list(self._calls)
-        outputs = [self._calls[layer][1] for layer in layers]
-        grads = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
+        for layer in layers:
+            if (count := len(self._calls[layer][0])) != len(losses):
+                raise ValueError(
+                    f"PerSample: {layer} was called with {count} samples, and there "
+                    f"are {len(losses)} losses; samples lie along the first axis of "
+                    "everything that goes into a layer."
+                )
+        edges = [self._calls[layer][1] for layer in layers]
+        grads = torch.autograd.grad(
+            losses.sum(), edges, retain_graph=True, allow_unused=True
+        )
         with torch.no_grad():
-            squares = [
+            squares = [losses.new_zeros(len(losses), dtype=torch.float64)]
+            squares += [
                 squared_norms(layer, self._calls[layer][0], grad).double()
                 for layer, grad in zip(layers, grads, strict=True)
+                if grad is not None
             ]
         return torch.stack(squares).sum(0).sqrt()
 
@@ -160,9 +173,7 @@ def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
 
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, grad: Tensor) -> Tensor:
-    rows, g = inputs.flatten(1), grad.double().flatten(1, -2)
-    if inputs.dim() == 1:
-        rows, g = inputs[:, None], grad.double()[:, None]
+    rows, g = inputs[:, None].flatten(1), grad.double()[:, None].flatten(1, -2)
     same = rows[:, :, None] == rows[:, None, :]
     if layer.padding_idx is not None:
         same &= (rows != layer.padding_idx)[:, :, None]
