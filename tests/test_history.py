@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradclip as gc
+from gradclip import watching
 from gradclip.record import LogError
 from gradclip.torch import Clipper, attach
 
@@ -286,3 +287,22 @@ def test_what_cannot_be_done_is_said(tmp_path):
     later.write_text('{"gradclip": 2}\n{"step": 0, "norm": 1.0}\n')
     with pytest.raises(LogError, match=r"schema 2.*upgrade"):
         gc.History.load(later)
+
+
+def test_each_norm_has_a_step():
+    with pytest.raises(ValueError, match="step has 50 numbers, and norm 100"):
+        gc.History.of(np.ones(100), step=range(50))
+
+
+def test_facts_that_are_no_dictionary_are_none(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"gradclip": 1, "run": "x"}\n{"step": 0, "norm": 1}\n')
+    assert gc.History.load(path).recorded.facts == {}
+
+
+def test_a_folder_that_grows_is_shown_again(tmp_path):
+    empty = watching._size(tmp_path)
+    (tmp_path / "lr").mkdir()
+    (tmp_path / "lr" / "events").write_text("more")
+    assert watching._size(tmp_path) == empty + 4
+    assert watching._size(tmp_path / "nothing") == -1

@@ -1,6 +1,7 @@
 """One optimizer for each parameter, stepped during backward: what lateness costs."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -185,8 +186,12 @@ def test_the_other_policies(policy):
     before = [p.detach().clone() for p in net.parameters()]
     poison(net)
     if policy == "raise":
-        with pytest.raises(gc.NonFiniteError, match=r"0\.weight \(20 of 20"):
+        with pytest.raises(gc.NonFiniteError, match=r"0\.weight \(20 of 20") as error:
             loss_of(net, next(batches())).backward()
+        # The layers behind it were stepped before its gradient was there.
+        assert not torch.equal(net[2].weight, before[2])
+        assert re.search(r"\d parameters were stepped before", str(error.value))
+        assert "nothing was changed" not in str(error.value)
         return
     loss_of(net, next(batches())).backward()
     assert torch.equal(net[0].weight, before[0])

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import gradclip as gc
 from gradclip.readers.runs import split_runs
@@ -280,6 +283,106 @@ def test_what_is_no_plain_file_is_read_whole(tmp_path, kind):
         os.mkfifo(path)
         threading.Thread(target=path.write_text, args=(text,)).start()
     assert gc.History.load(path).norm.tolist() == list(range(1, 20_001))
+
+
+@pytest.mark.parametrize("kind", ["csv", "console"])
+def test_steps_are_counted_through_epochs(tmp_path, kind):
+    line = {
+        "csv": "{epoch},{step},{norm}",
+        "console": "Epoch [{epoch}/3], Step [{step}/4], grad_norm: {norm}",
+    }[kind]
+    pairs = [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3, 4)]
+    lines = ["epoch,step,grad_norm"] if kind == "csv" else []
+    lines += [
+        line.format(epoch=epoch, step=step, norm=1 + i)
+        for i, (epoch, step) in enumerate(pairs)
+    ]
+    history = load(tmp_path / "log.txt", "\n".join(lines))
+    assert history.step.tolist() == list(range(1, 13))
+    assert history.norm.tolist() == list(range(1, 13))
+    assert len(history.runs) == 1
+
+
+def test_a_run_started_afresh_is_no_epoch(tmp_path):
+    rows = "".join(f"0,{i},{1 + i}\n" for i in [*range(30), *range(30)])
+    history = load(tmp_path / "log.csv", f"epoch,step,grad_norm\n{rows}")
+    assert len(history.runs) == 2
+
+
+def test_cells_that_hold_no_number_are_counted(tmp_path):
+    rows = "".join(f"{i},{'#NUM!' if i % 3 else 1 + i}\n" for i in range(9))
+    history = load(tmp_path / "log.csv", f"step,grad_norm\n{rows}")
+    assert history.norm.tolist() == [1.0, 4.0, 7.0]
+    assert any("6 cells of grad_norm hold no number" in x for x in history.notes)
+    assert any("'#NUM!'" in note for note in history.notes)
+
+
+def test_points_may_part_thousands_where_commas_are_decimal_signs(tmp_path):
+    text = "step;grad_norm\n0;0,5\n1;2.076,88\n2;1.234.567,5\n3;1.5\n"
+    history = load(tmp_path / "de.csv", text)
+    assert history.norm.tolist() == [0.5, 2076.88, 1234567.5, 1.5]
+
+
+def test_a_zero_begins_no_group_of_thousands(tmp_path):
+    history = load(tmp_path / "log.tsv", "step\tgrad_norm\n0\t0,470\n1\t0,520\n")
+    assert history.norm.tolist() == [0.47, 0.52]
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "metrics.csv"])
+def test_of_a_folder_the_newest_log_is_read_and_named(tmp_path, name):
+    for number in (9, 10, 100):
+        folder = tmp_path / f"version_{number}"
+        folder.mkdir()
+        entries = [{"step": 1, "grad_norm": number}]
+        text = json.dumps({"log_history": entries})
+        if name == "metrics.csv":
+            text = f"step,grad_norm\n1,{number}\n2,{number}\n"
+        (folder / name).write_text(text)
+    history = gc.History.load(tmp_path)
+    assert history.norm[0] == 100
+    assert any(str(Path("version_100", name)) in note for note in history.notes)
+
+
+def events(folder, at, norms):
+    folder.mkdir(exist_ok=True)
+    writer = EventFileWriter(str(folder))
+    for step, norm in enumerate(norms):
+        value = Summary.Value(tag="grad_norm", simple_value=norm)
+        writer.add_event(Event(step=step, summary=Summary(value=[value])))
+    writer.close()
+    (file,) = folder.glob("*tfevents*")
+    file.rename(folder / f"events.out.tfevents.{at}.host.1.0")
+
+
+def test_the_newest_of_several_event_folders_is_the_last_run(tmp_path):
+    events(tmp_path / "lr_0.1", 1_700_000_000, [1.0, 2.0] * 20)
+    events(tmp_path / "lr_0.01", 1_700_009_000, [30.0, 40.0] * 20)
+    (tmp_path / "lr_0.1" / "events.out.tfevents.1800000000.host").touch()
+    history = gc.History.load(tmp_path)
+    assert history.runs[-1].norm.max() == 40.0
+    assert any("is empty" in note for note in history.notes)
+
+
+def test_an_mlflow_run_that_was_started_again_is_two_runs(tmp_path):
+    metrics = tmp_path / "mlruns" / "0" / "abc" / "metrics"
+    metrics.mkdir(parents=True)
+    steps = [*range(50), *range(20)]
+    lines = [f"17000 {1 + i} {step}" for i, step in enumerate(steps)]
+    (metrics / "grad_norm").write_text("\n".join(lines))
+    first, second = gc.History.load(tmp_path / "mlruns").runs
+    assert (len(first), len(second)) == (50, 20)
+    (metrics / "grad_norm").write_text("\n".join([*lines, "17000 1.1"]))
+    with pytest.raises(LogError, match="line 71: not 'time value step'"):
+        gc.History.load(tmp_path / "mlruns")
+
+
+def test_mlflow_without_steps_is_counted(tmp_path):
+    metrics = tmp_path / "mlruns" / "0" / "abc" / "metrics"
+    metrics.mkdir(parents=True)
+    (metrics / "grad_norm").write_text("".join(f"17000 {1 + i} 0\n" for i in range(9)))
+    history = gc.History.load(tmp_path / "mlruns")
+    assert history.step.tolist() == list(range(9))
+    assert history.norm.tolist() == list(range(1, 10))
 
 
 def test_a_torn_gzip_file_is_refused_by_its_own_name(tmp_path):

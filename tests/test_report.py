@@ -136,3 +136,14 @@ def test_the_page_fits_a_phone_in_both_colours(browser, page, scheme):
     if folder := os.environ.get("GRADCLIP_SCREENSHOTS"):
         tab.screenshot(path=f"{folder}/phone-{scheme}.png", full_page=True)
     assert wrong == []
+
+
+def test_a_page_does_not_replace_the_log(tmp_path):
+    log = tmp_path / "run.csv"
+    log.write_text("step,grad_norm\n" + "".join(f"{i},{1 + i}\n" for i in range(50)))
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match="would replace the log"):
+        write_report([("run", gc.History.load(log))], log)
+    assert log.read_bytes() == before
+    write_report([("run", gc.History.load(log))], str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").stat().st_size > 1000

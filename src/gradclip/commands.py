@@ -21,8 +21,24 @@ UNREADABLE, NO_ADVICE = 1, 3
 
 Logs = Annotated[list[Path], typer.Argument(help="Histories or training logs.")]
 Log = Annotated[Path, typer.Argument(help="A history or a training log.")]
+
+
+def _known_format(value: str | None) -> str | None:
+    """Refuse an unknown format as a wrong option, before a log is looked at."""
+    from gradclip.readers import FORMATS
+
+    if value is not None and value not in FORMATS:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(FORMATS)}.")
+    return value
+
+
 Format = Annotated[
-    str | None, typer.Option("--format", help="What the log is, if the guess is wrong.")
+    str | None,
+    typer.Option(
+        "--format",
+        callback=_known_format,
+        help="What the log is, if the guess is wrong.",
+    ),
 ]
 ColumnName = Annotated[
     str | None, typer.Option("--column", help="The column with the norm.")

@@ -86,7 +86,9 @@ def record_of(
     def beside(values: Any) -> Floats:
         return np.broadcast_to(np.asarray(values, np.float64), norms.shape).copy()
 
-    steps = np.arange(norms.size) if step is None else np.asarray(step)
+    steps = np.arange(norms.size) if step is None else np.asarray(step).reshape(-1)
+    if steps.size != norms.size:
+        raise ValueError(f"step has {steps.size} numbers, and norm {norms.size}.")
     limits = beside(limit)
     scales = scale_under(norms, limits) if scale is None else beside(scale)
     runs = np.zeros(norms.size, np.int64)

@@ -34,13 +34,20 @@ def follow(path: Path, once: bool, every: float) -> None:
         try:
             while True:
                 # Reading again is what takes time, looking at the size does not.
-                size = path.stat().st_size if path.exists() else -1
+                size = _size(path)
                 if size != seen:
                     seen = size
                     live.update(_now(path, console.width), refresh=True)
                 time.sleep(every)
         except KeyboardInterrupt:
             return
+
+
+def _size(path: Path) -> int:
+    """Return how much there is of a log, which may be a folder; -1 for nothing."""
+    if path.is_dir():
+        return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+    return path.stat().st_size if path.exists() else -1
 
 
 def _now(path: Path, width: int) -> Group:

@@ -5,6 +5,7 @@ Formats: `gradclip`, `huggingface`, `tensorboard`, `csv`, `jsonl`, `json`, `parq
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def read(path: Path, format: str | None = None, column: str | None = None) -> Re
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}.")
     with plain_file(path) as file:
-        return _read(_inside(file, format), format, column)
+        inside = _inside(file, format)
+        record = _read(inside, format, column)
+    if inside != file:
+        record = record.also(f"of this folder, {inside.relative_to(file)} was read.")
+    return record
 
 
 def _read(path: Path, format: str | None, column: str | None) -> Record:
@@ -97,13 +102,19 @@ def _inside(path: Path, format: str | None) -> Path:
     if any(path.rglob(events.PATTERN)) or mlflow.runs_in(path):
         return path
     for name in KNOWN_FILES:
-        if found := sorted(path.rglob(name)):
+        if found := sorted(path.rglob(name), key=_natural):
             return found[-1]
     inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
     raise LogError(
         f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "
         "the file."
     )
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return what sorts checkpoint-1000 behind checkpoint-500."""
+    words = re.findall(r"\d+|\D+", str(path))
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 
 
 def guess(path: Path) -> str:

@@ -47,6 +47,11 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
             f"read {name}; {', '.join(networks)} belong to other networks: "
             "name them with column=… (--column)."
         )
+    if norm.bad:
+        notes.append(
+            f"{norm.bad} cells of {name} hold no number and were left out, the first "
+            f"is {norm.first_bad[:40]!r}."
+        )
     record, _ = in_order(record)
     return record.also(*columns.notes, *notes)
 
@@ -114,7 +119,19 @@ def _steps(columns: Columns, norm: Column) -> tuple[Steps, list[str]]:
     step = _filled(step)
     if column.rounded:
         return _unrounded(step)
+    if (epochs := columns.found.get("epoch")) and name.lower() != "epoch":
+        step = _through_epochs(step, _aligned(epochs, rows))
     return step.astype(np.int64), []
+
+
+def _through_epochs(step: Floats, epoch: Floats) -> Floats:
+    """Return steps that are counted on where each epoch begins with them afresh."""
+    again, on = np.diff(step) <= 0, np.diff(epoch) > 0
+    if not again.any() or np.any(again != on):
+        return step
+    gap = np.median(np.diff(step)[~again]) if not again.all() else 1
+    before = np.concatenate([[0], np.where(again, step[:-1] - step[1:] + gap, 0)])
+    return step + np.cumsum(before)
 
 
 def _whole_and_rising(step: Floats) -> bool:

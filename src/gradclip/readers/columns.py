@@ -19,6 +19,8 @@ class Column:
     def __init__(self) -> None:
         """Start without a number."""
         self.rows, self.values = array("q"), array("d")
+        self.bad, self.first_bad = 0, ""
+        """How many cells hold no number, and what the first of them holds."""
         self.rounded = False
         """Whether a number came as `2.06e+04`, so that its last digits are lost."""
 
@@ -26,6 +28,9 @@ class Column:
         """Take in what stands in a row, if it is a number."""
         value = number(text)
         if value is None:
+            if isinstance(text, str) and text.strip():
+                self.bad += 1
+                self.first_bad = self.first_bad or text.strip()
             return
         self.rows.append(row)
         self.values.append(value)
@@ -74,7 +79,7 @@ class Columns:
         return sorted([*self.found, *self.ignored])
 
 
-GROUPED = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 """A number whose digits are parted by commas."""
 
 

@@ -69,6 +69,7 @@ PATTERNS = (
     ),
     _pattern(
         "steps",
+        r"(?:(?i:\bepoch)[\s=:#\[(|]*(?P<epoch>\d+)\b.*?)?"
         rf"{APART}(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|it)"
         r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b.*?"
         rf"{BEFORE}(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?"

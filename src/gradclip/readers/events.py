@@ -25,6 +25,9 @@ def read(path: Path, column: str | None) -> Columns:
     columns = Columns(column)
     rows: dict[int, dict[str, Any]] = {}
     for file in event_files(path):
+        if path.is_dir() and not file.stat().st_size:
+            columns.notes.append(f"{file.name} is empty.")
+            continue
         for event in _events(file, columns):
             _take(event, rows, columns)
     _finish(rows, columns)
@@ -59,7 +62,10 @@ def event_files(path: Path) -> list[Path]:
     """Return the event files at a path, in the order they were begun."""
     if path.is_file():
         return [path]
-    return sorted(path.rglob(PATTERN), key=lambda file: (file.parent, file.name))
+    files = sorted(path.rglob(PATTERN), key=lambda file: file.name)
+    # Their names begin with the time; those of a folder belong together.
+    begun = {file.parent: i for i, file in reversed(list(enumerate(files)))}
+    return sorted(files, key=lambda file: begun[file.parent])
 
 
 def _take(event: Any, rows: dict[int, dict[str, Any]], columns: Columns) -> None:

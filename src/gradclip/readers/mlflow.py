@@ -1,5 +1,6 @@
 """MLflow's file store: a file for each metric, with a line for each value."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,22 @@ def read(path: Path, column: str | None) -> Columns:
     if not runs:
         raise LogError(f"{path}: a folder without a log that gradclip knows.")
     columns = Columns(column)
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
     for file in sorted(file for file in runs[-1].rglob("*") if file.is_file()):
         name = file.relative_to(runs[-1]).as_posix()
+        # A run that was started again logs its steps a second time.
+        times: Counter[int] = Counter()
         for at, line in enumerate(file.read_text("utf-8").splitlines(), 1):
             step, value = _values(line, file, at)
-            rows.setdefault(step, {"step": step})[name] = value
-    for step in sorted(rows):
-        columns.add(rows[step])
+            place = times[step], step
+            rows.setdefault(place, {"step": step})[name] = value
+            times[step] += 1
+    # Where no step was given, MLflow writes 0.
+    counted = any(step for _, step in rows)
+    for place in sorted(rows):
+        if not counted:
+            del rows[place]["step"]
+        columns.add(rows[place])
     if len(runs) > 1:
         columns.notes.append(
             f"{len(runs)} runs are in this store; read the newest, "
@@ -44,7 +53,8 @@ def read(path: Path, column: str | None) -> Columns:
 def _values(line: str, file: Path, at: int) -> tuple[int, float]:
     parts = line.split(" ")
     value = number(parts[1]) if len(parts) > 1 else None
-    step = number(parts[2]) if len(parts) > 2 else 0.0
+    # The first lines of old stores have no step; a later one was cut off.
+    step = number(parts[2]) if len(parts) > 2 else 0.0 if at == 1 else None
     if value is None or step is None or step != step:
         raise LogError(f"{file}, line {at}: not 'time value step': {line[:60]!r}.")
     return int(step), value

@@ -108,7 +108,7 @@ def read(path: Path) -> Record:
     record = replace(
         record,
         rule=str(head.get("rule", "")),
-        facts=dict(head.get("run") or {}),
+        facts=dict(run) if isinstance(run := head.get("run"), dict) else {},
         format="gradclip",
     )
     record, rows = in_order(record)

@@ -66,7 +66,11 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
 
 def _with_point(cell: str) -> str:
     """Return a cell of a table in which a comma is the decimal sign."""
-    return cell.replace(",", ".") if cell.count(",") == 1 and "." not in cell else cell
+    if cell.count(",") != 1:
+        return cell
+    whole, _, decimals = cell.partition(",")
+    # There a point parts thousands, unless it is the decimal sign after all.
+    return cell if "." in decimals else f"{whole.replace('.', '')}.{decimals}"
 
 
 def read_parquet(path: Path, column: str | None) -> Columns:

@@ -6,7 +6,7 @@ from pathlib import Path
 from gradclip.history import History
 
 
-def write_report(named: Sequence[tuple[str, History]], out: Path) -> None:
+def write_report(named: Sequence[tuple[str, History]], out: str | Path) -> None:
     """Write the page.
 
     Args:
@@ -16,7 +16,12 @@ def write_report(named: Sequence[tuple[str, History]], out: Path) -> None:
     Raises:
         ModuleNotFoundError: If plotly, jinja2 or tsdownsample is not installed.
         OSError: If the file cannot be written.
+        ValueError: If the page would replace one of the logs.
     """
+    out = Path(out)
+    for name, history in named:
+        if history.path and out.exists() and out.samefile(history.path):
+            raise ValueError(f"{out}: the page would replace the log {name}.")
     try:
         from gradclip.report.page import render
     except ModuleNotFoundError as missing:

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradclip.arrays import check_rule
 from gradclip.decision import Info, clip_scale, decide
 from gradclip.pipeline import admit, scheduled
+from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.exact import safe_norm
@@ -131,7 +132,13 @@ class InBackward(Clipper):
         names = [self.names[self._index[id(p)]] for p in params]
         norm = verbs.measure(leaves, "all", self._bound.p)
         policy = self.on_nonfinite
-        return admit(verbs, leaves, self._bound, norm, policy, names.__getitem__)
+        try:
+            return admit(verbs, leaves, self._bound, norm, policy, names.__getitem__)
+        except NonFiniteError as error:
+            done = len(self._pass.stepped) - len(params) if self._pass else 0
+            told = f"{done} parameters were stepped before, in this backward pass"
+            text = str(error).replace("nothing was changed", told)
+            raise NonFiniteError(text if done else str(error)) from None
 
     def _scale(self, now: "_Pass", norm: Tensor) -> Tensor:
         """Return the factor for the latest gradients, by what is known so far."""
