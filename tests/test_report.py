@@ -147,3 +147,36 @@ def test_a_page_does_not_replace_the_log(tmp_path):
     assert log.read_bytes() == before
     write_report([("run", gc.History.load(log))], str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def page_of(history, tmp_path):
+    """Return the data of a page, and its text."""
+    out = tmp_path / "page.html"
+    write_report([("run", history)], out)
+    text = out.read_text("utf-8")
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text)
+    return json.loads(found[1])["runs"][0], text
+
+
+def test_a_page_without_a_recommendation_offers_no_limit(tmp_path):
+    run, text = page_of(gc.History.of(np.full(100, np.inf)), tmp_path)
+    assert run["limit"] is None
+    assert "No recommendation" in text
+    assert 'id="slider-0"' not in text
+    assert "Norm(1" not in text
+
+
+def test_a_page_is_about_the_steps_that_the_advice_is_about(tmp_path):
+    rng = np.random.default_rng(0)
+    norm = np.concatenate([rng.lognormal(3, 0.3, 400), rng.lognormal(0, 0.3, 400)])
+    norm[450:650] = 0
+    path = tmp_path / "log.csv"
+    rows = zip([*range(400), *range(400)], norm, strict=True)
+    path.write_text("step,grad_norm\n" + "".join(f"{s},{n}\n" for s, n in rows))
+    history = gc.History.load(path)
+    run, text = page_of(history, tmp_path)
+    advice = gc.advise(history)
+    assert max(run["norms"]) < 10
+    above = run["share"] * np.mean(np.array(run["norms"]) > advice.limit)
+    assert above == np.mean(norm[400:] > advice.limit)
+    assert f"<td>{above:.1%}</td>" in text

@@ -108,7 +108,8 @@ def clip_curve(norm: Floats) -> Figure:
     if not ordered.size:
         return {"data": [], "layout": {}}
     limits = np.geomspace(ordered[0] * 0.9, ordered[-1] * 1.1, 400)
-    rates = 100 * np.asarray(share_above(ordered, limits))
+    # Steps without a signal are steps too, and no limit clips them.
+    rates = 100 * np.asarray(share_above(ordered, limits)) * ordered.size / norm.size
     line = {"color": COLOURS[0], "width": 2}
     axes = {
         "xaxis": {"title": "limit", "type": "log"},

@@ -24,25 +24,27 @@ function draw(id, figure) {
   drawn.push([place, figure]);
 }
 
-function rateAbove(quantiles, limit) {
-  let low = 0, high = quantiles.length;
+function rateAbove(run, limit) {
+  const norms = run.norms;
+  let low = 0, high = norms.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (quantiles[middle] <= limit) low = middle + 1; else high = middle;
+    if (norms[middle] <= limit) low = middle + 1; else high = middle;
   }
-  if (low === 0) return 1;
-  if (low === quantiles.length) return 0;
-  const share = (limit - quantiles[low - 1]) / (quantiles[low] - quantiles[low - 1]);
-  return 1 - (low - 1 + share) / (quantiles.length - 1);
+  if (low === 0) return run.share;
+  if (low === norms.length) return 0;
+  if (run.all) return run.share * (1 - low / norms.length);
+  const between = (limit - norms[low - 1]) / (norms[low] - norms[low - 1]);
+  return run.share * (1 - (low - 1 + between) / (norms.length - 1));
 }
 
 function connect(slider) {
   const i = slider.dataset.run, run = data.runs[i];
-  const first = Math.log(run.quantiles[0] / 2);
-  const last = Math.log(run.quantiles[run.quantiles.length - 1] * 1.1);
+  const first = Math.log(run.norms[0] / 2);
+  const last = Math.log(run.norms[run.norms.length - 1] * 1.1);
   const chosen = () => Number(Math.exp(first + (last - first) * slider.value / 1000).toPrecision(3));
   const show = (limit) => {
-    const rate = rateAbove(run.quantiles, limit);
+    const rate = rateAbove(run, limit);
     const told = `${limit} clips ${(100 * rate).toFixed(1)} % of the steps`;
     document.getElementById(`code-${i}`).textContent = `attach(optimizer, Norm(${limit}))`;
     document.getElementById(`rate-${i}`).textContent = told;

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise, call
 from gradclip.history import History, is_finite
+from gradclip.judging import comparable
 from gradclip.record import Record
 from gradclip.replaying import PLAINLY, replay
 from gradclip.report import figures
@@ -20,6 +21,9 @@ from gradclip.rules import Norm, Percentile, Rule, ZScore
 LONGEST = 10_000
 """Rules that remember are replayed on so many of the last steps."""
 SPIKES = 50
+FEW = 5000
+"""Norms that are all handed to the page; of more, it gets quantiles."""
+GRID = np.linspace(0, 1, 1001)
 
 
 def render(named: Sequence[tuple[str, History]]) -> str:
@@ -59,7 +63,8 @@ def _embedded(data: Any) -> str:
 
 def _run(name: str, history: History) -> dict[str, Any]:
     """Return what the page says about one run, with its figures under `data`."""
-    record, advice = history.recorded, advise(history)
+    # The same steps that the advice is about, or the page would contradict itself.
+    record, advice = comparable(history.recorded)[0], advise(history)
     return {
         "name": name,
         "format": record.format,
@@ -86,21 +91,23 @@ def _finite(norm: float) -> float:
 
 
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
-    norm = record.norm[is_finite(record.norm)]
-    grid = np.quantile(norm, np.linspace(0, 1, 1001)) if norm.size else np.array([1.0])
+    norm = np.sort(record.norm[is_finite(record.norm)])
+    few = norm.size <= FEW
     return {
         "histogram": figures.histogram(norm),
-        "curve": figures.clip_curve(norm),
+        "curve": figures.clip_curve(record.norm),
         "heat": figures.heat_map(record.tensors) if record.tensors else None,
-        "quantiles": figures.digits(grid),
-        "limit": advice.limit or float(np.median(grid)),
+        "norms": figures.digits(norm if few else np.quantile(norm, GRID)),
+        "all": few,
+        "share": norm.size / max(record.norm.size, 1),
+        "limit": advice.limit,
     }
 
 
 def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
     """Return a row for each rule: what it would have done on these norms."""
-    base = advice.limit or 1.0
-    rules = [Norm(base), Norm(2 * base), Percentile(), Percentile(90.0), ZScore()]
+    fixed = [Norm(advice.limit), Norm(2 * advice.limit)] if advice.limit else []
+    rules = [*fixed, Percentile(), Percentile(90.0), ZScore()]
     return [_row(rule, record) for rule in rules]
 
 
