@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradclip.arrays import Clipper, Grads, flatten, rebuild
+from gradclip.arrays import Clipper, Grads, dotted, flatten, rebuild
 from gradclip.backends import find_backend
 from gradclip.decision import Info
 from gradclip.rules import Array
@@ -39,6 +39,7 @@ class UClip(Clipper):
     """
 
     carried: list[Array] | None = None
+    _names: list[str] | None = None
 
     def clip(
         self, grads: Grads, *, params: Any = None, out: Any = None
@@ -56,12 +57,13 @@ class UClip(Clipper):
         named = list(flatten(grads))
         # A copy, since `out` may be the gradients themselves.
         total = [x + 0 for _, x in named]
+        names = [dotted(where) for where, _ in named]
         if self.carried is not None:
             engine = find_backend(named)
-            carried = [
-                engine.adopt(d, x) for d, x in zip(self.carried, total, strict=True)
+            total = [
+                x + engine.adopt(d, x)
+                for x, d in zip(total, self._carried_for(names, total), strict=True)
             ]
-            total = [x + d for x, d in zip(total, carried, strict=True)]
         clipped, info = super().clip(
             rebuild(grads, iter(total)), params=params, out=out
         )
@@ -71,7 +73,23 @@ class UClip(Clipper):
             # With on_nonfinite="zero" an element may be NaN, which is not carried on.
             xp = find_backend(named).xp
             self.carried = [xp.where(xp.isfinite(d), d, 0) for d in rest]
+            self._names = names
         return clipped, info
+
+    def _carried_for(self, names: list[str], total: list[Array]) -> list[Array]:
+        """Return what is carried in the order of the gradients now."""
+        carried = self.carried or []
+        # A loaded state has no names, and is in the order of the gradients.
+        known = dict(zip(self._names or names, carried, strict=False))
+        shapes = [tuple(known[name].shape) for name in names if name in known]
+        now = [tuple(x.shape) for x in total]
+        if len(carried) != len(names) or shapes != now:
+            raise ValueError(
+                f"UClip carries {len(carried)} arrays of shapes "
+                f"{[tuple(d.shape) for d in carried]}, and the gradients have the "
+                f"shapes {now}; hand over the same gradients at every step."
+            )
+        return [known[name] for name in names]
 
     def state_dict(self) -> dict[str, Array]:
         """Return the memory of the rule, and what is carried, as NumPy arrays."""
@@ -90,3 +108,4 @@ class UClip(Clipper):
         super().load_state_dict(state)
         count = sum(name.startswith("carried.") for name in state)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None
+        self._names = None

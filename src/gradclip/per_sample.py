@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from gradclip.arrays import check_rule, flatten, rebuild
 from gradclip.backends import Backend, find_backend, inward
 from gradclip.decision import Info, decide
-from gradclip.rules import Array, Measured, Rule
+from gradclip.rules import Array, Measured, Rule, stages
 
 Grads = TypeVar("Grads")
 
@@ -69,10 +69,11 @@ def check_per_sample(rule: Rule) -> None:
     """Refuse rules that need more than the norms of one sample."""
     if check_rule(rule).stateful:
         raise TypeError(f"{rule!r} remembers steps; per-sample rules have no memory.")
-    if rule.over not in ("all", "tensor") or rule.needs_weight or rule.by_place:
+    plain = len(stages(rule)) == 1 and not (rule.drops or rule.by_place)
+    if rule.over not in ("all", "tensor") or rule.needs_weight or not plain:
         raise ValueError(
-            f"{rule!r}: per-sample clipping takes a rule over 'all' or each 'tensor', "
-            "such as Norm(1.0)."
+            f"{rule!r}: per-sample clipping takes one rule over 'all' or each "
+            "'tensor' that rescales, such as Norm(1.0)."
         )
 
 
@@ -99,4 +100,7 @@ def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
     flat = xp.reshape(x, (x.shape[0], -1))
     if engine.known(xp.all(kept)) is not True:
         flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
-    return xp.reshape(xp.astype(scale, x.dtype) @ flat, tuple(x.shape)[1:])
+    # Half precision cannot hold a small scale, nor add up many samples.
+    wide = xp.float32 if float(xp.finfo(x.dtype).eps) > 1e-5 else x.dtype
+    total = xp.astype(xp.astype(scale, wide) @ xp.astype(flat, wide), x.dtype)
+    return xp.reshape(total, tuple(x.shape)[1:])

@@ -38,6 +38,8 @@ def run(
     old: list[State] = []
     new: list[State] = []
     skips = policy == "skip" and not only_records(rule)
+    # Of all stages, before the first of them changes anything.
+    told = [scheduled(engine, stage, step) for stage in stages(rule)]
     for i, stage in enumerate(stages(rule)):
         given = parts = turned(leaves, stage, engine.xp)
         norm = engine.measure(parts, stage.over, stage.p)
@@ -47,10 +49,9 @@ def run(
         if i == 0:
             first = there(norm, missing, engine)
             parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
-        told = scheduled(engine, stage, step)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
-        seen = Measured(norm, weight, step, engine.xp, counts, told)
+        seen = Measured(norm, weight, step, engine.xp, counts, told[i])
         old.append(recalled(engine, stage, states[i], parts, norm))
         if stage.by_part:
             going = not skips or engine.known(all_finite(norm, engine)) is not False

@@ -126,8 +126,23 @@ class NumPy(Backend):
                     f"out has {described(target)} where the gradient has shape "
                     f"{x.shape} and dtype {x.dtype}; make it with np.empty_like."
                 )
+            if not target.flags.writeable:
+                raise ValueError(
+                    f"out has a read-only array of shape {x.shape}; hand over a copy."
+                )
+        if _repeats(given) or _repeats(out):
+            raise ValueError(
+                "one array stands in several places of the gradients, or of out; hand "
+                "over each once, or without out."
+            )
         places = {id(x): target for x, target in zip(given, out, strict=True)}
         return NumPy(places | {id(target): target for target in out})
+
+
+def _repeats(arrays: Sequence[Array]) -> bool:
+    """Return whether two arrays are the same memory, seen the same way."""
+    views = [(x.__array_interface__["data"][0], x.shape, x.strides) for x in arrays]
+    return len(set(views)) < len(views) and all(x.size for x in arrays)
 
 
 def _has_rows(x: Array) -> bool:
