@@ -429,6 +429,42 @@ def test_sharded_gradients_equal_whole_ones():
     assert result.stdout.strip() == "4 devices, 4 rules", result.stderr[-3000:]
 
 
+EXPLICIT = """
+import jax, jax.numpy as jnp, numpy as np
+import gradclip as gc
+from gradclip.jax import as_optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((4,), ("d",))
+jax.set_mesh(mesh)
+rng = np.random.default_rng(0)
+specs = {"rows": P("d", None), "columns": P(None, "d"), "bias": P("d"), "one": P()}
+shapes = {"rows": (8, 4), "columns": (4, 8), "bias": (4,), "one": ()}
+rules = [gc.Norm(1.0), gc.Norm(1.0, p=3.0), gc.Norm(0.5, over="tensor"), gc.Value(0.5),
+         gc.Normalize(), gc.ZScore(), gc.EMA(), gc.Norm(0.5, over="unit"), gc.AGC(),
+         gc.Norm(0.5, over="unit", axis=-1), gc.RMS(0.1)]
+for size in (1.0, 1e30):
+    whole = {name: np.asarray(size * rng.normal(size=shape), np.float32)
+             for name, shape in shapes.items()}
+    grads = {name: jax.device_put(jnp.asarray(x), NamedSharding(mesh, specs[name]))
+             for name, x in whole.items()}
+    for rule in rules:
+        update = as_optax(rule)
+        got, _ = jax.jit(update.update)(grads, update.init(grads), grads)
+        want, _ = gc.Clipper(rule).clip(whole, params=whole)
+        for name in whole:
+            np.testing.assert_allclose(np.asarray(got[name]), want[name], rtol=1e-5)
+            assert got[name].sharding.spec == specs[name], (rule, name)
+print(len(jax.devices()), "devices,", len(rules), "rules")
+"""
+
+
+def test_arrays_on_an_explicit_mesh_stay_where_they_lie():
+    flags = "--xla_force_host_platform_device_count=4"
+    result = in_process(EXPLICIT, XLA_FLAGS=flags)
+    assert result.stdout.strip() == "4 devices, 11 rules", result.stderr[-3000:]
+
+
 def test_the_flax_example():
     path = Path(__file__).parent.parent / "examples" / "flax_nnx.py"
     code = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"

@@ -31,11 +31,39 @@ class Jax(Backend):
         """Leave it to JAX."""
 
     def row_norms(self, x: Array, p: float) -> Array:
-        """Return the `p`-norm of each row, in one pass where squares stay in range."""
+        """Return the `p`-norm of each row of a matrix, without over- or underflow."""
+        return self.norms_over((1,), x, p)
+
+    def norm(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of all elements, as a 0-d array."""
+        return self.norms_over(tuple(range(x.ndim)), x, p)
+
+    def unit_norms(self, x: Array, p: float) -> Array:
+        """Return the `p`-norm of each unit."""
+        if x.ndim < 2:
+            return self.norm(x, p)[None]
+        return self.everywhere(self.norms_over(tuple(range(1, x.ndim)), x, p))
+
+    def everywhere(self, norms: Array) -> Array:
+        """Return the norms of units on all devices of an explicit mesh.
+
+        Those of tensors that lie in other ways could not be joined.
+        """
+        sharding = getattr(self.jax.typeof(norms), "sharding", None)
+        if sharding is None or not any(sharding.spec):
+            return norms
+        spec = self.jax.sharding.PartitionSpec
+        return self.jax.sharding.reshard(norms, spec())
+
+    def norms_over(self, axes: tuple[int, ...], x: Array, p: float) -> Array:
+        """Return `p`-norms along axes, in one pass where squares stay in range.
+
+        Nothing is reshaped: arrays on an explicit mesh would have to be gathered.
+        """
         if p != 2 or 0 in x.shape:
-            return self.scaled_norms(x, p)
-        squares = self.xp.sum(self.squared(x), axis=1)
-        return self.root(squares, lambda: self.scaled_norms(x, p))
+            return self.scaled_norms(axes, x, p)
+        squares = self.xp.sum(self.squared(x), axis=axes)
+        return self.root(squares, lambda: self.scaled_norms(axes, x, p))
 
     def squared(self, x: Array) -> Array:
         """Return the squares of the moduli, which may be out of range."""
@@ -48,24 +76,25 @@ class Jax(Backend):
         usable = xp.all(xp.isfinite(squares) & (squares > least))
         return self.jax.lax.cond(usable, lambda: xp.sqrt(squares), safely)
 
-    def scaled_norms(self, x: Array, p: float) -> Array:
-        """Return the `p`-norm of each row, whatever its size."""
+    def scaled_norms(self, axes: tuple[int, ...], x: Array, p: float) -> Array:
+        """Return `p`-norms along axes, whatever their size."""
         xp, wide = self.xp, self.xp.finfo(self.wide)
         x = xp.abs(x).astype(self.wide)
-        if x.shape[1] == 0:
-            return xp.sum(x, axis=1)
+        if 0 in x.shape:
+            return xp.sum(x, axis=axes)
         # A maximum over devices may lose a NaN, as sharded arrays show; a sum does not.
         finite = xp.isfinite(x)
-        largest = xp.max(xp.where(finite, x, 0.0), axis=1)
+        largest = xp.max(xp.where(finite, x, 0.0), axis=axes, keepdims=True)
         if math.isinf(p):
-            return largest + xp.sum(xp.where(finite, 0.0, x), axis=1)
+            bad = xp.sum(xp.where(finite, 0.0, x), axis=axes)
+            return xp.squeeze(largest, axes) + bad
         largest = xp.where(largest > 0, largest, 1.0)
         # Divided by the largest, 3e38 would be multiplied by 1 / 3e38, which is 0 here.
         exponent = xp.clip(xp.frexp(largest)[1], int(wide.minexp), -int(wide.minexp))
         unit = xp.ldexp(xp.ones_like(largest), -exponent)
         top = largest * unit
-        sums = xp.sum((x * unit[:, None] / top[:, None]) ** p, axis=1)
-        return largest * sums ** (1 / p)
+        sums = xp.sum((x * unit / top) ** p, axis=axes)
+        return xp.squeeze(largest, axes) * sums ** (1 / p)
 
     def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
         """Return the norms of the scope; a masked optimizer may have no gradients."""
@@ -80,9 +109,14 @@ class Jax(Backend):
 
     def safe_measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
         """Return the norms of gradients and of all of them, whatever their size."""
-        flat = [self.xp.reshape(x, (1, -1)) for x in leaves]
-        norms = self.xp.concat([self.scaled_norms(x, p) for x in flat])
-        return norms if over == "tensor" else self.scaled_norms(norms[None], p)[0]
+        every = [tuple(range(x.ndim)) for x in leaves]
+        norms = self.xp.stack(
+            [
+                self.scaled_norms(axes, x, p)
+                for axes, x in zip(every, leaves, strict=True)
+            ]
+        )
+        return norms if over == "tensor" else self.scaled_norms((0,), norms, p)
 
     def lasting(self, states: list[Any]) -> list[Any]:
         """Return the memory, unless it has no value outside of the traced function."""

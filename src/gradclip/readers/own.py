@@ -3,7 +3,8 @@
 import json
 import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -175,13 +176,29 @@ def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:
     for row, step in enumerate(found.columns["step"]):
         places.setdefault(int(step), []).append(row)
     newest = {}
-    for before, step, norms in entries:
-        # They are written before the step; a file may hold several runs with that.
-        later = places.get(step, [])[bisect_left(places.get(step, []), before) :]
-        if later and later[0] in owners:
-            newest[owners[later[0]]] = norms
+    for before, after, step, nth, norms in _blocks(entries, len(found.columns["step"])):
+        mine = places.get(step, [])
+        row = mine[bisect_left(mine, before) :][nth : nth + 1]
+        if row and row[0] < after and row[0] in owners:
+            newest[owners[row[0]]] = norms
     own = np.array(sorted(newest), np.int64)
     norms_of = np.array([newest[i] for i in own.tolist()], np.float64)
     return Tensors(
         names, record.step[own], norms_of.reshape(-1, len(names)), record.run[own]
     )
+
+
+def _blocks(
+    entries: list[tuple[int, int, list[float]]], count: int
+) -> Iterator[tuple[int, int, int, int, list[float]]]:
+    """Yield norms with the rows that they may belong to, and their place among equals.
+
+    A flush writes the norms of all its steps, and then the steps: of a branch that was
+    replaced before, too.
+    """
+    ends = sorted({before for before, _, _ in entries} | {count})
+    times: Counter[tuple[int, int]] = Counter()
+    for before, step, norms in entries:
+        after = ends[min(bisect_right(ends, before), len(ends) - 1)]
+        yield before, after, step, times[before, step], norms
+        times[before, step] += 1

@@ -50,4 +50,5 @@ class Normalize(Rule):
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the length that the norm is brought to."""
         norm = seen.xp.where(seen.norm > 0, seen.norm, 1.0)
-        return self.length * (norm / (norm + self.eps)), state
+        # XLA makes one quotient of two, and norm · norm is infinite from 1.9e19 on.
+        return self.length / (1 + self.eps / norm), state

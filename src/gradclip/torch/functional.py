@@ -62,7 +62,7 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError: For what is not a tensor, or a limit that follows the steps.
+        TypeError: For what is not a tensor.
         ValueError: For a limit or order that is not above 0, for no parameters and for
             no gradients.
         NonFiniteError: A `RuntimeError`, where that was asked for.
@@ -204,7 +204,7 @@ def clip_grads_with_norm_(
         foreach: Accepted for compatibility.
 
     Raises:
-        TypeError: For what is not a tensor, or a limit that follows the steps.
+        TypeError: For what is not a tensor.
         ValueError: For a limit that is not above 0, a norm below 0 or of several
             numbers, no parameters or no gradients.
 
@@ -218,7 +218,6 @@ def clip_grads_with_norm_(
         tensor([0.6000, 0.8000])
     """
     rule = Norm(max_norm)
-    _check_fixed(rule)
     norm = full_of(torch.as_tensor(total_norm)).double()
     if norm.dim() or (on_host([norm]) and bool(norm < 0)):
         raise ValueError(
@@ -240,7 +239,6 @@ def _clip_parameters(
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
-    _check_fixed(rule)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None
@@ -269,15 +267,6 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
-
-
-def _check_fixed(rule: Rule) -> None:
-    """Refuse a limit that follows the steps, which a function does not count."""
-    if rule.stateful:
-        raise TypeError(
-            f"{rule!r}: the limit follows the steps, and a function does not count "
-            "them; use clipper = Clipper(params, rule), then clipper.clip_()."
-        )
 
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:
