@@ -178,9 +178,9 @@ def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:
     newest = {}
     for before, after, step, nth, norms in _blocks(entries, len(found.columns["step"])):
         mine = places.get(step, [])
-        row = mine[bisect_left(mine, before) :][nth : nth + 1]
-        if row and row[0] < after and row[0] in owners:
-            newest[owners[row[0]]] = norms
+        next_row = mine[bisect_left(mine, before) :][nth : nth + 1]
+        if next_row and next_row[0] < after and next_row[0] in owners:
+            newest[owners[next_row[0]]] = norms
     own = np.array(sorted(newest), np.int64)
     norms_of = np.array([newest[i] for i in own.tolist()], np.float64)
     return Tensors(
