@@ -53,6 +53,10 @@ class UClip(Clipper):
 
         Returns:
             The clipped gradients and an `Info` about the sum that was clipped.
+
+        Raises:
+            ValueError: For other gradients than those that something is carried for;
+                nothing is changed then.
         """
         named = list(flatten(grads))
         # A copy, since `out` may be the gradients themselves.

@@ -141,8 +141,9 @@ class NumPy(Backend):
 
 def _repeats(arrays: Sequence[Array]) -> bool:
     """Return whether two arrays are the same memory, seen the same way."""
-    views = [(x.__array_interface__["data"][0], x.shape, x.strides) for x in arrays]
-    return len(set(views)) < len(views) and all(x.size for x in arrays)
+    full = [x for x in arrays if x.size]
+    views = {(x.__array_interface__["data"][0], x.shape, x.strides) for x in full}
+    return len(views) < len(full)
 
 
 def _has_rows(x: Array) -> bool:

@@ -107,7 +107,8 @@ class PerSample:
 
         Raises:
             TypeError: For a rule with memory.
-            ValueError: For another scope, or losses that were averaged already.
+            ValueError: For another scope, losses that were averaged already, or a
+                layer that was called with another number of samples.
         """
         check_per_sample(rule)
         if rule.over != "all" or losses.dim() != 1:
