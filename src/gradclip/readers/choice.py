@@ -17,7 +17,8 @@ NORM = re.compile(
 )
 LIMIT = re.compile(
     r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)$"
-    r"|clip[\W_]*grad(?:ient)?s?$|(?:grad|gradient)[\W_]*clip(?:ping)?$|grad[\W_]*clip[\W_]*(?:val|norm)$",
+    r"|clip[\W_]*grad(?:ient)?s?$|(?:grad|gradient)[\W_]*clip(?:ping)?$"
+    r"|grad[\W_]*clip[\W_]*(?:val|norm)$",
     re.IGNORECASE,
 )
 AFTER = re.compile(
