@@ -383,6 +383,24 @@ def test_parameters_added_later_are_clipped_too():
     assert clipper.state_dict()["0.count"].tolist() == [6, 6, 6, 6, 3, 3]
 
 
+def test_a_parameter_added_to_a_group_that_is_taken_together_has_its_memory():
+    """A warm-up of its own left its part of the norm unclipped."""
+    net, more = network(), torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.named_parameters(), lr=0.1)
+    rule = gc.by_name({"0.bias": gc.Norm(1.0), "*": gc.ZScore(z=0.1, warmup=3)})
+    clipper = attach(optimizer, rule, doctor=())
+    for x in batches(5):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        optimizer.step()
+    optimizer.add_param_group({"params": more.named_parameters()})
+    optimizer.zero_grad()
+    (1e4 * more(net(torch.ones(6, 5)))).sum().backward()
+    optimizer.step()
+    assert clipper.info.scale.max() < 1e-3
+    assert clipper.state_dict()["0.1.count"][[0, 2, 3, 4, 5]].tolist() == [6] * 5
+
+
 def test_missing_gradients_teach_nothing():
     net = network()
     clipper = Clipper(net, gc.ZScore(over="tensor", warmup=2))

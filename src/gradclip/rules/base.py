@@ -95,6 +95,10 @@ class Rule:
         """Return how large the scale may be."""
         return math.inf if self.stretches else 1.0
 
+    def companion(self, place: int, known: Sequence[int]) -> int | None:
+        """Return which known tensor a new one shares its memory with, if any."""
+        return None
+
     def remembers(self, norm: Array) -> Shape:
         """Return the shape that its memory ends in, for norms shaped like `norm`."""
         return tuple(norm.shape)

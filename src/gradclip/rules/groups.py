@@ -81,6 +81,13 @@ class Groups(Rule):
             "others as they are."
         )
 
+    def companion(self, place: int, known: Sequence[int]) -> int | None:
+        """Return a tensor of the same group, where the group is taken together."""
+        group = self.members[place]
+        if self.rules[group][1].over != "all":
+            return None
+        return next((k for k in known if self.members[k] == group), None)
+
     def remembers(self, norm: Array) -> Shape:
         """Return the shape of the memory: a place for each tensor, not each unit."""
         return (len(self.members),) if self.over == "unit" else tuple(norm.shape)

@@ -151,6 +151,17 @@ def _listed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _with_companions(
+    stage: Rule, kept: list[tuple[int, int]], count: int
+) -> list[tuple[int, int]]:
+    """Return places now and before, with those of new ones that share a memory."""
+    before = dict(kept)
+    new = [i for i in range(count) if i not in before]
+    known = list(before)
+    pairs = [(i, stage.companion(i, known)) for i in new]
+    return kept + [(i, before[k]) for i, k in pairs if k is not None]
+
+
 def _take_over(
     stage: Rule, state: State, before: State, kept: list[tuple[int, int]], count: int
 ) -> None:
@@ -336,10 +347,11 @@ class Attached(Clipper):
         pairs = [(i, places.get(id(p))) for i, p in enumerate(self.params)]
         kept = [(i, j) for i, j in pairs if j is not None]
         for stage, state, before in zip(
-            stages(self.rule), self._memory.states, old, strict=True
+            stages(self._bound), self._memory.states, old, strict=True
         ):
             if state is not None and before:
-                _take_over(stage, state, before, kept, len(places))
+                known = _with_companions(stage, kept, len(self.params))
+                _take_over(stage, state, before, known, len(places))
 
     def _keep_gradients(self) -> None:
         """Hide the gradients from this step; no optimizer moves without them."""
