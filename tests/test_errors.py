@@ -62,8 +62,10 @@ def test_infinity_records_without_clipping():
 
 ARRAYS = {
     "not a rule.*Norm": lambda: gc.clip(np.ones(2), 1.0),
-    "remembers earlier steps.*Clipper": lambda: gc.clip(np.ones(2), gc.Percentile()),
-    "schedule.*remembers|remembers": lambda: gc.clip(
+    "Percentile.*depends on the steps.*Clipper": lambda: gc.clip(
+        np.ones(2), gc.Percentile()
+    ),
+    "function.*depends on the steps.*Clipper": lambda: gc.clip(
         np.ones(2), gc.Norm(lambda step: 1.0)
     ),
     "is str, not an array": lambda: gc.clip(["a"], gc.Norm(1.0)),

@@ -548,7 +548,7 @@ def test_gradients_of_a_graph_can_be_clipped():
     assert float(p.grad.detach().norm()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused", "clip_grad_norm_"])
+@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused"])
 def test_limits_may_be_tensors_and_schedules(way):
     grads = [torch.tensor([3.0, 4.0])]
     clipped, _ = WAYS[way](grads, gc.Norm(torch.tensor(0.5)), "skip")
@@ -557,13 +557,25 @@ def test_limits_may_be_tensors_and_schedules(way):
     assert true_norm(clipped) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("change", [clip_grad_norm_, clip_grad_value_])
+def test_one_call_takes_no_schedule(change):
+    """It would be asked for the limit of step 0 at every step."""
+    (p,) = with_gradients([torch.tensor([3.0, 4.0])])
+    change([p], torch.tensor(5.0))
+    with pytest.raises(TypeError, match=r"depends on the steps before.*Clipper"):
+        change([p], lambda step: 0.25)
+    with pytest.raises(TypeError, match="depends on the steps before"):
+        clip_grads_with_norm_([p], lambda step: 0.25, 5.0)
+    assert p.grad.tolist() == [3.0, 4.0]
+
+
 def test_a_schedule_follows_the_steps():
     clipper = gc.Clipper(gc.Value(lambda step: 1.0 / (1 + step)))
     limits = [float(clipper.clip(np.ones(2) * 9)[1].limit) for _ in range(3)]
     assert limits == [1.0, 0.5, 1 / 3]
 
 
-@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused", "clip_grad_norm_"])
+@pytest.mark.parametrize("way", ["clip_", "attach", "attach-fused"])
 @pytest.mark.parametrize("limit", [-1.0, 0.0, math.nan])
 def test_a_schedule_is_held_to_what_a_limit_is(way, limit):
     grads = [torch.tensor([3.0, 4.0])]

@@ -69,12 +69,11 @@ def clip(
         Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural
         networks. arXiv 1211.5063, 2013.
     """
-    check_rule(rule)
-    if rule.stateful:
-        raise TypeError(
-            f"clip(): {rule!r} remembers earlier steps, and a pure function cannot; "
-            "use clipper = Clipper(rule), then grads, info = clipper.clip(grads)."
-        )
+    without_memory(
+        check_rule(rule),
+        "clip()",
+        "clipper = Clipper(rule), then grads, info = clipper.clip(grads)",
+    )
     return _clip(grads, Memory(rule), params, on_nonfinite, out)
 
 
@@ -160,6 +159,15 @@ class Clipper:
             ValueError: If it was saved by another rule; nothing is changed then.
         """
         self._memory.load_state_dict(state, np.asarray)
+
+
+def without_memory(rule: Rule, call: str, instead: str) -> None:
+    """Refuse what depends on earlier steps, where one call is all there is."""
+    if rule.stateful:
+        raise TypeError(
+            f"{call}: {rule!r} depends on the steps before, which one call does not "
+            f"know; use {instead}."
+        )
 
 
 def check_rule(rule: Any) -> Rule:

@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradclip.arrays import without_memory
 from gradclip.decision import clip_scale
 from gradclip.pipeline import run
 from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
-from gradclip.rules import Limit, Norm, Rule, Value
+from gradclip.rules import Norm, Rule, Value
 from gradclip.torch.exact import WIDE, on_host
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
 from gradclip.torch.sharded import (
@@ -31,7 +32,7 @@ _VERBS, _ONE = InPlace(), OneNumber()
 
 def clip_grad_norm_(
     parameters: Tensors,
-    max_norm: Limit,
+    max_norm: float | Tensor,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -62,7 +63,8 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError: For what is not a tensor.
+        TypeError: For what is not a tensor, and for a schedule as the limit, which
+            needs a `Clipper`.
         ValueError: For a limit or order that is not above 0, for no parameters and for
             no gradients.
         NonFiniteError: A `RuntimeError`, where that was asked for.
@@ -87,7 +89,7 @@ def clip_grad_norm_(
 
 def clip_grad_value_(
     parameters: Tensors,
-    clip_value: Limit,
+    clip_value: float | Tensor,
     foreach: bool | None = None,
     *,
     on_nonfinite: Policy = "ignore",
@@ -109,7 +111,8 @@ def clip_grad_value_(
         verify: As for `clip_grad_norm_`.
 
     Raises:
-        TypeError: For what is not a tensor.
+        TypeError: For what is not a tensor, and for a schedule as the limit, which
+            needs a `Clipper`.
         ValueError: For a limit that is not above 0, no parameters or no gradients.
         NonFiniteError: Where that was asked for.
         VerifyError: As for `Clipper`.
@@ -187,7 +190,7 @@ def _dense(t: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensors,
-    max_norm: Limit,
+    max_norm: float | Tensor,
     total_norm: Tensor | float,
     foreach: bool | None = None,
 ) -> None:
@@ -204,7 +207,8 @@ def clip_grads_with_norm_(
         foreach: Accepted for compatibility.
 
     Raises:
-        TypeError: For what is not a tensor.
+        TypeError: For what is not a tensor, and for a schedule as the limit, which
+            needs a `Clipper`.
         ValueError: For a limit that is not above 0, a norm below 0 or of several
             numbers, no parameters or no gradients.
 
@@ -218,6 +222,7 @@ def clip_grads_with_norm_(
         tensor([0.6000, 0.8000])
     """
     rule = Norm(max_norm)
+    _refuse_schedules(rule)
     norm = full_of(torch.as_tensor(total_norm)).double()
     if norm.dim() or (on_host([norm]) and bool(norm < 0)):
         raise ValueError(
@@ -239,6 +244,7 @@ def _clip_parameters(
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
+    _refuse_schedules(rule)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None
@@ -267,6 +273,13 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
+
+
+def _refuse_schedules(rule: Rule) -> None:
+    """Refuse a limit that changes with the step, at which these would always be 0."""
+    without_memory(
+        rule, "a function of one step", "Clipper(params, rule) and its clip_()"
+    )
 
 
 def _layout(tensors: list[Tensor], split_over: SplitOver) -> Layout | None:
