@@ -387,6 +387,27 @@ def test_commands_say_in_one_line_what_is_wrong(tmp_path):
     assert "there is no such file" in result.stderr
 
 
+def test_a_log_that_is_missing_takes_nothing_from_the_others(log, tmp_path):
+    words = ("advise", tmp_path / "missing.log", log)
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "there is no such file" in result.stderr
+    assert "attach(optimizer, Norm(" in result.stdout
+    (told,) = json.loads(run(*words, "--json").stdout)
+    assert told["log"] == str(log)
+
+
+def test_a_replay_says_that_other_networks_are_in_the_log(tmp_path):
+    path = tmp_path / "out.log"
+    text = "step {i} actor/grad_norm: 1.{i} critic/grad_norm: 2.0"
+    path.write_text("\n".join(text.format(i=i) for i in range(30)))
+    words = ("replay", path, "--rule", "Norm(1.0)")
+    assert "critic/grad_norm belong to other networks" in run(*words).stdout
+    told = json.loads(run(*words, "--json").stdout)
+    assert told["column"] == "actor/grad_norm"
+    assert "critic/grad_norm" in told["notes"][0]
+
+
 def test_the_command_replay(log):
     words = ("replay", log, "--rule", "ZScore(z=2.0)", "--rule", "Norm(1.0)")
     result = run(*words)

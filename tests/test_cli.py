@@ -1,6 +1,7 @@
 """The program from outside: what it prints, the files it leaves, how it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -143,6 +144,18 @@ def test_the_program_says_how_to_install_its_command_line():
     assert result.returncode == 1
     assert 'pip install "gradclip[report]"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_terminal_for_ascii_shows_what_it_can(tmp_path):
+    log = tmp_path / "out.log"
+    log.write_text("\n".join(f"step {i} grad_norm {i + 1}.5" for i in range(30)))
+    shown = subprocess.run(
+        [*PROGRAM, "watch", "--once", log],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert b"step 29" in shown.stdout
 
 
 def test_version_and_help_need_no_torch():

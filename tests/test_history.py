@@ -306,3 +306,11 @@ def test_a_folder_that_grows_is_shown_again(tmp_path):
     (tmp_path / "lr" / "events").write_text("more")
     assert watching._size(tmp_path) == empty + 4
     assert watching._size(tmp_path / "nothing") == -1
+
+
+def test_what_is_waited_for_is_said(tmp_path):
+    path = tmp_path / "out.log"
+    path.write_text("starting\nstep 1 loss 2.0\n")
+    (line,) = watching._now(path, 80).renderables
+    assert "Waiting" in line.plain
+    assert "no gradient norm in any line" in line.plain

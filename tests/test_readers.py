@@ -96,6 +96,98 @@ def test_what_trainers_print(tmp_path, form, tool):
 
 
 @pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        (MEGATRON, 3.010825),
+        (TITAN, -1.0),
+        (SWIN, 6.9),
+        (MMDET, 3.9),
+        ("step {step} loss 2.5 grad_norm {norm}", 2.5),
+        ("it {step}: train loss 3.1, val loss 2.0, grad norm {norm}", 3.1),
+        ("loss=2.0 step={step} grad_norm={norm}", 2.0),
+        ("step {step} val loss 2.5 grad_norm {norm}", math.nan),
+        ("step {step} aux loss: 0.1 grad_norm {norm}", math.nan),
+        ("step {step} loss scale: 65536 grad_norm {norm}", math.nan),
+        ("step {step} d_loss: 0.1 grad_norm {norm}", math.nan),
+    ],
+)
+def test_the_loss_of_a_step_is_read_and_no_other(tmp_path, form, loss):
+    history = load(tmp_path / "out.log", printed(form))
+    assert history.norm.tolist() == NORMS
+    np.testing.assert_array_equal(history.recorded.loss, [loss] * 3)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_two_networks_on_a_plain_line(tmp_path, every):
+    lines = [
+        f"step {i} d_grad_norm: {2 + i / 100} "
+        + (f"g_grad_norm: {7 + i / 100}" if i % every == 0 else "")
+        for i in range(40)
+    ]
+    text = "\n".join(lines)
+    history = load(tmp_path / "out.log", text)
+    assert history.recorded.column == "d_grad_norm"
+    assert history.recorded.networks == ("g_grad_norm",)
+    assert len(history) == 40
+    other = load(tmp_path / "out.log", text, column="g_grad_norm")
+    assert other.norm.tolist() == [7 + i / 100 for i in range(0, 40, every)]
+
+
+def test_an_export_of_runs_has_ranges_beside_its_columns(tmp_path):
+    names = [f"{run} - train/grad_norm" for run in "abcd"]
+    heads = ["Step", *(f"{x}{end}" for x in names for end in ("", "__MIN", "__MAX"))]
+    rows = [[i, *(x for n in [*NORMS, 9.0] for x in (n, n / 2, 2 * n))] for i in (0, 1)]
+    history = load(tmp_path / "wandb.csv", table([heads, *rows]))
+    assert {history.recorded.column, *history.recorded.networks} == set(names)
+    assert set(history.norm.tolist()) == {2.5}
+
+
+def test_the_newest_step_may_stand_first(tmp_path):
+    rows = [[i, float(10 + i)] for i in (30, 20, 10)]
+    history = load(tmp_path / "log.csv", table([["step", "grad_norm"], *rows]))
+    assert history.step.tolist() == [10, 20, 30]
+    assert history.norm.tolist() == [20.0, 30.0, 40.0]
+    assert "turned round" in history.recorded.notes[0]
+
+
+def test_of_two_columns_under_one_heading_the_first_counts(tmp_path):
+    rows = [[0, 1.5, 9.0], [1, 2.5, 9.0]]
+    history = load(
+        tmp_path / "log.csv", table([["step", "grad_norm", "grad_norm"], *rows])
+    )
+    assert history.norm.tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("cells", "norms"),
+    [(["1,234", "0,512"], [1.234, 0.512]), (["1,234", "2,512"], [1234.0, 2512.0])],
+)
+def test_between_tabs_a_comma_is_what_all_cells_make_of_it(tmp_path, cells, norms):
+    rows = [[i, cell] for i, cell in enumerate(cells)]
+    text = table([["step", "grad_norm"], *rows], "\t")
+    assert load(tmp_path / "log.tsv", text).norm.tolist() == norms
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"nbformat": 4, "cells": None},
+        {
+            "nbformat": 4,
+            "cells": ["a", {"outputs": [None, {"data": [], "text": None}]}],
+        },
+    ],
+)
+def test_a_notebook_of_another_make_is_refused(tmp_path, document):
+    with pytest.raises(LogError, match="no gradient norm in any line"):
+        load(tmp_path / "odd.ipynb", json.dumps(document))
+
+
+def table(rows, sign=","):
+    return "\n".join(sign.join(map(str, row)) for row in rows)
+
+
+@pytest.mark.parametrize(
     ("line", "limit"),
     [
         ("  clip_grad ....................................... 1.0", 1.0),

@@ -5,8 +5,10 @@ needs is imported when the command runs.
 """
 
 import importlib
+import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +31,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the program; what `gradclip` and `python -m gradclip` start."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal for ASCII alone shows a mark where there is a dash.
+            stream.reconfigure(errors="replace")
     app(prog_name="gradclip")
 
 

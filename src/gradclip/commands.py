@@ -58,22 +58,21 @@ def advise(
     """
     from gradclip.advice import advise as advise_on
 
-    with plain_errors():
-        told = [
-            (name, history, advise_on(history))
-            for path in logs
-            for name, history in networks(path, format, column)
-        ]
+    entries, failed = [], False
+    for path in logs:
+        # One log that cannot be read takes nothing from the others.
+        with noted_errors() as failures:
+            for name, history in networks(path, format, column):
+                advice = advise_on(history)
+                entries.append({"log": name, **how_read(history), **advice.to_dict()})
+                if not as_json:
+                    typer.echo(f"{name}: {read_as(history)}\n{advice}\n")
+        failed = failed or bool(failures)
     if as_json:
-        entries = [
-            {"log": name, **how_read(history), **advice.to_dict()}
-            for name, history, advice in told
-        ]
         typer.echo(json.dumps(entries, indent=2))
-    else:
-        for name, history, advice in told:
-            typer.echo(f"{name}: {read_as(history)}\n{advice}\n")
-    if any(advice.limit is None for _, _, advice in told):
+    if failed:
+        raise typer.Exit(UNREADABLE)
+    if any(entry["limit"] is None for entry in entries):
         raise typer.Exit(NO_ADVICE)
 
 
@@ -91,16 +90,21 @@ def replay(
     Example: gradclip replay run.jsonl --rule "ZScore(z=2.5)" --rule "Norm(1.0)"
     """
     from gradclip.replaying import PLAINLY
+    from gradclip.telling import sentence
 
     with plain_errors():
         history = History.load(log, format=format, column=column)
         rows = replay_rows(history, [_rule(text) for text in rule])
+    notes = list(history.recorded.notes)
     if as_json:
-        typer.echo(json.dumps({"log": str(log), "rules": rows}, indent=2))
+        whole = {"log": str(log), **how_read(history), "rules": rows, "notes": notes}
+        typer.echo(json.dumps(whole, indent=2))
         return
     typer.echo(f"{log}: {read_as(history)}")
     _table(rows)
     typer.echo(PLAINLY)
+    for note in notes:
+        typer.echo(f"  - {sentence(note)}")
 
 
 def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
@@ -240,11 +244,24 @@ def _rule(text: str) -> Rule:
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn what can go wrong with a file into one line and exit code 1."""
-    try:
+    with noted_errors() as failures:
         yield
+    if failures:
+        raise typer.Exit(UNREADABLE)
+
+
+@contextmanager
+def noted_errors() -> Iterator[list[str]]:
+    """Tell in one line what went wrong with a file, and yield a list of that."""
+    failures: list[str] = []
+    try:
+        yield failures
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` has.
+        raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        typer.echo(" ".join(str(error).split()), err=True)
-        raise typer.Exit(UNREADABLE) from None
+        failures.append(" ".join(str(error).split()))
+        typer.echo(failures[0], err=True)
 
 
 @contextmanager

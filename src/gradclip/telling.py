@@ -34,16 +34,16 @@ def _lines(advice: "Advice") -> Iterator[str]:
         apart = f", {later:.1%} of those after the warm-up" if advice.warmup else ""
         share = f"{rate:.1%} of the steps{apart}"
         yield f"Limit {advice.limit:g} clips {share}: {advice.regime}."
-    yield from (f"  - {_sentence(reason)}" for reason in advice.reasons)
+    yield from (f"  - {sentence(reason)}" for reason in advice.reasons)
     yield f"Norms: {advice.steps} steps, of them {advice.nonfinite} not finite."
     yield from _numbers(advice)
     yield from _spikes(advice)
     if advice.notes:
         yield "Noticed:"
-        yield from (f"  - {_sentence(note)}" for note in advice.notes)
+        yield from (f"  - {sentence(note)}" for note in advice.notes)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     """Return a text that begins with a capital, unless it begins with a name."""
     return text[0].upper() + text[1:]
 

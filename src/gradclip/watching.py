@@ -53,8 +53,8 @@ def _size(path: Path) -> int:
 def _now(path: Path, width: int) -> Group:
     try:
         return view(History.load(path).recorded, path, width)
-    except (LogError, FileNotFoundError):
-        return Group(Text(f"{path}: waiting for the first steps."))
+    except (LogError, FileNotFoundError) as error:
+        return Group(Text(f"Waiting for the first steps. {error}"))
 
 
 def view(record: Record, path: Path, width: int) -> Group:

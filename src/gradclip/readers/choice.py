@@ -24,6 +24,10 @@ LIMIT = re.compile(
 AFTER = re.compile(
     r"(?<![a-z])after|(?-i:After)|post[\W_]*clip|(?<!un)clipped(?![a-z])", re.IGNORECASE
 )
+EXTREME = re.compile(r"__(?:MIN|MAX)$")
+"""Weights & Biases exports the range of each column beside it."""
+RUN = re.compile(r"^.+ - ")
+"""What it puts before a column: the name of the run."""
 AVERAGE = re.compile(r"avg|average|mean|(?:^|[\W_])ema", re.IGNORECASE)
 FIRST = re.compile(r"before|pre[\W_]*clip|unclipped|total|global|val$", re.IGNORECASE)
 STEPS = (
@@ -60,7 +64,7 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     # The bare word may be a norm of anything, where a gradient's has its name.
     found = [name for name in columns.found if NORM.search(name)]
     found = found or [name for name in columns.found if name == "norm"]
-    found = [name for name in found if not _is_limit(name)]
+    found = [x for x in found if not (_is_limit(x) or EXTREME.search(x))]
     found = [name for name in found if len(columns.found[name].values)]
     if not found:
         shown = ", ".join(columns.names[:20]) or "nothing that looks like a number"
@@ -99,6 +103,11 @@ def _is_limit(name: str) -> bool:
     )
 
 
+def is_before_clipping(name: str) -> bool:
+    """Return whether a name is not that of a limit, nor of what clipping left."""
+    return not (_is_limit(name) or AFTER.search(name))
+
+
 def _best(names: Sequence[str], columns: Columns) -> list[str]:
     """Return the most telling column of each network, the longest first."""
 
@@ -110,11 +119,11 @@ def _best(names: Sequence[str], columns: Columns) -> list[str]:
 
     networks: dict[str, list[str]] = {}
     for name in names:
-        networks.setdefault(_network(name), []).append(name)
+        networks.setdefault(network_of(name), []).append(name)
     return sorted((min(group, key=rank) for group in networks.values()), key=rank)
 
 
-def _network(name: str) -> str:
+def network_of(name: str) -> str:
     """Return what stands before the norm in a name: `actor` in `actor/grad_norm`."""
     found = NORM.search(name)
     prefix = name[: found.start()] if found else ""
@@ -133,11 +142,8 @@ def _only_modules(names: Sequence[str], best: Sequence[str]) -> bool:
 
 def _inside(name: str) -> bool:
     """Return whether a name says more than that it is a gradient norm."""
-    return bool(
-        re.sub(r"(?i)^(train(ing)?|metrics?)[/._]", "", NORM.sub("", name)).strip(
-            "/._- "
-        )
-    )
+    rest = RUN.sub("", NORM.sub("", name))
+    return bool(re.sub(r"(?i)^(train(ing)?|metrics?)[/._]", "", rest).strip("/._- "))
 
 
 def choose_step(columns: Columns, norm: Column) -> str | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from gradclip.readers.choice import is_before_clipping, network_of
 from gradclip.readers.columns import Columns, number
 from gradclip.record import LogError
 
@@ -86,6 +87,15 @@ PATTERNS = (
         r"['\"]?(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
     ),
 )
+LOSS = re.compile(
+    r"(?:^|[^a-zA-Z_\s/.-]\s*)(?i:(?:train(?:ing)?|total|lm)[ _/])?[lL]oss['\"]?"
+    rf"\s*[=:|]?\s*['\"]?(?P<loss>{NUMBER})(?!\w)"
+)
+"""The loss of a step, and not that of an evaluation, or a part of it."""
+NETWORKS = re.compile(
+    r"\b(?P<name>[a-zA-Z][\w/.]*[_/.](?:grad(?:ient)?[_-]?norm))['\"]?\s*[=:|]?\s*['\"]?"
+    rf"(?P<norm>{NUMBER})"
+)
 BOX = re.compile(r"^\s*\|\s*(?P<name>[^|]+?)\s*\|\s*(?P<value>[^|]*?)\s*\|\s*$")
 QUARTILES = re.compile(r"grad-norm quartiles")
 SUMMARY = re.compile(r"\|\s*train\s*\|")
@@ -160,12 +170,12 @@ def _from_line(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "icefall", {}
     elif "{" in line and (row := _dictionary(line)):
         yield "fairseq" if "gnorm" in row else "Hugging Face", row
-    elif "/grad_norm:" in line and (pairs := _pairs(line)):
+    elif "/grad_norm:" in line and " - " in line and (pairs := _pairs(line)):
         yield "verl", pairs
     else:
         for pattern in PATTERNS:
             if found := pattern.line.search(line):
-                yield pattern.tool, _named(found)
+                yield pattern.tool, _named(found, line)
                 return
 
 
@@ -196,11 +206,17 @@ def _pairs(line: str) -> dict[str, Any]:
     return {name: x for name, x in row.items() if number(x) is not None}
 
 
-def _named(found: re.Match[str]) -> dict[str, Any]:
+def _named(found: re.Match[str], line: str) -> dict[str, Any]:
+    """Return a step of a line; where networks are named, each with its norm."""
     row = {name: x for name, x in found.groupdict().items() if x is not None}
     if "at" in row:
         row["step"] = str(
             int(row.pop("epoch")) * int(row.pop("of")) + int(row.pop("at"))
         )
-    row["grad_norm"] = row.pop("norm")
-    return row
+    if "loss" not in row and (loss := LOSS.search(line)):
+        row["loss"] = loss["loss"]
+    norm = row.pop("norm")
+    networks = {x["name"]: x["norm"] for x in NETWORKS.finditer(line)}
+    networks = {name: x for name, x in networks.items() if is_before_clipping(name)}
+    named = networks and all(map(network_of, networks))
+    return row | (networks if named else {"grad_norm": norm})

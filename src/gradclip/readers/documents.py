@@ -95,11 +95,18 @@ def read_lines(lines: Iterable[str], source: str, column: str | None) -> Columns
     return columns
 
 
+def _entries(document: Any, name: str) -> list[dict[str, Any]]:
+    """Return the dictionaries in a list under a name, as far as there are any."""
+    found = document.get(name) if isinstance(document, dict) else None
+    return [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
+
+
 def notebook_lines(document: Any) -> Iterator[str]:
     """Yield the lines that a Jupyter notebook's cells printed."""
-    for cell in document.get("cells", []):
-        for output in cell.get("outputs", []):
-            data = output.get("data") or {}
-            text = output.get("text") or data.get("text/plain") or ""
+    for cell in _entries(document, "cells"):
+        for output in _entries(cell, "outputs"):
+            data = output.get("data")
+            shown = data.get("text/plain") if isinstance(data, dict) else None
+            text = output.get("text") or shown or ""
             whole = text if isinstance(text, str) else "".join(map(str, text))
             yield from whole.replace("\r", "\n").splitlines()

@@ -39,6 +39,9 @@ def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
     """
     if step.size == 0 or bool(np.all(np.diff(step) > 0)):
         return [list(range(step.size))], []
+    if step.size > 2 and bool(np.all(np.diff(step) < 0)):
+        notes = ["the newest step stands first; the steps were turned round."]
+        return [list(range(step.size))[::-1]], notes
     rows, notes = _without_repeats(step, norm)
     return _joined(_threads(step, rows), step, notes)
 

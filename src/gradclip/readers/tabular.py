@@ -1,13 +1,18 @@
 """Tables: CSV with any delimiter, and Parquet."""
 
 import csv
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 
-from gradclip.readers.columns import Columns, number
+from gradclip.readers.columns import GROUPED, Columns, number
 from gradclip.record import LogError
 
 DELIMITERS = ",\t;"
+COMMA = re.compile(r"[-+]?\d+,\d+")
+SOME = 1000
+"""Lines in which a decimal comma is looked for."""
 
 
 def delimiter_of(head: str) -> str | None:
@@ -40,8 +45,10 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     lines = iter(lines)
     first = next((line for line in lines if line.strip()), "")
     sign = max(DELIMITERS, key=first.count)
-    names = [name.strip() for name in next(csv.reader([first], delimiter=sign), [])]
+    names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
+    some = list(islice(lines, SOME))
+    lines, commas = chain(some, lines), _has_commas(some, sign)
     rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
     while True:
         try:
@@ -50,7 +57,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             raise LogError(f"{source}, line {rows.line_num + 1}: {error}.") from None
         if cells is None:
             break
-        if sign == ";":
+        if commas:
             cells = list(map(_with_point, cells))
         if len(cells) == len(names):
             columns.add(dict(zip(names, cells, strict=True)))
@@ -62,6 +69,26 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             f"left out, the first is line {bad[0]}."
         )
     return columns
+
+
+def _apart(names: Iterable[str]) -> list[str]:
+    """Return headings of which none is the name of two columns."""
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}.{i}" for i in count(1))
+        found.append(next(x for x in chain([name], others) if x not in found))
+    return found
+
+
+def _has_commas(lines: Sequence[str], sign: str) -> bool:
+    """Return whether the comma is the decimal sign in a table.
+
+    Between tabs, 1,234 could be either, unless others are no groups of three.
+    """
+    if sign != "\t":
+        return sign == ";"
+    cells = (cell.strip() for line in lines for cell in line.split(sign))
+    return any(COMMA.fullmatch(x) and not GROUPED.fullmatch(x) for x in cells)
 
 
 def _with_point(cell: str) -> str:
