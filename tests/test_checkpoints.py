@@ -100,7 +100,7 @@ def test_a_refused_state_changes_nothing():
     with pytest.raises(ValueError, match="belongs to"):
         clipper.load_state_dict(other.state_dict())
     del wrong["0.count"]
-    with pytest.raises(ValueError, match="nothing for 'count'"):
+    with pytest.raises(ValueError, match="lacks 'count'"):
         clipper.load_state_dict(wrong)
     for key, value in before.items():
         assert torch.equal(clipper.state_dict()[key], value)

@@ -471,3 +471,23 @@ def test_the_flax_example():
     result = in_process(code)
     clipped = [line.rpartition(" ")[2] for line in result.stdout.splitlines()]
     assert clipped == ["False", "False", "True", "False"], result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gc.EMA(warmup_limit=1.0),
+        gc.chain(gc.Norm(1.0), gc.EMA()),
+        gc.by_name({"*": gc.EMA(warmup_limit=1.0)}),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_mask_may_leave_no_gradients(rule, jit):
+    """A crash in the reduction over no norms."""
+    tx = gradclip.jax.as_optax(rule)
+    state = tx.init({})
+    update = jax.jit(tx.update) if jit else tx.update
+    for _ in range(2):
+        updates, state = update({}, state, {})
+    assert updates == {}
+    assert int(state.step) == 2

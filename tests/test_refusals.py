@@ -1,11 +1,16 @@
 """What would have given wrong numbers is refused, before anything is changed."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import gradclip as gc
+from gradclip.arrays import dotted, flatten
 from gradclip.per_sample import clipped_sum
 from gradclip.torch import Clipper
 
@@ -88,3 +93,64 @@ def test_other_gradients_than_those_carried_are_refused(grads):
     with pytest.raises(ValueError, match="UClip carries 1 arrays of shapes"):
         clipper.clip(grads)
     assert float(clipper.clip(np.zeros(1))[0][0]) == 2.0
+
+
+def taught():
+    clipper = gc.Clipper(gc.by_name({"a": gc.EMA(), "*": gc.ZScore()}))
+    for i in range(3):
+        clipper.clip({"a": one() + i, "b": one()})
+    return clipper
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("step", -1, "has -1 for 'step'"),
+        ("0.0.ema", np.array([np.nan, 0.0]), "NaN for '0.ema'"),
+        ("0.1.mean", None, "lacks '1.mean'"),
+        ("0.2.mean", np.zeros(2), "should not have '2.mean'"),
+    ],
+)
+def test_a_damaged_state_is_refused_also_before_the_first_step(name, value, told):
+    saved = taught().state_dict()
+    damaged = {k: x for k, x in {**saved, name: value}.items() if x is not None}
+    for clipper in (gc.Clipper(taught().rule), taught()):
+        before = clipper.state_dict()
+        with pytest.raises(ValueError, match=told):
+            clipper.load_state_dict(damaged)
+        assert clipper.state_dict().keys() == before.keys()
+        clipper.load_state_dict(saved)
+        assert clipper.state_dict()["0.1.count"].tolist() == [0, 3]
+
+
+def test_what_masked_arrays_hide_would_count():
+    hidden = np.ma.masked_array([3.0, 4.0, 100.0], mask=[0, 0, 1])
+    with pytest.raises(TypeError, match=r"masked array.*filled\(0\)"):
+        gc.clip(hidden, gc.Norm(1.0))
+    clipped, _ = gc.clip(hidden.filled(0), gc.Norm(1.0))
+    np.testing.assert_allclose(clipped, [0.6, 0.8, 0.0])
+
+
+@pytest.mark.parametrize("make", [gc.ZScore, gc.EMA], ids=["max", "warmup"])
+def test_a_limit_beside_another_is_a_number(make):
+    name = "max_limit" if make is gc.ZScore else "warmup_limit"
+    assert make(**{name: 2.0})
+    with pytest.raises(TypeError, match="this limit is a number"):
+        make(**{name: lambda step: 1.0})
+
+
+class Layer(NamedTuple):
+    w: Any
+    b: Any
+
+
+def test_names_are_those_of_jax():
+    tree = {"x": Layer(one(), [one()]), "it's": one(), "a.b": {0: one()}, "c]": one()}
+    names = [dotted(where) for where, _ in flatten(tree)]
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keystr = partial(jax.tree_util.keystr, simple=True, separator=".")
+    assert sorted(names) == sorted(keystr(path) for path, _ in paths)
+    rule = gc.by_name({"x.w": gc.Norm(1.0), "*": None})
+    clipped, _ = gc.clip(tree, rule)
+    assert clipped["x"].w.tolist() == pytest.approx([0.6, 0.8])
+    assert clipped["x"].b[0].tolist() == [3.0, 4.0]

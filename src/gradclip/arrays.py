@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradclip.history import History
 
 Grads = TypeVar("Grads")
+PLACE = re.compile(r"""\[(?:'(.*?)'|"(.*?)"|(.*?))\](?=[\[.]|$)|\.(\w+)""")
 
 
 def clip(
@@ -183,8 +184,9 @@ def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         for key, part in tree.items():
             yield from flatten(part, f"{where}[{key!r}]")
     elif isinstance(tree, (list, tuple)):
+        fields = [f".{name}" for name in getattr(tree, "_fields", ())]
         for i, part in enumerate(tree):
-            yield from flatten(part, f"{where}[{i}]")
+            yield from flatten(part, where + (fields[i] if fields else f"[{i}]"))
     else:
         yield where, tree
 
@@ -200,8 +202,8 @@ def arranged(tree: Any, like: Any) -> Any:
 
 
 def dotted(where: str) -> str:
-    """Return the path to a leaf as a name: `['a'][0]` is `a.0`."""
-    return ".".join(re.findall(r"\['?(.*?)'?\]", where))
+    """Return the path to a leaf as a name: `['a'][0].w` is `a.0.w`, as in JAX."""
+    return ".".join(map("".join, PLACE.findall(where)))
 
 
 def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:

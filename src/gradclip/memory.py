@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
+from gradclip.reading import on_host
 from gradclip.rules import Array, Rule, State, stages
 
 COUNTERS = ("step", "skipped", "in_a_row")
@@ -105,6 +107,11 @@ class Memory:
             raise ValueError(
                 f"this is not the state of a clipper: it has no {', '.join(missing)}."
             )
+        for name in COUNTERS:
+            if int(saved[name]) < 0:
+                raise ValueError(
+                    f"the state has {int(saved[name])} for {name!r}: it is damaged."
+                )
         kind = bytes(int(c) for c in saved["rule"]).decode()
         if kind != self.rule.kind:
             raise ValueError(
@@ -128,19 +135,15 @@ class Memory:
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
         now, stage = self.states[i] or {}, stages(self.rule)[i]
-        # Of a clipper of arrays without a step, nothing is known yet.
-        surplus = sorted(found.keys() - now.keys()) if now else []
-        for name in (*now, *surplus):
-            size, needed = (
-                tuple(state[name].shape) if name in state else "nothing"
-                for state in (found, now)
+        known = now.keys() or _remembered(stage)
+        if known and (apart := sorted(known ^ found.keys())):
+            how = "lacks" if apart[0] in known else "should not have"
+            raise ValueError(
+                f"the state {how} {apart[0]!r} of {stage!r}; it is damaged, or it was "
+                "saved with other parameters."
             )
-            cells = partial(_cells, stage, name)
-            if "nothing" in (size, needed) or cells(found[name]) != cells(now[name]):
-                raise ValueError(
-                    f"the state has {size} for {name!r} of {stage!r}, but this clipper "
-                    f"needs {needed}; it was saved with other parameters."
-                )
+        for name, x in found.items():
+            _check_array(stage, name, x, now.get(name))
         return found or self.states[i]
 
 
@@ -154,6 +157,27 @@ def _stage_of(
         for name, x in saved.items()
         if name.startswith(prefix)
     }
+
+
+def _remembered(stage: Rule) -> set[str]:
+    """Return the names in a memory, where they do not depend on the gradients."""
+    if stage.by_part:
+        return set()
+    zero = np.zeros(())
+    return set(stage.init(zero, array_api_compat.array_namespace(zero)))
+
+
+def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
+    """Refuse an array of another size than the present one, and one with NaN."""
+    cells = partial(_cells, stage, name)
+    if now is not None and cells(x) != cells(now):
+        raise ValueError(
+            f"the state has {tuple(x.shape)} for {name!r} of {stage!r}, but this "
+            f"clipper needs {tuple(now.shape)}; it was saved with other parameters."
+        )
+    # No rule takes NaN in, and none would ever clip again with it.
+    if not stage.by_part and np.isnan(on_host(x)).any():
+        raise ValueError(f"the state has NaN for {name!r} of {stage!r}: it is damaged.")
 
 
 def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:

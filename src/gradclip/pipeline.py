@@ -242,14 +242,19 @@ def apply(
     return engine.each(leaves, scale)
 
 
+def _least(scale: Array, xp: Any) -> Array:
+    """Return the smallest scale; 1 of no gradients, as a masked optimizer may have."""
+    return xp.prod(scale) if 0 in scale.shape else xp.min(scale)
+
+
 def summary(infos: Sequence[Info], xp: Any) -> Info:
     """Return one report for all stages: the first norm, the last limit."""
     if len(infos) == 1:
         return infos[0]
     first, last = infos[0], infos[-1]
-    scale, clipped, kept = xp.min(first.scale), first.clipped, first.kept
+    scale, clipped, kept = _least(first.scale, xp), first.clipped, first.kept
     for info in infos[1:]:
-        scale, clipped = scale * xp.min(info.scale), clipped | info.clipped
+        scale, clipped = scale * _least(info.scale, xp), clipped | info.clipped
         kept = kept & info.kept
     return first._replace(
         limit=last.limit,

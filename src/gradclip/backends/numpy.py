@@ -30,12 +30,18 @@ class NumPy(Backend):
 
     def prepare(self, x: Array, where: str) -> Array:
         """Return `x` in a type that can hold clipped values."""
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(
+                f"gradients{where} is a masked array, whose hidden elements would "
+                "count; hand over x.filled(0)."
+            )
+        x = np.asarray(x)
         if x.dtype.kind not in "biufc":
             raise TypeError(
                 f"gradients{where} has dtype {x.dtype}; clipping needs numbers, as in "
                 "x.astype(float)."
             )
-        return x.astype(np.float64) if x.dtype.kind in "biu" else np.asarray(x)
+        return x.astype(np.float64) if x.dtype.kind in "biu" else x
 
     def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
         """Return the `p`-norms of arrays, large ones of float32 by rows if possible."""

@@ -8,7 +8,7 @@ from typing import Any
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
 from gradclip.rules.keeping import added, held, usable
-from gradclip.rules.limits import check_limit
+from gradclip.rules.limits import check_fixed
 from gradclip.rules.parts import norm_of
 
 
@@ -34,7 +34,7 @@ class EMA(Rule):
             then.
 
     Raises:
-        TypeError: For a limit that is not a number, a 0-d array or a function.
+        TypeError: For a limit that is not a number or a 0-d array.
         ValueError: For a number outside its range, named in the message.
 
     Example:
@@ -62,7 +62,7 @@ class EMA(Rule):
         check(self, "decay", 0.0, 1.0, "the decay lies in [0, 1].")
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
         if self.warmup_limit is not None:
-            check_limit(self, "warmup_limit")
+            check_fixed(self, "warmup_limit")
 
     @property
     def stateful(self) -> bool:

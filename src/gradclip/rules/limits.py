@@ -51,6 +51,16 @@ def check_limit(rule: Rule, name: str) -> None:
         )
 
 
+def check_fixed(rule: Rule, name: str) -> None:
+    """Refuse a limit like any other, and one that changes with the step."""
+    if callable(value := getattr(rule, name)):
+        raise TypeError(
+            f"{type(rule).__name__}({name}={value!r}): this limit is a number; for one "
+            "that changes with the step, chain the rule with Norm(schedule)."
+        )
+    check_limit(rule, name)
+
+
 def limit_at(seen: Measured, limit: Limit) -> Array:
     """Return the limit at this step in the shape of the norms; ask a schedule here."""
     if callable(limit):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
 from gradclip.rules.keeping import held, root_moved, usable
-from gradclip.rules.limits import check_limit
+from gradclip.rules.limits import check_fixed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ZScore(Rule):
             code calls percentile).
 
     Raises:
-        TypeError: For a limit that is not a number, a 0-d array or a function.
+        TypeError: For a limit that is not a number or a 0-d array.
         ValueError: For a number outside its range, named in the message, or an unknown
             scope or mode.
 
@@ -64,7 +64,7 @@ class ZScore(Rule):
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
         choose(self, "mode", ("adaptive", "mean", "threshold"))
         if self.max_limit is not None:
-            check_limit(self, "max_limit")
+            check_fixed(self, "max_limit")
 
     @property
     def stateful(self) -> bool:
