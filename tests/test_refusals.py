@@ -86,6 +86,31 @@ def test_what_is_carried_goes_by_name():
     assert {name: float(x[0]) for name, x in clipped.items()} == {"b": 0.0, "a": 2.0}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.array,
+        jnp.array,
+        torch.tensor,
+        partial(jnp.array, dtype=jnp.bfloat16),
+        partial(torch.tensor, dtype=torch.bfloat16),
+    ],
+    ids=["NumPy", "JAX", "torch", "JAX bfloat16", "torch bfloat16"],
+)
+def test_what_is_carried_is_saved_by_name_for_any_library(make):
+    clipper, other = gc.UClip(gc.Value(2.0)), gc.UClip(gc.Value(2.0))
+    clipper.clip({"a": make([5.0]), "b": make([1.0])})
+    saved = clipper.state_dict()
+    assert all(type(x) is np.ndarray for x in saved.values())
+    other.load_state_dict(saved)
+    for zero in (make([0.0]), np.zeros(1)):
+        clipped, _ = other.clip({"b": zero, "a": zero})
+        assert clipped["a"].dtype == zero.dtype
+        told = {name: float(x[0]) for name, x in clipped.items()}
+        assert told == {"b": 0.0, "a": 2.0}
+        other.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("grads", [np.zeros(3), [np.zeros(1), np.zeros(1)]])
 def test_other_gradients_than_those_carried_are_refused(grads):
     clipper = gc.UClip(gc.Value(2.0))

@@ -6,6 +6,8 @@ from typing import Any
 from gradclip.arrays import Clipper, Grads, dotted, flatten, rebuild
 from gradclip.backends import find_backend
 from gradclip.decision import Info
+from gradclip.memory import coded, decoded
+from gradclip.reading import on_host
 from gradclip.rules import Array
 
 
@@ -65,7 +67,7 @@ class UClip(Clipper):
         if self.carried is not None:
             engine = find_backend(named)
             total = [
-                x + engine.adopt(d, x)
+                x + engine.xp.astype(engine.adopt(d, x), x.dtype)
                 for x, d in zip(total, self._carried_for(names, total), strict=True)
             ]
         clipped, info = super().clip(
@@ -83,7 +85,7 @@ class UClip(Clipper):
     def _carried_for(self, names: list[str], total: list[Array]) -> list[Array]:
         """Return what is carried in the order of the gradients now."""
         carried = self.carried or []
-        # A loaded state has no names, and is in the order of the gradients.
+        # One array alone has no name, as what earlier versions saved.
         known = dict(zip(self._names or names, carried, strict=False))
         shapes = [tuple(known[name].shape) for name in names if name in known]
         now = [tuple(x.shape) for x in total]
@@ -97,8 +99,12 @@ class UClip(Clipper):
 
     def state_dict(self) -> dict[str, Array]:
         """Return the memory of the rule, and what is carried, as NumPy arrays."""
-        carried = enumerate(self.carried or [])
-        return super().state_dict() | {f"carried.{i}": d for i, d in carried}
+        saved = super().state_dict()
+        for i, d in enumerate(self.carried or []):
+            saved[f"carried.{i}"] = on_host(d).copy()
+        if self._names is not None:
+            saved["carried_names"] = coded(self._names)
+        return saved
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from a saved memory, exactly.
@@ -112,4 +118,4 @@ class UClip(Clipper):
         super().load_state_dict(state)
         count = sum(name.startswith("carried.") for name in state)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None
-        self._names = None
+        self._names = decoded(state.get("carried_names", ())) or None

@@ -80,14 +80,12 @@ class Memory:
 
     def state_dict(self, asarray: Callable[[Any], Array]) -> dict[str, Array]:
         """Return everything as arrays made by `asarray`; states are copied."""
-        kind = np.frombuffer(self.rule.kind.encode(), dtype=np.uint8).copy()
-        saved = {"rule": asarray(kind)}
+        saved = {"rule": asarray(coded([self.rule.kind]))}
         saved |= {
             name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS
         }
         if self.names and any(map(has_places, stages(self.rule))):
-            text = "\n".join(self.names).encode()
-            saved["names"] = asarray(np.frombuffer(text, dtype=np.uint8).copy())
+            saved["names"] = asarray(coded(self.names))
         for i, state in enumerate(self.states):
             saved |= {f"{i}.{name}": asarray(x) for name, x in (state or {}).items()}
         return saved
@@ -112,14 +110,13 @@ class Memory:
                 raise ValueError(
                     f"the state has {int(saved[name])} for {name!r}: it is damaged."
                 )
-        kind = bytes(int(c) for c in saved["rule"]).decode()
+        (kind,) = decoded(saved["rule"])
         if kind != self.rule.kind:
             raise ValueError(
                 f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
                 "make the clipper with the rule that was saved."
             )
-        text = bytes(int(c) for c in saved.get("names", ())).decode()
-        names = text.split("\n") if text else []
+        names = decoded(saved.get("names", ()))
         parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
         found = in_order(self.rule, parts, names, self.names or names)
         if any(found) or int(saved["step"]):
@@ -145,6 +142,17 @@ class Memory:
         for name, x in found.items():
             _check_array(stage, name, x, now.get(name))
         return found or self.states[i]
+
+
+def coded(names: Sequence[str]) -> Array:
+    """Return names as an array, which is all that a checkpoint has to hold."""
+    return np.frombuffer("\n".join(names).encode(), dtype=np.uint8).copy()
+
+
+def decoded(array: Array) -> list[str]:
+    """Return the names in an array of any library."""
+    text = bytes(int(c) for c in array).decode()
+    return text.split("\n") if text else []
 
 
 def _stage_of(

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 def on_host(x: Any) -> NDArray[Any]:
     """Return an array of any library as one of NumPy's, which may share its memory."""
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        # NumPy has no such type, and torch does not convert it by itself.
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+    return np.asarray(x)
 
 
 def to_numpy(values: Sequence[Any]) -> list[NDArray[np.float64]]:
