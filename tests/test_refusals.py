@@ -11,6 +11,7 @@ import torch
 
 import gradclip as gc
 from gradclip.arrays import dotted, flatten
+from gradclip.jax import as_optax
 from gradclip.per_sample import clipped_sum
 from gradclip.torch import Clipper
 
@@ -162,6 +163,27 @@ def test_a_limit_beside_another_is_a_number(make):
     assert make(**{name: 2.0})
     with pytest.raises(TypeError, match="this limit is a number"):
         make(**{name: lambda step: 1.0})
+
+
+@pytest.mark.parametrize("g", [3.0, np.nan])
+@pytest.mark.parametrize("first", [gc.Skip(gc.Norm(1.0)), gc.Norm(1.0)])
+def test_the_limit_of_the_stage_that_dropped_a_step_is_told_everywhere(first, g):
+    """Where flags are not read, the stages behind it run as well."""
+    rule = gc.chain(first, gc.Skip(gc.Norm(0.5)), gc.Norm(0.25))
+    p = torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.tensor([g])
+    tx = as_optax(rule)
+    _, state = jax.jit(tx.update)([jnp.array([g])], tx.init([jnp.zeros(1)]))
+    infos = [
+        gc.Clipper(rule).clip(np.array([g]))[1],
+        gc.Clipper(rule).clip(jnp.array([g]))[1],
+        Clipper([p], rule, doctor=()).clip_(),
+        state.info,
+    ]
+    limit = 1.0 if np.isnan(g) or type(first) is gc.Skip else 0.5
+    for info in infos:
+        assert float(info.limit) == limit
+        assert not info.kept
 
 
 class Layer(NamedTuple):

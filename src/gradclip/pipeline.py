@@ -248,16 +248,22 @@ def _least(scale: Array, xp: Any) -> Array:
 
 
 def summary(infos: Sequence[Info], xp: Any) -> Info:
-    """Return one report for all stages: the first norm, the last limit."""
+    """Return one report for all stages: the first norm, the last limit.
+
+    That is the one that dropped the step, as on the host, where none comes after it.
+    """
     if len(infos) == 1:
         return infos[0]
     first, last = infos[0], infos[-1]
     scale, clipped, kept = _least(first.scale, xp), first.clipped, first.kept
+    limit = first.limit
     for info in infos[1:]:
+        alike = info.limit.shape == limit.shape
+        limit = xp.where(kept, info.limit, limit) if alike else info.limit
         scale, clipped = scale * _least(info.scale, xp), clipped | info.clipped
         kept = kept & info.kept
     return first._replace(
-        limit=last.limit,
+        limit=limit,
         scale=scale,
         clipped=clipped,
         norm_after=last.norm_after,
