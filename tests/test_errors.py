@@ -60,6 +60,20 @@ def test_infinity_records_without_clipping():
         np.testing.assert_array_equal(a, b)
 
 
+def schedule(limit):
+    """Return a clipper whose limit turns into something else at its fourth step."""
+    clipper = gc.Clipper(gc.Norm(lambda step: 1.0 if step < 3 else limit))
+    for _ in range(3):
+        clipper.clip(np.ones(2))
+    return clipper
+
+
+def param():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    return p
+
+
 ARRAYS = {
     "not a rule.*Norm": lambda: gc.clip(np.ones(2), 1.0),
     "Percentile.*depends on the steps.*Clipper": lambda: gc.clip(
@@ -83,6 +97,16 @@ ARRAYS = {
     ),
     "dtype <U1": lambda: gc.clip(np.array(["a"]), gc.Norm(1.0)),
     "dtype object": lambda: gc.clip(np.array([None]), gc.Norm(1.0)),
+    "schedule.*gives '1' at step 3": lambda: schedule("1").clip(np.ones(2)),
+    "schedule.*gives None at step 3": lambda: schedule(None).clip(np.ones(2)),
+    r"gives array\(\[1., 1.\]\) at step 3; a limit is a number": lambda: schedule(
+        np.ones(2)
+    ).clip(np.ones(2)),
+    "None is NoneType, not a parameter": lambda: clip_grad_norm_(None, 1.0),
+    "0.5 is float, not a parameter": lambda: Clipper(0.5, gc.Norm(1.0)),
+    "parameter 'w' is ndarray, not a torch tensor": lambda: Clipper(
+        {"w": np.ones(2)}, gc.Norm(1.0)
+    ),
     "not a rule; use one such as": lambda: gc.chain(gc.Norm(1.0), 3),
     "at least one rule": lambda: gc.chain(),
 }
@@ -107,6 +131,11 @@ VALUES = {
     "np.empty_like": lambda: gc.clip(
         np.ones(2), gc.Norm(1.0), out=np.ones(2, np.int64)
     ),
+    r"shape \(2, 3\) has no such axis": lambda: gc.clip(
+        np.ones((2, 3)), gc.Norm(1.0, over="unit", axis=2)
+    ),
+    "norm_type='fro': it is a number": lambda: clip_grad_norm_(param(), 1.0, "fro"),
+    "norm_type=None: it is a number": lambda: get_total_norm([], None),
 }
 
 

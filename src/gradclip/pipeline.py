@@ -108,6 +108,12 @@ def turned(
     if stage.over != "unit" or stage.axis == 0:
         return leaves
     axes = (0, stage.axis) if back else (stage.axis, 0)
+    for x in leaves:
+        if x.ndim > 1 and not -x.ndim <= stage.axis < x.ndim:
+            raise ValueError(
+                f"{stage!r}: a gradient of shape {tuple(x.shape)} has no such axis; "
+                "give it a clipper of its own, or a rule over each 'tensor'."
+            )
     return [xp.moveaxis(x, *axes) if x.ndim > 1 else x for x in leaves]
 
 

@@ -72,6 +72,11 @@ def limit_at(seen: Measured, limit: Limit) -> Array:
 def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
     """Return what a schedule says: a number, or an array of the library in use."""
     value = schedule(step)
+    if not isinstance(value, (int, float)) and getattr(value, "shape", None) != ():
+        raise TypeError(
+            f"the schedule {schedule!r} gives {value!r} at step {step}; a limit is a "
+            "number or a 0-d array. Nothing was changed."
+        )
     # One of optax gives JAX arrays, whoever asks.
     foreign = hasattr(value, "shape") and _library(value) != _library(like)
     return float(value) if foreign else value

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def clip_grad_norm_(
         networks. arXiv 1211.5063, 2013.
     """
     policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
-    rule = Norm(max_norm, p=float(norm_type))
+    rule = Norm(max_norm, p=_order(norm_type))
     return _clip_parameters(parameters, rule, policy, split_over, verify)
 
 
@@ -164,7 +165,7 @@ def get_total_norm(
         >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    rule = Norm(1.0, p=float(norm_type))
+    rule = Norm(1.0, p=_order(norm_type))
     order, leaves = rule.p, tensors_only(tensors)
     if not leaves:
         return torch.tensor(0.0)
@@ -273,6 +274,16 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, torch.as_tensor(info.kept))
     return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
+
+
+def _order(norm_type: Any) -> float:
+    """Return the order of a norm, which torch also takes as a text."""
+    try:
+        return float(norm_type)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"norm_type={norm_type!r}: it is a number above 0, or float('inf')."
+        ) from None
 
 
 def _refuse_schedules(rule: Rule) -> None:

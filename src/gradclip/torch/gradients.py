@@ -37,7 +37,7 @@ def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
     elif isinstance(params, Tensor):
         named = [("parameter", params)]
     elif isinstance(params, Mapping):
-        named = params.items()
+        named = _enumerated(params.items())
     else:
         named = _enumerated(params)
     found = {id(p): (name, p) for name, p in named}
@@ -86,7 +86,7 @@ def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
             f"tensors are expected, not the module {type(params).__name__}; hand over "
             "module.parameters()."
         )
-    tensors = [params] if isinstance(params, Tensor) else list(params)
+    tensors = [params] if isinstance(params, Tensor) else list(_several(params))
     if not tensors and isinstance(params, Iterator):
         raise ValueError(
             "the generator has no parameters left: it was used up; pass a list, or "
@@ -107,8 +107,18 @@ def distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
+def _several(params: Any) -> Iterable[Any]:
+    """Return what can be looked through, or say what is meant."""
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"{params!r} is {type(params).__name__}, not a parameter or a list of "
+            "them; hand over model.parameters()."
+        )
+    return params
+
+
 def _enumerated(params: Any) -> Iterator[tuple[str, Tensor]]:
-    for i, item in enumerate(params):
+    for i, item in enumerate(_several(params)):
         name, p = (
             item if isinstance(item, tuple) and len(item) == 2 else (f"[{i}]", item)
         )
