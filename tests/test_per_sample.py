@@ -203,6 +203,33 @@ def test_ghosts_refuse_a_layer_without_samples():
             samples.backward(losses, gc.Norm(1.0))
 
 
+class Tied(torch.nn.Module):
+    """A head that uses the weight of the embedding, which may not be called itself."""
+
+    def __init__(self, called):
+        super().__init__()
+        self.embedding, self.called = torch.nn.Embedding(5, 3), called
+
+    def forward(self, x):
+        hidden = self.embedding(x) if self.called else self.embedding.weight[x]
+        return torch.nn.functional.linear(hidden, self.embedding.weight)
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_ghosts_refuse_a_weight_that_a_function_uses(called):
+    model = Tied(called)
+    with PerSample(model) as samples:
+        losses = model(torch.arange(4)).square().sum(1)
+        with pytest.raises(ValueError, match="used beside the layer"):
+            samples.backward(losses, gc.Norm(1.0))
+    assert model.embedding.weight.grad is None
+
+
+def test_ghosts_refuse_gradients_that_depend_on_other_samples():
+    with pytest.raises(ValueError, match="scale_grad_by_freq mixes samples"):
+        PerSample(torch.nn.Embedding(5, 3, scale_grad_by_freq=True))
+
+
 def test_ghosts_refuse_what_they_cannot_do():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with PerSample(model) as samples:

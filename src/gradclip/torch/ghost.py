@@ -4,6 +4,7 @@ The gradient of a linear layer is a sum of outer products, whose norm needs the 
 only. The first pass finds the norms, the second one weighs the losses.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,8 @@ class PerSample:
         model: The module; its inputs have the samples along their first axis.
 
     Raises:
-        ValueError: For parameters that several layers share.
+        ValueError: For parameters that several layers share, and for embeddings with
+            `scale_grad_by_freq`.
 
     Example:
         >>> import torch, gradclip as gc
@@ -58,10 +60,9 @@ class PerSample:
         self._layers = {layer: owned for layer, owned in layers.items() if owned}
         owned = [id(p) for params in self._layers.values() for p in params]
         if len(set(owned)) < len(owned):
-            raise ValueError(
-                "PerSample: some layers share a parameter, so that their norms do not "
-                "add up; use torch.func.vmap with gradclip.per_sample.clipped_sum."
-            )
+            raise _refusal("some layers share a parameter")
+        if any(getattr(layer, "scale_grad_by_freq", False) for layer in self._layers):
+            raise _refusal("scale_grad_by_freq mixes samples")
         self._calls: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
         self._hooks: list[Any] = []
 
@@ -87,10 +88,7 @@ class PerSample:
 
     def _saw(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if layer in self._calls or len(inputs) != 1 or not torch.is_tensor(output):
-            raise ValueError(
-                f"PerSample: {layer} is called twice, or with other than one tensor; "
-                "use torch.func.vmap with gradclip.per_sample.clipped_sum."
-            )
+            raise _refusal(f"{layer} is called twice, or with other than one tensor")
         # Where its gradient arrives, even if it is changed in place behind the layer.
         self._calls[layer] = inputs[0].detach(), get_gradient_edge(output)
 
@@ -107,7 +105,8 @@ class PerSample:
 
         Raises:
             TypeError: For a rule with memory.
-            ValueError: For another scope, losses that were averaged already, or a
+            ValueError: For another scope, losses that were averaged already, a
+                parameter that something else than its layer uses, or a
                 layer that was called with another number of samples.
         """
         check_per_sample(rule)
@@ -119,10 +118,24 @@ class PerSample:
             )
         # Forming gradients calls some of the layers again.
         self._look_away()
+        self._check_uses(losses)
         engine = TorchArrays()
         info = decide_samples(engine, self._norms(losses), rule)
         (losses * info.scale.to(losses.dtype)).sum().backward()
         return info
+
+    def _check_uses(self, losses: Tensor) -> None:
+        """Refuse parameters that something else than their layer uses, as tied heads.
+
+        What other layers do inside is taken from them as a whole, and may be anything.
+        """
+        uses = _uses(losses)
+        for layer, params in self._layers.items():
+            most = (
+                0 if layer not in self._calls else 1 if type(layer) in GHOSTS else None
+            )
+            if most is not None and any(uses[id(p)] > most for p in params):
+                raise _refusal(f"a parameter of {layer} is used beside the layer")
 
     def _norms(self, losses: Tensor) -> Tensor:
         """Return the norm of the gradient of each sample."""
@@ -150,11 +163,31 @@ class PerSample:
 
 def squared_norms(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
     """Return the squared norms of the gradients of one layer, for each sample."""
-    ghosts: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
-        nn.Linear: _linear,
-        nn.Embedding: _embedding,
-    }
-    return ghosts.get(type(layer), _formed)(layer, inputs, grad)
+    return GHOSTS.get(type(layer), _formed)(layer, inputs, grad)
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(
+        f"PerSample: {reason}, so that norms would be wrong; use torch.func.vmap with "
+        "gradclip.per_sample.clipped_sum."
+    )
+
+
+def _uses(losses: Tensor) -> Counter[int]:
+    """Return how many operations each leaf goes into, by its id."""
+    uses: Counter[int] = Counter()
+    seen, waiting = set(), [losses.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            leaf = getattr(following, "variable", None)
+            if leaf is None:
+                waiting.append(following)
+            else:
+                uses[id(leaf)] += 1
+    return uses
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
@@ -195,3 +228,10 @@ def _formed(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
     return torch.stack(
         [x.double().flatten(1).square().sum(1) for x in each.values()]
     ).sum(0)
+
+
+GHOSTS: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+}
+"""What measures without forming gradients."""
