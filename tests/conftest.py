@@ -8,6 +8,8 @@ import torch
 
 # The tests run in several processes, and small sums gain nothing from threads.
 torch.set_num_threads(1)
+# Unless it is told to check or not to, torch warns at the first sparse tensor.
+torch.sparse.check_sparse_tensor_invariants.enable()
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

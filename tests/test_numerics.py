@@ -472,6 +472,20 @@ def test_an_infinite_limit_only_records(way, policy):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("over", ["tensor", "unit"])
+def test_sparse_gradients_are_compared_with_the_weights_of_their_scope(over):
+    """Rows that were not used belong to their tensor, and are units of their own."""
+    dense, sparse = (torch.nn.Parameter(torch.arange(10.0).view(5, 2)) for _ in "ab")
+    dense.grad = torch.zeros(5, 2)
+    dense.grad[[1, 3]] = 8.0
+    sparse.grad = dense.grad.to_sparse(1)
+    rule = gc.AGC(0.1, over=over)
+    for p in (dense, sparse):
+        Clipper([p], rule, doctor=()).clip_()
+    torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+    assert dense.grad.max() < 1
+
+
 def test_sparse_gradients_stay_sparse():
     def grads():
         indices = torch.tensor([[1, 3, 1]])

@@ -224,8 +224,12 @@ class Clipper:
             self._verifier.before(found.present, found.leaves)
 
     def _collect(self) -> Gradients:
-        weights = any(stage.needs_weight for stage in stages(self.rule))
-        return collect(self.params, weights=weights, split=self._layout is not None)
+        return collect(
+            self.params,
+            weights=any(stage.needs_weight for stage in stages(self.rule)),
+            split=self._layout is not None,
+            units=any(stage.over == "unit" for stage in stages(self.rule)),
+        )
 
     def _verbs(
         self, found: Gradients, amplified: Tensor | None = None, fused: bool = False

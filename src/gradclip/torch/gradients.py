@@ -144,13 +144,16 @@ class Gradients:
     present: list[int]
     """Which parameters they belong to."""
     weights: list[Tensor]
-    """Those parameters, cut to the rows that a sparse gradient has."""
+    """Those parameters; where units count, cut to the rows of a sparse gradient."""
     dtypes: set[torch.dtype]
     """Their types: asked for once, since each pass over many takes time."""
 
 
 def collect(
-    params: list[Tensor], weights: bool = False, split: bool = False
+    params: list[Tensor],
+    weights: bool = False,
+    split: bool = False,
+    units: bool = False,
 ) -> Gradients:
     """Return the gradients of parameters; sparse ones by their coalesced values.
 
@@ -178,7 +181,7 @@ def collect(
     if not weights:
         here = []
     elif not whole or holds_dtensor(here):
-        here = list(map(_weight, here))
+        here = [_weight(p, units) for p in here]
     return Gradients(leaves, present, list(here), dtypes)
 
 
@@ -215,9 +218,9 @@ def plain(p: Tensor, g: Tensor) -> Tensor:
     return g
 
 
-def _weight(p: Tensor) -> Tensor:
+def _weight(p: Tensor, units: bool) -> Tensor:
     g = p.grad
-    if g is not None and g.layout == torch.sparse_coo:
+    if units and g is not None and g.layout == torch.sparse_coo:
         return p.detach()[tuple(g.indices())]
     return local_of(p.detach())
 
