@@ -39,7 +39,8 @@ class Clipper:
 
     Args:
         params: A module, (name, parameter) pairs, parameters, or one parameter, of any
-            shape.
+            shape. Those that a module gets later are not clipped; `attach` follows
+            the optimizer.
         rule: Any rule.
         on_nonfinite: What NaN or infinity in a gradient leads to. `"skip"` sets all
             gradients to None, so that parameters and optimizer stay as they are;
