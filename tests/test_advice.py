@@ -44,6 +44,18 @@ def test_the_clip_rate_is_the_share_of_norms_above_the_limit():
         assert advice.clip_rate(limit) == np.mean(norm > limit)
 
 
+def test_numbers_below_zero_are_no_norms():
+    advice = advise(np.log(norms()))
+    assert advice.limit is None
+    assert "are below 0, such as -" in advice.reasons[0]
+    skipped = norms()
+    skipped[::10] = -1
+    advice, without = advise(skipped), advise(np.delete(norms(), slice(None, None, 10)))
+    assert advice.limit == without.limit
+    assert advice.clip_rate(1.0) == without.clip_rate(1.0)
+    assert any("200 of 2000 norms are -1" in note for note in advice.notes)
+
+
 def test_spikes_are_found_where_they_were_put():
     norm = norms()
     places = [17, 500, 501, 1234, 1999]

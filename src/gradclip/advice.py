@@ -161,7 +161,7 @@ def advise(history: History) -> Advice:
         experts=facts.experts(),
         in_force=facts.in_force,
         lost=bool(facts.healthy.size),
-        _ordered=np.sort(record.norm[np.isfinite(record.norm)]),
+        _ordered=np.sort(record.norm[np.isfinite(record.norm) & (record.norm >= 0)]),
         _steady=np.sort(steady),
     )
 

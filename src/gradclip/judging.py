@@ -25,6 +25,8 @@ from gradclip.ruletext import rule_from
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 FEWEST = 20
 INSURANCE, ALWAYS_ON = 0.1, 0.5
+NOT_TAKEN = -1
+"""What loggers write for a norm that was not taken, as at a step that was skipped."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class Facts:
                 f"{zeros} of {size} norms are exactly 0: steps without a signal, which "
                 "are left out of the quantiles."
             )
+        if left := int((self.record.norm == NOT_TAKEN).sum()):
+            self.notes.append(
+                f"{left} of {size} norms are {NOT_TAKEN}, as loggers write where none "
+                "was taken, and are left out."
+            )
         if bad := int((~np.isfinite(self.record.norm)).sum()):
             self.notes.append(f"{bad} of {size} norms are NaN or infinite.")
         if self.still:
@@ -174,6 +181,13 @@ class Facts:
             return (
                 f"{self.record.rule} looks at each element, and what it recorded is "
                 "the largest modulus. Record norms with Norm(float('inf'))."
+            )
+        low = self.record.norm[(self.record.norm < 0) & (self.record.norm != NOT_TAKEN)]
+        if low.size:
+            return (
+                f"{low.size} of {self.record.norm.size} numbers are below 0, such as "
+                f"{low[0]:.4g}, and no norm is. Is it a logarithm? Another column is "
+                "named with column=… (--column)."
             )
         varies = self.norm.size >= FEWEST and self._varies()
         if varies and (share := pile_up(self.norm)) > 0.1:
