@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
 
 import gradclip as gc
 from gradclip.readers.runs import split_runs
@@ -453,6 +454,18 @@ def test_the_newest_of_several_event_folders_is_the_last_run(tmp_path):
     history = gc.History.load(tmp_path)
     assert history.runs[-1].norm.max() == 40.0
     assert any("is empty" in note for note in history.notes)
+
+
+def test_scalars_of_several_names_are_several_networks(tmp_path):
+    """`add_scalars` writes each of its names into a folder of its own."""
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(1200):
+            both = {"actor": 1 + step, "critic": 5000 + step}
+            writer.add_scalars("train/grad_norm", both, step)
+    history = gc.History.load(tmp_path)
+    assert history.recorded.column == "actor/train/grad_norm"
+    assert history.recorded.networks == ("critic/train/grad_norm",)
+    assert history.norm.tolist() == [1 + step for step in range(1200)]
 
 
 def test_an_mlflow_run_that_was_started_again_is_two_runs(tmp_path):

@@ -29,7 +29,7 @@ def read(path: Path, column: str | None) -> Columns:
             columns.notes.append(f"{file.name} is empty.")
             continue
         for event in _events(file, columns):
-            _take(event, rows, columns)
+            _take(event, rows, columns, file.parent.name)
     _finish(rows, columns)
     if not columns.count:
         raise LogError(f"{path}: the event files hold no scalars.")
@@ -68,18 +68,27 @@ def event_files(path: Path) -> list[Path]:
     return sorted(files, key=lambda file: begun[file.parent])
 
 
-def _take(event: Any, rows: dict[int, dict[str, Any]], columns: Columns) -> None:
+def _take(
+    event: Any, rows: dict[int, dict[str, Any]], columns: Columns, folder: str
+) -> None:
     """Gather the scalars of a step; a step that comes again begins a new row."""
     for value in event.summary.value:
         number = _scalar(value)
         if number is None:
             continue
         row = rows.setdefault(event.step, {"step": event.step})
+        name = _named(value.tag, folder)
         # A resumed run repeats its steps, and which of them count is decided later.
-        if value.tag in row or len(rows) > 1000:
+        if name in row or len(rows) > 1000:
             _finish(rows, columns)
             row = rows.setdefault(event.step, {"step": event.step})
-        row[value.tag] = number
+        row[name] = number
+
+
+def _named(tag: str, folder: str) -> str:
+    """Return the column of a tag; `add_scalars` has a folder for each of its names."""
+    prefix = f"{tag.replace('/', '_')}_"
+    return f"{folder.removeprefix(prefix)}/{tag}" if folder.startswith(prefix) else tag
 
 
 def _finish(rows: dict[int, dict[str, Any]], columns: Columns) -> None:
