@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import gradclip as gc
+from gradclip.advice import call
 from gradclip.cli import app
 from gradclip.evidence import quantile_intervals, spike_scores, tail_index
-from gradclip.ruletext import known, rule_from
+from gradclip.judging import find_spikes
+from gradclip.readers.assemble import in_order
+from gradclip.report import write_report
+from gradclip.ruletext import known, recorded_rule, rule_from
 from table import ROWS
 
 
@@ -217,13 +222,14 @@ def test_a_run_that_did_not_learn_lowers_the_confidence():
     assert advise(norms(), loss=np.linspace(2.3, 1, 2000)).confidence == "high"
 
 
-def two_runs(factor):
-    step = np.concatenate([np.arange(500), np.arange(300)])
-    norm = np.concatenate([norms(500), norms(300, seed=1) * factor])
-    from gradclip.readers.assemble import in_order
-
+def runs_of(norm, step):
     record, _ = in_order(gc.History.of(norm, step=step).recorded)
     return gc.advise(gc.History.from_record(record, None))
+
+
+def two_runs(factor):
+    norm = np.concatenate([norms(500), norms(300, seed=1) * factor])
+    return runs_of(norm, [*range(500), *range(300)])
 
 
 def test_runs_that_are_alike_count_together_and_others_do_not():
@@ -443,3 +449,110 @@ def test_every_command_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: gradclip {command}" in result.stdout
+
+
+def recorded(path, rule, rows, steps=None):
+    """Return a history of norms of tensors under a rule."""
+    names = tuple("abc"[: len(rows[0])])
+    history = gc.History(path, tensors_every=1)
+    history.begin(rule)
+    for i, row in enumerate(rows):
+        step = i if steps is None else steps[i]
+        history.record_tensors(step, names, np.array(row))
+        whole = float(np.sqrt(np.nansum(np.square(row))))
+        history.record(step, gc.Info(whole, 1.0, 1.0, np.isfinite(whole), False, whole))
+    return history
+
+
+def test_a_replay_over_tensors_tells_what_would_have_passed(tmp_path):
+    history = recorded(tmp_path / "run.jsonl", gc.Norm(1.0), [[10.0, 0.9], [0.5, 0.5]])
+    for rule in (gc.Norm(1.0, over="tensor"), gc.EMA(warmup_limit=1.0)):
+        again = gc.replay(history, rule)
+        grads = [
+            {"a": np.array([x]), "b": np.array([y])}
+            for x, y in ((10.0, 0.9), (0.5, 0.5))
+        ]
+        clipper = gc.Clipper(rule)
+        infos = [clipper.clip(g)[1].to_dict() for g in grads]
+        for name in ("norm_after", "limit", "scale"):
+            got = getattr(again, name)
+            np.testing.assert_allclose(got, [info[name] for info in infos], rtol=1e-9)
+
+
+def test_a_schedule_is_asked_at_the_recorded_steps():
+    asked = []
+    history = gc.History.of([1.0, 2.0, 3.0], step=[0, 1000, 2000])
+    gc.replay(history, gc.Norm(lambda step: asked.append(step) or 1.5))
+    assert asked == [0, 1000, 2000]
+
+
+def test_a_replay_does_not_mix_norms_of_other_orders(tmp_path):
+    history = recorded(tmp_path / "run.jsonl", gc.Norm(math.inf), [[1.0], [2.0]])
+    with pytest.raises(
+        ValueError, match="order 1, and the history holds those of order 2"
+    ):
+        gc.replay(history, gc.Norm(2.0, p=1.0))
+    ones = recorded(tmp_path / "ones.jsonl", gc.Norm(math.inf, p=1.0), [[1.0], [4.0]])
+    assert gc.replay(ones, gc.Norm(2.0, p=1.0)).scale.tolist() == [1.0, 0.5]
+
+
+def test_a_history_of_another_order_has_a_page(tmp_path):
+    rows = [[x] for x in norms(60)]
+    history = recorded(tmp_path / "run.jsonl", gc.Norm(math.inf, p=1.0), rows)
+    assert gc.advise(history).rule.p == 1.0
+    write_report([("run", history)], tmp_path / "page.html")
+    assert "p=1.0" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_spike_is_not_carried_by_what_has_no_gradient(tmp_path):
+    rows = [[x, 0.1, math.nan] for x in norms(300)]
+    rows[100][0] = 90.0
+    rows[200][0] = math.inf
+    rows[250][1] = math.nan
+    history = recorded(tmp_path / "run.jsonl", gc.Norm(1.0), rows)
+    record = replace(history.recorded, norm=history.recorded.norm.copy())
+    record.norm[250] = math.nan
+    spikes = {s.step: s.tensors for s in find_spikes(record)}
+    assert [name for name, _ in spikes[100]] == ["a", "b"]
+    assert [name for name, _ in spikes[200]] == ["a", "b"]
+    assert [name for name, _ in spikes[250]] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "behind"),
+    [
+        (gc.Value(lambda step: 1.0), gc.Value(1.0)),
+        (gc.Norm(np.array(0.5), over="tensor"), gc.Norm(1.0, over="tensor")),
+        (gc.Norm(lambda step: 1.0, p=1.0), gc.Norm(1.0, p=1.0)),
+        (
+            gc.chain(gc.Value(lambda s: 1.0), gc.Norm(2.0)),
+            gc.chain(gc.Value(1.0), gc.Norm(2.0)),
+        ),
+    ],
+)
+def test_what_a_history_measured_is_known_also_without_its_limit(rule, behind):
+    assert recorded_rule(repr(rule)) == behind
+
+
+def test_elements_under_a_schedule_are_no_norms(tmp_path):
+    rule = gc.Value(lambda step: 1.0)
+    history = recorded(tmp_path / "run.jsonl", rule, [[x] for x in norms(60)])
+    assert "looks at each element" in gc.advise(history).reasons[0]
+
+
+def test_runs_that_are_too_short_are_said_not_to_count():
+    step = [*range(100), *range(8)]
+    advice = runs_of(norms(108), step)
+    assert any("1 of 2 runs have fewer than 20" in note for note in advice.notes)
+    assert not any("are alike" in note for note in advice.notes)
+
+
+def test_the_call_of_groups_is_one():
+    rule = gc.by_name({"a*": gc.Norm(2.0), "b": None, "*": gc.Skip(gc.Norm(1.0)).rule})
+    assert rule_from(call(rule)) == rule
+    assert call(rule) == "by_name({'a*': Norm(2.0), 'b': Norm(inf), '*': Norm(1.0)})"
+
+
+def test_a_key_that_is_no_text_is_no_traceback(log):
+    result = run("replay", log, "--rule", "by_name({{}: Norm(1.0)})")
+    assert result.exit_code == 2

@@ -297,3 +297,13 @@ def test_misuse_is_said():
         made[net[0].weight].step()
     with pytest.raises(ValueError, match="no norm of the last pass"):
         clipper.load_state_dict({})
+
+
+def test_what_was_cleared_does_not_pass_unseen():
+    net, clipper = clipped(gc.Norm(1.0), on_nonfinite="zero")
+    net[0].weight.register_hook(lambda g: g * math.nan)
+    for x in batches(2):
+        loss_of(net, x).backward()
+    assert not clipper.info.finite
+    assert clipper.info.kept
+    assert all(torch.isfinite(p).all() for p in net.parameters())

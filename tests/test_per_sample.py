@@ -1,5 +1,7 @@
 """Sums of clipped per-sample gradients equal a loop over samples, optax, and ghosts."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -201,6 +203,46 @@ def test_ghosts_refuse_a_layer_without_samples():
         losses = (torch.ones(2, 4, 3) * model(torch.arange(4))).sum((1, 2))
         with pytest.raises(ValueError, match=r"called with 4 samples, and there are 2"):
             samples.backward(losses, gc.Norm(1.0))
+
+
+LIBRARIES = pytest.mark.parametrize("make", [np.array, jnp.array, torch.tensor])
+
+
+@LIBRARIES
+def test_a_bad_sample_adds_nothing_to_any_array(make):
+    grads = [make([[math.nan], [1.0]]), make([[1.0], [1.0]])]
+    for over in ("all", "tensor"):
+        sums, info = clipped_sum(grads, gc.Norm(9.0, over=over))
+        assert [float(x[0]) for x in sums] == [1.0, 1.0]
+        assert not np.asarray(info.finite)
+
+
+@LIBRARIES
+def test_a_random_batch_may_be_empty(make):
+    grads = [make(np.zeros((0, 3, 2))), make(np.zeros((0,)))]
+    for over in ("all", "tensor"):
+        sums, _ = clipped_sum(grads, gc.Norm(1.0, over=over))
+        assert [tuple(x.shape) for x in sums] == [(3, 2), ()]
+        assert all(float(x.sum()) == 0 for x in sums)
+
+
+def test_ghosts_see_every_pass_of_a_loop():
+    """From the second one on, nothing was clipped."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    x = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
+    with PerSample(model) as samples:
+        for _ in range(3):
+            model.zero_grad()
+            info = samples.backward(model(x).squeeze(1), gc.Norm(1.0))
+            assert info.norm.tolist() == [5.0, 50.0]
+            torch.testing.assert_close(model.weight.grad, torch.tensor([[1.2, 1.6]]))
+        with pytest.raises(ValueError, match="2-norms"):
+            samples.backward(model(x).squeeze(1), gc.Norm(1.0, p=1.0))
+    losses = model(x).squeeze(1)
+    with pytest.raises(ValueError, match="outside of its `with`"):
+        samples.backward(losses, gc.Norm(1.0))
+    with PerSample(model) as samples, pytest.raises(ValueError, match="called before"):
+        samples.backward(losses, gc.Norm(1.0))
 
 
 class Tied(torch.nn.Module):

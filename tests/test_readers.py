@@ -169,6 +169,13 @@ def test_between_tabs_a_comma_is_what_all_cells_make_of_it(tmp_path, cells, norm
     assert load(tmp_path / "log.tsv", text).norm.tolist() == norms
 
 
+def test_a_heading_may_hold_what_parts_others(tmp_path):
+    text = '\n\n"step";"grad_norm, L2, total";"loss"\n0;1,5;2,0\n1;2,5;2,0\n9;9\n'
+    history = load(tmp_path / "log.csv", text)
+    assert history.norm.tolist() == [1.5, 2.5]
+    assert any("the first is line 6" in note for note in history.recorded.notes)
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -466,6 +473,15 @@ def test_scalars_of_several_names_are_several_networks(tmp_path):
     assert history.recorded.column == "actor/train/grad_norm"
     assert history.recorded.networks == ("critic/train/grad_norm",)
     assert history.norm.tolist() == [1 + step for step in range(1200)]
+
+
+def test_a_loss_in_another_file_than_its_norm_belongs_to_its_step(tmp_path):
+    for name in ("loss", "grad_norm"):
+        with SummaryWriter(tmp_path / f"run_{name}") as writer:
+            for step in range(1500):
+                writer.add_scalar(name, 1 + step, step)
+    record = gc.History.load(tmp_path).recorded
+    assert record.norm.tolist() == record.loss.tolist() == [*range(1, 1501)]
 
 
 def test_an_mlflow_run_that_was_started_again_is_two_runs(tmp_path):

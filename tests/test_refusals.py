@@ -13,7 +13,7 @@ import gradclip as gc
 from gradclip.arrays import dotted, flatten
 from gradclip.jax import as_optax
 from gradclip.per_sample import clipped_sum
-from gradclip.torch import Clipper
+from gradclip.torch import Clipper, attach, clip_grad_value_
 
 
 def one():
@@ -201,3 +201,107 @@ def test_names_are_those_of_jax():
     clipped, _ = gc.clip(tree, rule)
     assert clipped["x"].w.tolist() == pytest.approx([0.6, 0.8])
     assert clipped["x"].b[0].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("value", [3, 3.0])
+def test_integers_lose_nothing_of_what_is_carried(value):
+    clipper = gc.UClip(gc.Value(0.4))
+    grads = [np.array([value]), *[np.array([type(value)(0)])] * 9]
+    assert sum(float(clipper.clip(g)[0][0]) for g in grads) == pytest.approx(3.0)
+
+
+def test_names_that_collide_carry_each_their_own():
+    clipper = gc.UClip(gc.Value(1.0))
+    clipper.clip({"a.b": np.array([5.0]), "a": {"b": np.zeros(1)}})
+    clipped, _ = clipper.clip({"a.b": np.zeros(1), "a": {"b": np.zeros(1)}})
+    assert (clipped["a.b"].tolist(), clipped["a"]["b"].tolist()) == ([1.0], [0.0])
+
+
+def test_carrying_refuses_what_is_no_array_in_a_sentence():
+    with pytest.raises(TypeError, match="is NoneType, not an array"):
+        gc.UClip(gc.Value(1.0)).clip({"a": None})
+
+
+def test_states_of_another_kind_of_clipper_are_refused():
+    plain, carrying = gc.Clipper(gc.Value(1.0)), gc.UClip(gc.Value(1.0))
+    p = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="nothing that was carried over"):
+        carrying.load_state_dict(plain.state_dict())
+    for clipper in (plain, Clipper([p], gc.Value(1.0))):
+        with pytest.raises(ValueError, match=r"'carried_names'.*another kind"):
+            clipper.load_state_dict(carrying.state_dict())
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_a_modulus_beyond_float32_is_clipped_to_its_limit(make):
+    dtype = np.complex64 if make is np.array else torch.complex64
+    for rule in (gc.Value(1.0), gc.Smooth(1.0, over="element")):
+        clipped, info = gc.clip(make([3e38 + 3e38j], dtype=dtype), rule)
+        assert abs(complex(clipped[0])) == pytest.approx(1.0, rel=1e-6)
+        assert float(info.norm_after) == pytest.approx(1.0, rel=1e-6)
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    p.grad = torch.tensor([3e38 + 3e38j])
+    clip_grad_value_([p], 1.0)
+    assert abs(complex(p.grad[0])) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", [gc.Moment(), gc.Peak()])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_damaged_memory_of_elements_is_refused(rule, fresh):
+    clipper = gc.Clipper(rule)
+    clipper.clip([one(), one()])
+    saved = clipper.state_dict()
+    into = gc.Clipper(rule) if fresh else clipper
+    name = next(x for x in saved if x.startswith("0.") and x.endswith(".1"))
+    with pytest.raises(ValueError, match="NaN"):
+        into.load_state_dict({**saved, name: np.full_like(saved[name], np.nan)})
+    lost = {k: x for k, x in saved.items() if k != name}
+    with pytest.raises(ValueError, match="lacks"):
+        into.load_state_dict(lost)
+    into.load_state_dict(saved)
+
+
+def test_parameters_under_other_keys_are_refused():
+    grads, rule = {"a": one(), "b": one()}, gc.Relative(0.1, over="tensor")
+    with pytest.raises(ValueError, match="'a' is a key of the gradients"):
+        gc.clip(grads, rule, params={"b": one(), "c": one()})
+    with pytest.raises(ValueError, match="'c' is a key"):
+        gc.clip(grads, gc.Norm(1.0), out={"a": one(), "b": one(), "c": one()})
+
+
+def test_groups_within_groups_are_refused():
+    inner = gc.by_name({"a1": gc.Norm(1.0), "*": None})
+    with pytest.raises(ValueError, match="a group takes one rule"):
+        gc.by_name({"a*": inner, "*": None})
+
+
+def test_a_new_parameter_shares_the_memory_of_a_group_that_is_skipped_by():
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([a], lr=0.1)
+    rule = gc.Skip(gc.by_name({"*": gc.ZScore(warmup=2, z=3.0)}))
+    clipper = attach(optimizer, rule, doctor=())
+    for x in (1.0, 1.1, 0.9, 1.0):
+        a.grad = torch.tensor([x])
+        optimizer.step()
+    optimizer.add_param_group({"params": [b]})
+    a.grad, b.grad = torch.tensor([1.0]), torch.tensor([50.0])
+    optimizer.step()
+    assert clipper.info.limit.max() < 2
+    assert b.item() == 0
+
+
+def test_a_band_takes_arrays_and_is_the_right_way_up():
+    assert gc.Band(np.array(0.0), 1.0).low == 0
+    for low, high in (
+        (2.0, np.array(1.0)),
+        (np.array(2.0), 1.0),
+        (np.array(-1.0), 1.0),
+    ):
+        with pytest.raises(ValueError, match="it lies between 0 and high"):
+            gc.Band(low, high)
+
+
+@pytest.mark.parametrize("start", [np.array(1.0), lambda step: 1.0, np.inf, 0.0])
+def test_the_first_limit_of_a_quantile_is_a_number(start):
+    with pytest.raises(ValueError, match="a finite number above 0"):
+        gc.Quantile(start=start)

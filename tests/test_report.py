@@ -1,8 +1,10 @@
 """The page, looked at with a real browser: offline, in both colours, by keyboard."""
 
+import gzip
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,3 +182,28 @@ def test_a_page_is_about_the_steps_that_the_advice_is_about(tmp_path):
     above = run["share"] * np.mean(np.array(run["norms"]) > advice.limit)
     assert above == np.mean(norm[400:] > advice.limit)
     assert f"<td>{above:.1%}</td>" in text
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "-"])
+def test_a_page_about_what_is_read_from_a_copy_is_written_again(tmp_path, name):
+    text = "step,grad_norm\n" + "".join(f"{i},{1 + i}\n" for i in range(50))
+    log, out = tmp_path / "log.csv.gz", tmp_path / "page.html"
+    log.write_bytes(gzip.compress(text.encode()))
+    source = name if name == "-" else str(log)
+    for _ in range(2):
+        written = CliRunner().invoke(
+            app, ["report", source, "-o", str(out)], input=text
+        )
+        assert written.exit_code == 0, written.stderr
+    written = CliRunner().invoke(app, ["report", source, "-o", str(log)], input=text)
+    assert (written.exit_code == 1) == (name != "-")
+    assert name == "-" or "would replace the log" in written.stderr
+
+
+def test_a_run_without_tensors_beside_one_that_has_them(tmp_path, history):
+    record = history.recorded
+    none = replace(record.tensors.of_run(9), names=record.tensors.names)
+    run, _ = page_of(
+        gc.History.from_record(replace(record, tensors=none), None), tmp_path
+    )
+    assert run["heat"] is None

@@ -15,6 +15,7 @@ from gradclip.record import Floats
 from gradclip.replaying import Replay as Replay
 from gradclip.replaying import replay as replay
 from gradclip.rules import Rule, stages
+from gradclip.rules.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def call(rule: Any) -> str:
     """
     if len(stages(rule)) > 1:
         return f"chain({', '.join(map(call, stages(rule)))})"
+    if isinstance(rule, Groups):
+        groups = (f"{pattern!r}: {call(part)}" for pattern, part in rule.rules)
+        return f"by_name({{{', '.join(groups)}}})"
     given = {f.name: getattr(rule, f.name) for f in fields(rule)}
     told = [f for f in fields(rule) if f.init and given[f.name] != f.default]
     first = fields(rule)[0].name

@@ -15,7 +15,7 @@ from gradclip.decision import Info
 from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import run
 from gradclip.policy import Policy, check_policy
-from gradclip.reading import on_host
+from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, stages
 
 if TYPE_CHECKING:
@@ -142,13 +142,13 @@ class Clipper:
             self.history.record(self._memory.step, info)
         missed = int(not bool(info.kept))
         self._memory.count(missed)
-        self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
         self.info = info._replace(skipped=self._memory.skipped)
+        self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
         return clipped, self.info
 
     def state_dict(self) -> dict[str, Array]:
         """Return the memory as NumPy arrays, for any kind of checkpoint."""
-        return self._memory.state_dict(lambda x: on_host(x).copy())
+        return self._memory.state_dict(lambda x: host_array(x).copy())
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from a saved memory, exactly.
@@ -193,7 +193,12 @@ def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 def arranged(tree: Any, like: Any) -> Any:
     """Return a tree whose dictionaries have the order of those of another."""
-    if isinstance(tree, dict) and isinstance(like, dict) and tree.keys() == like.keys():
+    if isinstance(tree, dict) and isinstance(like, dict):
+        if others := tree.keys() ^ like.keys():
+            raise ValueError(
+                f"clip(): {min(map(repr, others))} is a key of the gradients, or of "
+                "what is arranged like them, and not of both."
+            )
         return {key: arranged(tree[key], part) for key, part in like.items()}
     both = isinstance(tree, (list, tuple)) and isinstance(like, (list, tuple))
     if both and len(tree) == len(like):

@@ -7,7 +7,7 @@ from gradclip.arrays import Clipper, Grads, dotted, flatten, rebuild
 from gradclip.backends import find_backend
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
-from gradclip.reading import on_host
+from gradclip.reading import host_array
 from gradclip.rules import Array
 
 
@@ -61,11 +61,13 @@ class UClip(Clipper):
                 nothing is changed then.
         """
         named = list(flatten(grads))
+        engine = find_backend(named)
         # A copy, since `out` may be the gradients themselves.
-        total = [x + 0 for _, x in named]
+        total = [engine.prepare(x, where) + 0 for where, x in named]
         names = [dotted(where) for where, _ in named]
+        if len(set(names)) < len(names):
+            names = [where for where, _ in named]
         if self.carried is not None:
-            engine = find_backend(named)
             total = [
                 x + engine.xp.astype(engine.adopt(d, x), x.dtype)
                 for x, d in zip(total, self._carried_for(names, total), strict=True)
@@ -77,7 +79,7 @@ class UClip(Clipper):
             after = [x for _, x in flatten(clipped)]
             rest = [x - u for x, u in zip(total, after, strict=True)]
             # With on_nonfinite="zero" an element may be NaN, which is not carried on.
-            xp = find_backend(named).xp
+            xp = engine.xp
             self.carried = [xp.where(xp.isfinite(d), d, 0) for d in rest]
             self._names = names
         return clipped, info
@@ -101,10 +103,8 @@ class UClip(Clipper):
         """Return the memory of the rule, and what is carried, as NumPy arrays."""
         saved = super().state_dict()
         for i, d in enumerate(self.carried or []):
-            saved[f"carried.{i}"] = on_host(d).copy()
-        if self._names is not None:
-            saved["carried_names"] = coded(self._names)
-        return saved
+            saved[f"carried.{i}"] = host_array(d).copy()
+        return saved | {"carried_names": coded(self._names or ())}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from a saved memory, exactly.
@@ -113,9 +113,16 @@ class UClip(Clipper):
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: If it was saved by another rule; nothing is changed then.
+            ValueError: If it was saved by another rule, or by a clipper that carries
+                nothing; nothing is changed then.
         """
-        super().load_state_dict(state)
-        count = sum(name.startswith("carried.") for name in state)
+        own = {name: x for name, x in state.items() if name.startswith("carried")}
+        if not own:
+            raise ValueError(
+                "this state has nothing that was carried over; it was saved by a "
+                "Clipper, and not by a UClip."
+            )
+        super().load_state_dict({k: x for k, x in state.items() if k not in own})
+        count = sum(name.startswith("carried.") for name in own)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None
         self._names = decoded(state.get("carried_names", ())) or None

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradclip.exits import FAILED, INTERRUPTED, REFUSED
 from gradclip.torch.ledger import EFFECTIVE, INSIDE, MEASURES, Clip, Ledger
 from gradclip.torch.observing import Enough, observing
-
-FAILED, MISUSE, INTERRUPTED = 1, 3, 130
 
 
 class Fault(NamedTuple):
@@ -294,7 +293,7 @@ def check_up(
         return INTERRUPTED
     if ended.error is not None or not any(s.steps for s in ledger.steppers):
         return FAILED
-    return MISUSE if seen["findings"] else 0
+    return REFUSED if seen["findings"] else 0
 
 
 def without_us(error: BaseException, script: Path) -> BaseException:

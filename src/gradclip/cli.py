@@ -21,8 +21,7 @@ except ModuleNotFoundError:
 
 import gradclip
 from gradclip import commands
-
-INTERRUPTED = 130
+from gradclip.exits import FAILED, INTERRUPTED
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -192,7 +191,7 @@ def _require(command: str, extra: str, *modules: str) -> None:
             f'pip install "gradclip[{extra}]"',
             err=True,
         )
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
 
 
 def _folder(path: Path) -> Path:

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from gradclip.exits import FAILED, REFUSED
 from gradclip.history import History
 from gradclip.rules import Rule
-
-UNREADABLE, NO_ADVICE = 1, 3
 
 Logs = Annotated[list[Path], typer.Argument(help="Histories or training logs.")]
 Log = Annotated[Path, typer.Argument(help="A history or a training log.")]
@@ -71,9 +70,9 @@ def advise(
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
     if failed:
-        raise typer.Exit(UNREADABLE)
+        raise typer.Exit(FAILED)
     if any(entry["limit"] is None for entry in entries):
-        raise typer.Exit(NO_ADVICE)
+        raise typer.Exit(REFUSED)
 
 
 def replay(
@@ -210,11 +209,18 @@ def networks(
     from gradclip.readers.plain import plain_file
 
     with plain_file(path) as file:
-        history = History.load(file, format=format, column=column)
+
+        def loaded(column: str | None) -> History:
+            history = History.load(file, format=format, column=column)
+            # What is read may be a copy, which is gone when the history is used.
+            history.path = path if path.exists() else None
+            return history
+
+        history = loaded(column)
         others = history.recorded.networks
         yield f"{path} · {history.recorded.column}" if others else str(path), history
         for name in others:
-            yield f"{path} · {name}", History.load(file, format=format, column=name)
+            yield f"{path} · {name}", loaded(name)
 
 
 def how_read(history: History) -> dict[str, Any]:
@@ -247,7 +253,7 @@ def plain_errors() -> Iterator[None]:
     with noted_errors() as failures:
         yield
     if failures:
-        raise typer.Exit(UNREADABLE)
+        raise typer.Exit(FAILED)
 
 
 @contextmanager

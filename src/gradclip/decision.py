@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gradclip.reading import to_numpy, whole
+from gradclip.reading import smallest, to_numpy, whole
 from gradclip.rules import Array, Measured, Rule, State, usable
 
 
@@ -35,7 +35,8 @@ class Info(NamedTuple):
         r"""Return the report as plain numbers, as loggers take them.
 
         Several cells become one number: $\lVert (n_1, n_2, …) \rVert_2$ for norms and
-        limits, as in a history, and the smallest scale; a flag is 1 or 0.
+        limits, and the smallest scale; a flag is 1 or 0. A history does the same, with
+        the order of the rule's norms.
 
         Args:
             prefix: Put before each name.
@@ -52,9 +53,12 @@ class Info(NamedTuple):
             (10.0, 0.5, 1.0)
         """
         host = {name: to_numpy([x])[0] for name, x in self._asdict().items()}
-        lengths = ("norm", "limit", "norm_after")
+        fine = bool(host["finite"])
+        lengths = {"norm": fine, "limit": True, "norm_after": fine}
         return {
-            prefix + name: whole(x) if name in lengths else float(x.min())
+            prefix + name: whole(x, finite=lengths[name])
+            if name in lengths
+            else smallest(x)
             for name, x in host.items()
         }
 

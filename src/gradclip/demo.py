@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -28,7 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from gradclip.advice import call
 from gradclip.policy import only_records
+from gradclip.recorder import SCHEMA, plain
 from gradclip.rules import Norm, Percentile, Rule, ZScore
 from gradclip.torch import attach
 
@@ -155,7 +157,7 @@ class Run:
         self.steps: list[Step] = []
         # By lines, so that whatever ends the program leaves whole ones.
         self._file = self.path.open("w", encoding="utf-8", buffering=1)
-        self._write(gradclip=1, rule=repr(self.rule), run=setup.facts())
+        self._write(gradclip=SCHEMA, rule=repr(self.rule), run=setup.facts())
 
     def add(self, step: Step) -> None:
         """Take in the next step."""
@@ -225,21 +227,7 @@ class Comparison:
 
 def label(rule: Any) -> str:
     """Return the call that makes a rule, without what it takes by default."""
-    told = [
-        f"{field.name}={getattr(rule, field.name)!r}"
-        for field in fields(rule)
-        if getattr(rule, field.name) != field.default
-    ]
-    call = f"{type(rule).__name__}({', '.join(told)})"
-    return f"{call}, no clip" if only_records(rule) else call
-
-
-def plain(number: Any) -> float | str:
-    """Return a number as JSON can hold it: NaN and infinity by their names."""
-    x = float(number)
-    if math.isfinite(x):
-        return x
-    return "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
+    return f"{call(rule)}, no clip" if only_records(rule) else call(rule)
 
 
 def compare(setup: Setup, out: Path, console: Console) -> Comparison:

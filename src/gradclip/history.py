@@ -12,7 +12,7 @@ from gradclip.decision import Info
 from gradclip.memory import at_least
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
 from gradclip.recorder import Recorder, checked
-from gradclip.rules import Rule
+from gradclip.rules import Rule, stages
 
 
 class History:
@@ -57,7 +57,8 @@ class History:
     ) -> None:
         """Check the numbers; no file is touched yet."""
         at_least(1, flush_every=flush_every)
-        at_least(0, flush_seconds=flush_seconds, tensors_every=tensors_every)
+        at_least(0, tensors_every=tensors_every)
+        at_least(0.0, flush_seconds=flush_seconds)
         self.path: Path | None = Path(path)
         self.tensors_every = tensors_every
         self._recorder: Recorder | None = Recorder(
@@ -136,7 +137,9 @@ class History:
         Args:
             rule: The rule, or what to call it.
         """
-        self._writing().rule = rule if isinstance(rule, str) else repr(rule)
+        recorder = self._writing()
+        recorder.rule = rule if isinstance(rule, str) else repr(rule)
+        recorder.p = 2.0 if isinstance(rule, str) else stages(rule)[0].p
 
     def record(self, step: Any, info: Info, **facts: Any) -> None:
         """Take in one step; nothing is read from an accelerator before a flush.
@@ -151,6 +154,7 @@ class History:
         Raises:
             TypeError: For a fact that is no number, 0-d array or text; nothing is
                 lost then.
+            ValueError: For a fact under a name of the history's own, such as `norm`.
         """
         self._writing().add(step, info, checked(facts))
         self._count += 1

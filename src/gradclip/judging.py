@@ -20,7 +20,7 @@ from gradclip.evidence import (
 from gradclip.history import is_finite
 from gradclip.record import Floats, Record
 from gradclip.rules import Norm, Percentile, Rule, stages
-from gradclip.ruletext import rule_from
+from gradclip.ruletext import recorded_rule
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 FEWEST = 20
@@ -39,6 +39,11 @@ class Spike:
     """The robust z-score of the log norm; infinity for a norm that is not finite."""
     tensors: tuple[tuple[str, float], ...] = ()
     """The parameters that carried it, with their norms; where they were recorded."""
+
+    @property
+    def size(self) -> float:
+        """The norm; infinity for one that is not finite."""
+        return self.norm if math.isfinite(self.norm) else math.inf
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,15 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
     told = ", ".join(f"{x:.3g}" for x in medians.values())
     if not medians:
         return record, notes
+    if short := names.size - len(medians):
+        notes.append(
+            f"{short} of {names.size} runs have fewer than {FEWEST} usable norms, and "
+            "do not count."
+        )
     if max(medians.values()) <= 2 * min(medians.values()):
-        notes.append(f"the runs are alike (median norms {told}) and count together.")
+        if len(medians) > 1:
+            alike = f"the runs are alike (median norms {told}) and count together."
+            notes.append(alike)
         return record.take(np.isin(record.run, list(medians))), notes
     newest = max(medians)
     notes.append(
@@ -101,7 +113,7 @@ class Facts:
             if self.steady.size
             else ()
         )
-        self.measured = _measured(self.record.rule)
+        self.measured = stages(recorded_rule(self.record.rule))[0]
         # Limits of tensors are no limit of the norm that they were recorded as.
         whole = self.measured.over == "all"
         self.in_force = _in_force(self.record.limit) if whole else math.nan
@@ -302,14 +314,6 @@ def _in_force(limit: Floats) -> float:
     return float(known[0]) if known.size and np.all(known == known[0]) else math.nan
 
 
-def _measured(rule: str) -> Rule:
-    """Return the rule that says what was measured; foreign logs hold 2-norms of all."""
-    try:
-        return stages(rule_from(rule))[0]
-    except ValueError:
-        return Norm(math.inf)
-
-
 def find_spikes(record: Record) -> tuple[Spike, ...]:
     """Return the steps whose norm stands out from those around it.
 
@@ -348,10 +352,13 @@ def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
     at = np.flatnonzero(same)
     if not at.size:
         return ()
-    # A parameter that is not finite carried the spike, whatever the others did.
-    row = np.where(np.isnan(tensors.norm[at[0]]), math.inf, tensors.norm[at[0]])
-    largest = np.argsort(-row, kind="stable")[:3]
-    return tuple((tensors.names[i], float(tensors.norm[at[0], i])) for i in largest)
+    found = tensors.norm[at[0]]
+    # A parameter that is not finite carried the spike, whatever the others did; but
+    # where all is finite, and where it never is, it has no gradient.
+    bad = np.isnan(found) & ~np.isfinite(record.norm[i])
+    row = np.where(bad & ~np.isnan(tensors.norm).all(axis=0), math.inf, found)
+    largest = [k for k in np.argsort(-row, kind="stable") if not np.isnan(row[k])][:3]
+    return tuple((tensors.names[k], float(found[k])) for k in largest)
 
 
 def regime(rate: float) -> str:

@@ -5,6 +5,7 @@ Flat, and arrays only, so that every checkpoint format can hold it.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import array_api_compat
@@ -12,17 +13,20 @@ import numpy as np
 
 from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
-from gradclip.reading import on_host
+from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, State, stages
 
 COUNTERS = ("step", "skipped", "in_a_row")
 
 
-def at_least(least: int, **named: float) -> None:
-    """Refuse numbers below the least one that has a meaning."""
+def at_least(least: float, **named: Any) -> None:
+    """Refuse numbers below the least one that has a meaning; an integer for counts."""
+    counts = isinstance(least, int)
+    kind: Any
+    kind, told = (Integral, "a whole number") if counts else (Real, "a number")
     for name, value in named.items():
-        if not isinstance(value, (int, float)) or not value >= least:
-            raise ValueError(f"{name}={value!r}: it is a number, at least {least}.")
+        if not isinstance(value, kind) or not value >= least:
+            raise ValueError(f"{name}={value!r}: it is {told}, at least {least}.")
 
 
 def begin(history: Any, rule: Rule) -> None:
@@ -105,11 +109,7 @@ class Memory:
             raise ValueError(
                 f"this is not the state of a clipper: it has no {', '.join(missing)}."
             )
-        for name in COUNTERS:
-            if int(saved[name]) < 0:
-                raise ValueError(
-                    f"the state has {int(saved[name])} for {name!r}: it is damaged."
-                )
+        self._check_names(saved)
         (kind,) = decoded(saved["rule"])
         if kind != self.rule.kind:
             raise ValueError(
@@ -129,10 +129,25 @@ class Memory:
             now = getattr(self, name)
             setattr(self, name, now * 0 + int(saved[name]))
 
+    def _check_names(self, saved: Mapping[str, Array]) -> None:
+        """Refuse the state of another kind of clipper, and impossible counts."""
+        prefixes = tuple(f"{i}." for i in range(len(self.states)))
+        others = saved.keys() - {"rule", "names", *COUNTERS}
+        if foreign := sorted(x for x in others if not x.startswith(prefixes)):
+            raise ValueError(
+                f"the state has {foreign[0]!r}, which this clipper has no use for; it "
+                "was saved by one of another kind."
+            )
+        for name in COUNTERS:
+            if int(saved[name]) < 0:
+                raise ValueError(
+                    f"the state has {int(saved[name])} for {name!r}: it is damaged."
+                )
+
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
         now, stage = self.states[i] or {}, stages(self.rule)[i]
-        known = now.keys() or _remembered(stage)
+        known = now.keys() or _remembered(stage, found)
         if known and (apart := sorted(known ^ found.keys())):
             how = "lacks" if apart[0] in known else "should not have"
             raise ValueError(
@@ -167,12 +182,14 @@ def _stage_of(
     }
 
 
-def _remembered(stage: Rule) -> set[str]:
-    """Return the names in a memory, where they do not depend on the gradients."""
-    if stage.by_part:
-        return set()
+def _remembered(stage: Rule, found: State) -> set[str]:
+    """Return the names in a memory; of parts, for those that are found at all."""
     zero = np.zeros(())
-    return set(stage.init(zero, array_api_compat.array_namespace(zero)))
+    names = set(stage.init(zero, array_api_compat.array_namespace(zero)))
+    if not stage.by_part:
+        return names
+    places = {name.rpartition(".")[2] for name in found}
+    return {f"{name}.{place}" for name in names for place in places}
 
 
 def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
@@ -184,7 +201,7 @@ def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
             f"clipper needs {tuple(now.shape)}; it was saved with other parameters."
         )
     # No rule takes NaN in, and none would ever clip again with it.
-    if not stage.by_part and np.isnan(on_host(x)).any():
+    if np.isnan(host_array(x)).any():
         raise ValueError(f"the state has NaN for {name!r} of {stage!r}: it is damaged.")
 
 

@@ -4,6 +4,7 @@ This is the sum of DP-SGD, without its noise and without its accounting, which s
 libraries made for them.
 """
 
+import math
 from typing import Any, TypeVar
 
 from gradclip.arrays import check_rule, flatten, rebuild
@@ -60,8 +61,9 @@ def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
     info = decide_samples(engine, sample_norms(engine, leaves, rule), rule)
     rows = engine.spread(info.scale, leaves, "tensor" if info.scale.ndim > 1 else "all")
     fine = engine.xp.isfinite(info.norm)
-    kept = engine.spread(fine, leaves, "tensor" if fine.ndim > 1 else "all")
-    sums = [_sum(engine, *parts) for parts in zip(leaves, rows, kept, strict=True)]
+    # Over tensors, a sample that is bad in one of them is bad.
+    whole = engine.xp.all(fine, axis=0) if fine.ndim > 1 else fine
+    sums = [_sum(engine, x, row, whole) for x, row in zip(leaves, rows, strict=True)]
     return rebuild(grads, iter(sums)), info
 
 
@@ -80,11 +82,15 @@ def check_per_sample(rule: Rule) -> None:
 def sample_norms(engine: Backend, leaves: list[Array], rule: Rule) -> Array:
     """Return the norm of each sample, in a row for each array or over all of them."""
     xp = engine.xp
-    flat = [xp.reshape(x, (x.shape[0], -1)) for x in leaves]
-    norms = xp.stack([engine.row_norms(x, rule.p) for x in flat])
+    norms = xp.stack([engine.row_norms(_flat(x, xp), rule.p) for x in leaves])
     if rule.over == "tensor":
         return norms
     return engine.row_norms(xp.permute_dims(norms, (1, 0)), rule.p)
+
+
+def _flat(x: Array, xp: Any) -> Array:
+    """Return a row for each sample, also where there are none, as in random batches."""
+    return xp.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
 
 
 def decide_samples(engine: Backend, norms: Array, rule: Rule) -> Info:
@@ -97,7 +103,7 @@ def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
     """Return the sum of the rows of an array, each times its scale."""
     xp = engine.xp
     scale = inward(scale, float(xp.finfo(x.dtype).eps), xp)
-    flat = xp.reshape(x, (x.shape[0], -1))
+    flat = _flat(x, xp)
     if engine.known(xp.all(kept)) is not True:
         flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
     # Half precision cannot hold a small scale, nor add up many samples.

@@ -65,7 +65,7 @@ def run(
         if engine.known(info.kept) is False:
             break
         if not (stage.drops or stage.by_part):
-            parts = apply(engine, parts, stage, info, seen)
+            parts, infos[-1] = apply(engine, parts, stage, info, seen)
         if parts is not given:
             leaves = turned(parts, stage, engine.xp, back=True)
     total = summary(infos, engine.xp)
@@ -230,22 +230,29 @@ def describe_nonfinite(
 
 def apply(
     engine: Backend, leaves: list[Array], stage: Rule, info: Info, seen: Measured
-) -> list[Array]:
+) -> tuple[list[Array], Info]:
     """Multiply by the scale, unless it is known that nothing is to be done."""
     if stage.over != "element":
         idle = engine.known(info.clipped) is False
-        return leaves if idle else engine.multiply(leaves, info.scale, stage.over)
+        leaves = leaves if idle else engine.multiply(leaves, info.scale, stage.over)
+        return leaves, info
     if not (stage.stretches or stage.bends):
         # Elements are clipped one by one, also beside one that is not finite.
         idle = engine.known(seen.norm <= info.limit) is True
-        return leaves if idle else engine.clamp(leaves, info.limit)
+        return leaves if idle else engine.clamp(leaves, info.limit), info
+    moved = [info.clipped]
 
     def scale(norm: Array) -> Array:
         now = seen._replace(norm=norm)
         limit, _ = stage.update(now, {})
-        return clip_scale(norm, limit, seen.xp, stage.most(now))
+        found = clip_scale(norm, limit, seen.xp, stage.most(now))
+        # Small elements may be stretched where the largest is left alone.
+        moved.append(engine.here.any(found != 1))
+        return found
 
-    return engine.each(leaves, scale)
+    leaves = engine.each(leaves, scale)
+    clipped = engine.here.any(engine.here.stack(moved))
+    return leaves, engine.agreed(info._replace(clipped=clipped))
 
 
 def _least(scale: Array, xp: Any) -> Array:

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from gradclip.decision import Info
-from gradclip.reading import on_host, to_numpy, whole
+from gradclip.reading import host_array, smallest, to_numpy, whole
 
 SCHEMA = 1
+OWN = {"gradclip", "names", "step", "tensors", "norm", "limit", "scale", "action"}
+"""Names that a line, or the header, has for itself."""
 Taken: TypeAlias = tuple[Any, Info, dict[str, Any]]
 TakenTensors: TypeAlias = tuple[Any, tuple[str, ...], Any]
 
@@ -36,7 +36,7 @@ class Recorder:
         """Keep what the header says; nothing is written before the first flush."""
         self.path, self.run = path, writable(run)
         self.flush_every, self.flush_seconds = flush_every, flush_seconds
-        self.rule = ""
+        self.rule, self.p = "", 2.0
         self._written_names: Sequence[str] | None = None
         self._steps: list[Taken] = []
         self._tensors: list[TakenTensors] = []
@@ -87,7 +87,7 @@ class Recorder:
         # A forked data loader inherits the buffer, and must not write it a second time.
         if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
             return
-        lines = [*self._tensor_lines(tensors), *step_lines(steps)]
+        lines = [*self._tensor_lines(tensors), *step_lines(steps, self.p)]
         self._write(lines)
 
     def _write(self, lines: Sequence[str]) -> None:
@@ -156,34 +156,34 @@ def process_rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def step_lines(
-    steps: Sequence[Taken],
-) -> list[str]:
-    """Return one line for each step, with one copy from the device for all."""
+def step_lines(steps: Sequence[Taken], p: float = 2.0) -> list[str]:
+    """Return one line for each step, with one copy from the device for all.
+
+    `p` is the order of the norms, where a step has several.
+    """
     if not steps:
         return []
     infos = [info for _, info, _ in steps]
     numbers = to_numpy([step for step, _, _ in steps])
-    norms, limits, scales, kept = (
+    norms, limits, scales, kept, finite, clipped = (
         to_numpy([getattr(info, name) for info in infos])
-        for name in ("norm", "limit", "scale", "kept")
+        for name in ("norm", "limit", "scale", "kept", "finite", "clipped")
     )
     return [
         _line(
             {"step": int(numbers[i]), **facts},
-            whole(norms[i]),
-            whole(limits[i]),
-            float(np.min(scales[i])) if scales[i].size else 1.0,
-            bool(kept[i]),
+            whole(norms[i], p, bool(finite[i])),
+            whole(limits[i], p),
+            smallest(scales[i]),
+            "skip" if not kept[i] else "clip" if clipped[i] else "pass",
         )
         for i, (_, _, facts) in enumerate(steps)
     ]
 
 
 def _line(
-    facts: dict[str, Any], norm: float, limit: float, scale: float, kept: bool
+    facts: dict[str, Any], norm: float, limit: float, scale: float, action: str
 ) -> str:
-    action = "skip" if not kept else "clip" if scale != 1 else "pass"
     entry = facts | {"norm": norm, "limit": limit, "scale": scale}
     plainly = {
         name: x if isinstance(x, (int, str)) else plain(x) for name, x in entry.items()
@@ -193,6 +193,11 @@ def _line(
 
 def checked(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a line can hold, or refuse it before it is kept with others."""
+    if own := sorted(OWN & facts.keys()):
+        raise ValueError(
+            f"record({own[0]}=…): a history has this name for itself; give the fact "
+            "another one."
+        )
     for name, x in facts.items():
         if not (x is None or isinstance(x, int | float | str) or is_number(x)):
             raise TypeError(
@@ -221,7 +226,7 @@ def writable(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(number: Any) -> float | str:
     """Return a number as JSON can hold it: NaN and infinity by their names."""
-    x = float(on_host(number))
+    x = float(host_array(number))
     if math.isfinite(x):
         return x
     return "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"

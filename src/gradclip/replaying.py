@@ -12,8 +12,10 @@ from gradclip.arrays import check_rule
 from gradclip.decision import Info, decide
 from gradclip.history import History
 from gradclip.pipeline import summary
+from gradclip.reading import smallest, whole
 from gradclip.record import Floats, Record, Steps
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
+from gradclip.ruletext import recorded_rule
 from gradclip.scalars import Scalars
 
 PER_STEP = (Norm, Normalize)
@@ -33,17 +35,13 @@ class Replay:
     norm: Floats
     limit: Floats
     scale: Floats
+    norm_after: Floats
+    """The norm that would have passed."""
 
     @property
     def clip_rate(self) -> float:
         """The share of steps with a scale below 1."""
         return float(np.mean(self.scale < 1)) if self.scale.size else 0.0
-
-    @property
-    def norm_after(self) -> Floats:
-        """The norm that would have passed at each step."""
-        with np.errstate(invalid="ignore"):
-            return np.where(self.scale != 1, self.norm * self.scale, self.norm)
 
 
 def replay(
@@ -79,18 +77,33 @@ def replay(
     record = history.recorded
     _check(rule)
     norms, bound = _norms(record, rule), rule
+    _check_order(record, norms, rule)
     if record.tensors is not None and norms.ndim == 2:
         bound = rule.bind(record.tensors.names, [()] * norms.shape[1])
-    limit, scale = np.empty(record.norm.size), np.empty(record.norm.size)
+    found = np.empty((3, record.norm.size))
     with np.errstate(all="ignore"):
         if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
-            _all_at_once(norms, rule, limit, scale)
+            _all_at_once(norms, rule, found)
         else:
-            for i, info in enumerate(_one_by_one(norms, bound, record.run)):
-                limit[i], scale[i] = _most(info.limit), np.min(info.scale)
+            for i, info in enumerate(_one_by_one(norms, bound, record)):
+                found[:, i] = _told(info)
                 if progress and i % 1000 == 999:
                     progress(1000)
-    return Replay(rule, record.step, record.norm, limit, scale)
+    return Replay(rule, record.step, record.norm, *found)
+
+
+def _check_order(record: Record, norms: Floats, rule: Rule) -> None:
+    """Refuse norms of another order; those of parameters are 2-norms."""
+    if record.format == "arrays" and not record.rule:
+        # Whoever hands over numbers knows what they are.
+        return
+    p = stages(recorded_rule(record.rule))[0].p if norms.ndim == 1 else 2.0
+    for stage in stages(rule):
+        if stage.p != p:
+            raise ValueError(
+                f"replay: {stage!r} looks at norms of order {stage.p:g}, and the "
+                f"history holds those of order {p:g}."
+            )
 
 
 def _check(rule: Rule) -> None:
@@ -131,7 +144,7 @@ def _norms(record: Record, rule: Rule) -> Floats:
     return tensors.norm
 
 
-def _all_at_once(norms: Floats, rule: Rule, limit: Floats, scale: Floats) -> None:
+def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:
     """Take all steps through a rule without memory in one go."""
     infos = []
     seen = norms
@@ -139,22 +152,26 @@ def _all_at_once(norms: Floats, rule: Rule, limit: Floats, scale: Floats) -> Non
         info, _ = decide(stage, Measured(seen, None, 0, xp_numpy), {})
         infos.append(info)
         seen = info.norm_after
-    whole = math.prod(1.0 * np.asarray(info.scale) for info in infos)
-    last = np.asarray(infos[-1].limit)
-    limit[:] = last if last.ndim == 1 else np.max(last, axis=1)
-    scale[:] = whole if np.ndim(whole) == 1 else np.min(whole, axis=1)
+    scale = math.prod(np.asarray(info.scale) for info in infos)
+    joined: list[tuple[Floats, Callable[[Floats], float]]] = [
+        (np.asarray(infos[-1].limit), whole),
+        (np.asarray(scale), smallest),
+        (seen, whole),
+    ]
+    for i, (cells, join) in enumerate(joined):
+        found[i] = cells if cells.ndim == 1 else [join(row) for row in cells]
 
 
-def _one_by_one(norms: Floats, rule: Rule, runs: Steps) -> Iterator[Info]:
+def _one_by_one(norms: Floats, rule: Rule, record: Record) -> Iterator[Info]:
     """Yield what a rule does at each step that depends on other norms of its run."""
     xp: Any = Scalars() if norms.ndim == 1 else xp_numpy
     first = np.ones_like(norms[0]) if len(norms) else np.float64(1)
     states: list[State] = []
-    start = 0
+    runs = record.run
     for i, norm in enumerate(norms):
         if i == 0 or runs[i] != runs[i - 1]:
-            states, start = [stage.init(first, xp) for stage in stages(rule)], i
-        info, after = _one_step(norm, rule, i - start, states, xp)
+            states = [stage.init(first, xp) for stage in stages(rule)]
+        info, after = _one_step(norm, rule, int(record.step[i]), states, xp)
         # As in training: a step that is dropped leaves no trace.
         if bool(info.kept & info.finite):
             states = after
@@ -175,5 +192,8 @@ def _one_step(
     return summary(infos, xp), after
 
 
-def _most(limit: Any) -> float:
-    return float(limit) if np.ndim(limit) == 0 else float(np.nanmax(limit))
+def _told(info: Info) -> tuple[float, float, float]:
+    """Return the limit, the scale and the norm that passed, as a history has them."""
+    after = info.norm_after if info.kept else 0.0
+    limit, scale = np.asarray(info.limit), np.asarray(info.scale)
+    return whole(limit), smallest(scale), whole(np.asarray(after))

@@ -2,11 +2,15 @@
 
 import ast
 import math
+import re
+from contextlib import suppress
 from typing import Any
 
 from gradclip import rules
-from gradclip.rules import Rule
+from gradclip.rules import Norm, Rule
 
+OPAQUE = re.compile(r"<(?:[^<>]|<[^<>]*>)*>|\b(?:tensor|[aA]rray)\([^()]*\)")
+"""A function, or an array, as `repr` shows it."""
 PLAIN = {"inf": math.inf, "None": None, "True": True, "False": False}
 
 
@@ -42,6 +46,17 @@ def rule_from(text: str) -> Rule:
     return rule
 
 
+def recorded_rule(text: str) -> Rule:
+    """Return the rule that a history names; a limit without a text is any number.
+
+    Foreign logs name none, and hold 2-norms of all gradients.
+    """
+    for readable in (text, OPAQUE.sub("1.0", text)):
+        with suppress(ValueError):
+            return rule_from(readable)
+    return Norm(math.inf)
+
+
 def known() -> dict[str, Any]:
     """Return the constructors by name: every rule, its aliases and what joins them."""
     makers = {
@@ -64,9 +79,10 @@ def _value(node: ast.expr, text: str) -> Any:
             return math.inf
         case ast.Name(id=name) if name in PLAIN:
             return PLAIN[name]
-        case ast.Dict(keys=keys, values=values) if all(keys):
+        case ast.Dict(keys=keys, values=values):
             pairs = zip(keys, values, strict=True)
-            return {_value(k, text): _value(x, text) for k, x in pairs if k}
+            if all(isinstance(k, ast.Constant) for k in keys):
+                return {_value(k, text): _value(x, text) for k, x in pairs if k}
         case ast.Call():
             return _called(node, text)
     raise ValueError(

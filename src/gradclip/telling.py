@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradclip.advice import Advice
-    from gradclip.judging import Spike
 
 SHOWN = 10
 
@@ -70,7 +69,7 @@ def _tail(index: float) -> str:
 
 
 def _spikes(advice: "Advice") -> Iterator[str]:
-    spikes = sorted(advice.spikes, key=lambda spike: -_size(spike))
+    spikes = sorted(advice.spikes, key=lambda spike: -spike.size)
     if not spikes:
         yield "No spikes."
         return
@@ -82,7 +81,3 @@ def _spikes(advice: "Advice") -> Iterator[str]:
         tail = f"  carried by {carried}" if carried else ""
         size = f"norm {spike.norm:<9.4g} z {spike.score:.1f}"
         yield f"  step {spike.step:<9} {size}{tail}"
-
-
-def _size(spike: "Spike") -> float:
-    return spike.norm if math.isfinite(spike.norm) else math.inf

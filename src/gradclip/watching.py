@@ -29,7 +29,7 @@ def follow(path: Path, once: bool, every: float) -> None:
     if once:
         console.print(view(History.load(path).recorded, path, console.width))
         return
-    seen = -1
+    seen: int | None = None
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gradclip.decision import clip_scale
 from gradclip.rules import Array, Rule, Scope, State
 
 Scaling: TypeAlias = Callable[[Array], Array]
@@ -61,13 +62,17 @@ class Backend:
             return self.xp.astype(x, self.xp.asarray(0.0).dtype)
         return x
 
+    def moduli(self, x: Array) -> Array:
+        """Return the moduli of all elements in the widest type."""
+        xp = self.xp
+        if self.is_complex(x):
+            # A modulus may be beyond float32 where both parts are not.
+            x = xp.astype(x, xp.result_type(x.dtype, self.wide))
+        return xp.astype(xp.abs(x), self.wide)
+
     def row_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each row of a matrix, without over- or underflow."""
-        xp = self.xp
-        if self.is_complex(x) and hasattr(xp, "complex128"):
-            # A modulus may be beyond float32 where both parts are not.
-            x = xp.astype(x, xp.complex128)
-        x = xp.astype(xp.abs(x), self.wide)
+        xp, x = self.xp, self.moduli(x)
         if x.shape[1] == 0:
             return xp.sum(x, axis=1)
         largest = xp.max(x, axis=1)
@@ -186,9 +191,7 @@ class Backend:
         """Return one gradient with every modulus at most `limit`."""
         xp = self.xp
         if self.is_complex(x):
-            modulus = xp.abs(x)
-            over = modulus > limit
-            return self.times(x, xp.where(over, limit / xp.where(over, modulus, 1), 1))
+            return self.times(x, clip_scale(self.moduli(x), limit, xp))
         bound = at_most(limit, x.dtype, xp)
         return xp.clip(x, -bound, bound)
 
@@ -196,12 +199,7 @@ class Backend:
         self, leaves: Sequence[Array], scale: Callable[[Array], Array]
     ) -> list[Array]:
         """Return every element times the scale for its modulus."""
-        return [
-            self.xp.astype(
-                x * scale(self.xp.astype(self.xp.abs(x), self.wide)), x.dtype
-            )
-            for x in leaves
-        ]
+        return [self.xp.astype(x * scale(self.moduli(x)), x.dtype) for x in leaves]
 
     def without_nonfinite(self, leaves: Sequence[Array]) -> list[Array]:
         """Return the gradients with 0 in the place of NaN and infinity."""

@@ -166,6 +166,13 @@ class Shards(Jax):
         total = self.xp.stack(norms)
         return total if over == "tensor" else self.norm(total, order)
 
+    def agreed(self, info: Any) -> Any:
+        """Return a report whose flag is that of all devices."""
+        if not self.cut([info.clipped]):
+            return info
+        clipped = self.jax.lax.pmax(info.clipped.astype("int32"), self.axis) > 0
+        return info._replace(clipped=clipped)
+
     def cut(self, leaves: Sequence[Array]) -> list[int]:
         """Return which gradients differ along the axis: all, where JAX cannot tell."""
         everywhere = range(len(leaves))

@@ -4,14 +4,13 @@ Formats: `gradclip`, `huggingface`, `tensorboard`, `csv`, `jsonl`, `json`, `parq
 `mlflow`, `notebook`, `console`. Lightning's `metrics.csv` is CSV.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from gradclip.readers import console, documents, events, mlflow, own, tabular
 from gradclip.readers.assemble import assemble
-from gradclip.readers.columns import Columns
+from gradclip.readers.columns import Columns, parsed
 from gradclip.readers.plain import plain_file
 from gradclip.record import LogError, Record
 
@@ -142,7 +141,7 @@ def guess(path: Path) -> str:
 def _guess_text(head: str) -> str:
     text = head.lstrip()
     lines = text.splitlines()
-    if text[0] in "{[" and (first := _parsed(lines[0])) is not None:
+    if text[0] in "{[" and (first := parsed(lines[0])) is not None:
         if isinstance(first, dict) and "gradclip" in first:
             return "gradclip"
         if isinstance(first, dict) and len(lines) > 1:
@@ -155,12 +154,5 @@ def _guess_text(head: str) -> str:
 
 def _lines_of_json(lines: list[str]) -> bool:
     """Return whether a later line is an object by itself, the first being damaged."""
-    whole = (isinstance(_parsed(line), dict) for line in lines[1:4] if len(line) > 2)
+    whole = (isinstance(parsed(line), dict) for line in lines[1:4] if len(line) > 2)
     return any(whole)
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

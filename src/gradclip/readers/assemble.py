@@ -13,7 +13,7 @@ from gradclip.readers.choice import (
 )
 from gradclip.readers.columns import WHOLE, Column, Columns
 from gradclip.readers.runs import split_runs
-from gradclip.record import Floats, Record, Steps, record_of, scale_under
+from gradclip.record import Floats, Record, Steps, record_of
 
 
 def assemble(columns: Columns, source: str, format: str) -> Record:
@@ -160,9 +160,3 @@ def _unrounded(step: Floats) -> tuple[Steps, list[str]]:
     else:
         note = "steps were printed rounded; several rows share one."
     return step.astype(np.int64), [note]
-
-
-def with_limit(record: Record, limit: float) -> Record:
-    """Return the record with one limit that was in force all along."""
-    limits = np.full(record.norm.shape, known_limit(limit))
-    return replace(record, limit=limits, scale=scale_under(record.norm, limits))

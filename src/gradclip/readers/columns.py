@@ -1,5 +1,6 @@
 """From rows of any log to columns of numbers: what a number looks like in the wild."""
 
+import json
 import math
 import re
 from array import array
@@ -55,7 +56,6 @@ class Columns:
         """Take in one row."""
         for name, value in row.items():
             if isinstance(value, Mapping):
-                value = dict(value)
                 for inner, deeper in value.items():
                     self._put(f"{name}/{inner}", deeper)
             elif value is not None or name in self.found or "norm" in name:
@@ -77,6 +77,14 @@ class Columns:
     def names(self) -> list[str]:
         """The names of all columns, with or without numbers."""
         return sorted([*self.found, *self.ignored])
+
+
+def parsed(line: str) -> Any:
+    """Return what a line of JSON holds, and None for what is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")

@@ -1,5 +1,6 @@
 """TensorBoard event folders, through the tensorboard package."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from gradclip.readers.tabular import needs
 from gradclip.record import LogError
 
 PATTERN = "*tfevents*"
+MOST = 1000
+"""Steps that are gathered before they are kept, to spare memory."""
 FRAME = 16
 """Bytes around each record: its length, and two checksums."""
 
@@ -24,12 +27,15 @@ def read(path: Path, column: str | None) -> Columns:
     """
     columns = Columns(column)
     rows: dict[int, dict[str, Any]] = {}
-    for file in event_files(path):
+    files = event_files(path)
+    # The loss of a step may be in another file than its norm.
+    most = MOST if len(files) == 1 else math.inf
+    for file in files:
         if path.is_dir() and not file.stat().st_size:
             columns.notes.append(f"{file.name} is empty.")
             continue
         for event in _events(file, columns):
-            _take(event, rows, columns, file.parent.name)
+            _take(event, rows, columns, file.parent.name, most)
     _finish(rows, columns)
     if not columns.count:
         raise LogError(f"{path}: the event files hold no scalars.")
@@ -69,7 +75,11 @@ def event_files(path: Path) -> list[Path]:
 
 
 def _take(
-    event: Any, rows: dict[int, dict[str, Any]], columns: Columns, folder: str
+    event: Any,
+    rows: dict[int, dict[str, Any]],
+    columns: Columns,
+    folder: str,
+    most: float,
 ) -> None:
     """Gather the scalars of a step; a step that comes again begins a new row."""
     for value in event.summary.value:
@@ -79,7 +89,7 @@ def _take(
         row = rows.setdefault(event.step, {"step": event.step})
         name = _named(value.tag, folder)
         # A resumed run repeats its steps, and which of them count is decided later.
-        if name in row or len(rows) > 1000:
+        if name in row or len(rows) > most:
             _finish(rows, columns)
             row = rows.setdefault(event.step, {"step": event.step})
         row[name] = number

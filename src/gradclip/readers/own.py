@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradclip.readers.assemble import in_order
-from gradclip.readers.columns import WHOLE, number
+from gradclip.readers.columns import WHOLE, number, parsed
 from gradclip.record import LogError, Record, Steps, Tensors, record_of
 from gradclip.recorder import SCHEMA
 
@@ -114,7 +114,7 @@ def read(path: Path) -> Record:
     )
     record, rows = in_order(record)
     tensors = _tensors(found, record, rows)
-    return replace(record, tensors=tensors).also(*_damage(found, path))
+    return replace(record, tensors=tensors).also(*_damage(found))
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -130,21 +130,14 @@ def _add_chunk(found: Found, start: int, lines: list[str]) -> None:
         # One call for all of them takes half the time of one for each.
         entries: list[Any] = json.loads(f"[{','.join(lines)}]")
     except ValueError:
-        entries = [_parsed(line) for line in lines]
+        entries = [parsed(line) for line in lines]
     # A torn line can still be two values with a comma, once it stands in a list.
     if len(entries) != len(lines):
-        entries = [_parsed(line) for line in lines]
+        entries = [parsed(line) for line in lines]
     others = entries if not found.add_steps(entries) else []
     for i, entry in enumerate(others):
         if not found.add(entry) and lines[i].strip():
             found.damaged.append(start + i)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def check_version(heads: list[dict[str, Any]], path: Path) -> None:
@@ -157,7 +150,7 @@ def check_version(heads: list[dict[str, Any]], path: Path) -> None:
             )
 
 
-def _damage(found: Found, path: Path) -> list[str]:
+def _damage(found: Found) -> list[str]:
     lines = found.damaged
     if not lines:
         return []

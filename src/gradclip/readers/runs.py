@@ -6,7 +6,7 @@ resumed run (the newest branch counts) or a fresh start, threads that take turns
 jobs that wrote into one file.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +24,6 @@ class Thread:
     rows: list[int]
     last: int
     gap: int
-    others: list[int] = field(default_factory=list)
 
 
 def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:

@@ -43,18 +43,21 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
         LogError: If it has no line with names, or a cell beyond any measure.
     """
     lines = iter(lines)
-    first = next((line for line in lines if line.strip()), "")
-    sign = max(DELIMITERS, key=first.count)
+    # Those above the heading are empty, and count where a line is named.
+    above, first = next(((i, x) for i, x in enumerate(lines, 1) if x.strip()), (0, ""))
+    some = list(islice(lines, SOME))
+    sign = delimiter_of("".join([first, *some])) or max(DELIMITERS, key=first.count)
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
-    some = list(islice(lines, SOME))
     lines, commas = chain(some, lines), _has_commas(some, sign)
     rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
     while True:
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            raise LogError(f"{source}, line {rows.line_num + 1}: {error}.") from None
+            raise LogError(
+                f"{source}, line {rows.line_num + above}: {error}."
+            ) from None
         if cells is None:
             break
         if commas:
@@ -62,7 +65,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
         if len(cells) == len(names):
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
-            bad.append(rows.line_num + 1)
+            bad.append(rows.line_num + above)
     if bad:
         columns.notes.append(
             f"{len(bad)} rows have another number of cells than the heading and were "

@@ -8,6 +8,7 @@ import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradclip.evidence import share_above
+from gradclip.history import is_finite
 from gradclip.record import Floats, Record, Tensors
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision.
@@ -27,7 +28,7 @@ def thinned(values: Floats, points: int = POINTS) -> Any:
     """Return which of many values to draw, so that every extreme is among them."""
     if values.size <= points:
         return np.arange(values.size)
-    finite = np.isfinite(values) & (values > 0)
+    finite = is_finite(values)
     logs = np.log(
         np.where(finite, values, np.median(values[finite] if finite.any() else 1))
     )
@@ -85,7 +86,7 @@ def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
 
 def histogram(norm: Floats) -> Figure:
     """Return how the norms are spread, on a logarithmic axis."""
-    logs = np.log10(norm[np.isfinite(norm) & (norm > 0)])
+    logs = np.log10(norm[is_finite(norm)])
     counts, edges = np.histogram(logs, bins=60, range=None if logs.size else (0, 1))
     bars = {
         "type": "bar",
@@ -104,7 +105,7 @@ def histogram(norm: Floats) -> Figure:
 
 def clip_curve(norm: Floats) -> Figure:
     """Return the clip rate at any limit."""
-    ordered = np.sort(norm[np.isfinite(norm) & (norm > 0)])
+    ordered = np.sort(norm[is_finite(norm)])
     if not ordered.size:
         return {"data": [], "layout": {}}
     limits = np.geomspace(ordered[0] * 0.9, ordered[-1] * 1.1, 400)
@@ -122,9 +123,7 @@ def clip_curve(norm: Floats) -> Figure:
 
 def heat_map(tensors: Tensors) -> Figure:
     """Return the norm of each parameter over the steps; the largest ones if many."""
-    norm = np.where(
-        np.isfinite(tensors.norm) & (tensors.norm > 0), tensors.norm, np.nan
-    )
+    norm = np.where(is_finite(tensors.norm), tensors.norm, np.nan)
     peak = np.nanmax(np.where(np.isnan(norm), 0, norm), axis=0)
     shown = np.sort(np.argsort(-peak, kind="stable")[:ROWS])
     parts = np.array_split(

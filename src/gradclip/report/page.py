@@ -16,7 +16,8 @@ from gradclip.judging import comparable
 from gradclip.record import Record
 from gradclip.replaying import PLAINLY, replay
 from gradclip.report import figures
-from gradclip.rules import Norm, Percentile, Rule, ZScore
+from gradclip.rules import Norm, Percentile, Rule, ZScore, stages
+from gradclip.ruletext import recorded_rule
 
 LONGEST = 10_000
 """Rules that remember are replayed on so many of the last steps."""
@@ -74,7 +75,7 @@ def _run(name: str, history: History) -> dict[str, Any]:
         "advice": advice,
         "limit": f"{advice.limit:g}" if advice.limit else "none",
         "median": f"{_median(record):.4g}",
-        "spikes": sorted(advice.spikes, key=lambda s: -_finite(s.norm))[:SPIKES],
+        "spikes": sorted(advice.spikes, key=lambda spike: -spike.size)[:SPIKES],
         "rules": _side_by_side(record, advice),
         "heat": record.tensors is not None,
         "data": _data(record, advice),
@@ -86,17 +87,13 @@ def _median(record: Record) -> float:
     return float(np.median(norm)) if norm.size else float("nan")
 
 
-def _finite(norm: float) -> float:
-    return norm if np.isfinite(norm) else np.inf
-
-
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
     norm = np.sort(record.norm[is_finite(record.norm)])
-    few = norm.size <= FEW
+    few, tensors = norm.size <= FEW, record.tensors
     return {
         "histogram": figures.histogram(norm),
         "curve": figures.clip_curve(record.norm),
-        "heat": figures.heat_map(record.tensors) if record.tensors else None,
+        "heat": figures.heat_map(tensors) if tensors and tensors.step.size else None,
         "norms": figures.digits(norm if few else np.quantile(norm, GRID)),
         "all": few,
         "share": norm.size / max(record.norm.size, 1),
@@ -106,8 +103,10 @@ def _data(record: Record, advice: Advice) -> dict[str, Any]:
 
 def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
     """Return a row for each rule: what it would have done on these norms."""
-    fixed = [Norm(advice.limit), Norm(2 * advice.limit)] if advice.limit else []
-    rules = [*fixed, Percentile(), Percentile(90.0), ZScore()]
+    p = stages(recorded_rule(record.rule))[0].p
+    limits = [advice.limit, 2 * advice.limit] if advice.limit else []
+    following = [Percentile(), Percentile(90.0), ZScore()] if p == 2 else []
+    rules: list[Rule] = [*(Norm(limit, p=p) for limit in limits), *following]
     return [_row(rule, record) for rule in rules]
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
-from gradclip.rules.checks import LARGEST, check, plainly
+from gradclip.rules.checks import LARGEST, check
 from gradclip.rules.keeping import held, usable
-from gradclip.rules.limits import Limit, check_limit, limit_at
+from gradclip.rules.limits import Limit, check_limit, limit_at, readable
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ def within(seen: Measured, low: Array, high: Array) -> Array:
 def check_band(rule: "Band | MovingBand") -> None:
     """Refuse a band that is none."""
     check_limit(rule, "high")
-    if isinstance(plainly(rule, "low"), float | int):
-        top = rule.high if isinstance(rule.high, float | int) else LARGEST
-        check(rule, "low", 0.0, min(top, LARGEST), "it lies between 0 and high.")
-    else:
-        check_limit(rule, "low")
+    low, high = readable(rule, "low"), readable(rule, "high")
+    top = LARGEST if high is None else min(high, LARGEST)
+    if low is not None and not 0 <= low <= top:
+        raise ValueError(
+            f"{type(rule).__name__}(low={rule.low!r}): it lies between 0 and high."
+        )

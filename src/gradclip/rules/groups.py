@@ -214,8 +214,9 @@ def by_name(rules: Mapping[str, Rule | None]) -> Rule:
 
 
 def _fits(rule: Rule) -> bool:
-    """Return whether a rule gives one limit to 2-norms, and rescales."""
-    return rule.p == 2 and not rule.drops and len(stages(rule)) == 1
+    """Return whether a rule gives one limit to 2-norms, rescales, and has no groups."""
+    plain = len(stages(rule)) == 1 and not isinstance(rule, Groups)
+    return rule.p == 2 and not rule.drops and plain
 
 
 def _tensor_of(seen: Measured) -> "np.ndarray[Any, np.dtype[np.int64]]":

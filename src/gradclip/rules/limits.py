@@ -22,10 +22,20 @@ class Limited(Rule):
 
 def check_limit(rule: Rule, name: str) -> None:
     """Refuse a limit that is negative, zero or NaN; infinity only records."""
+    value = readable(rule, name)
+    if value is not None and not value > 0:
+        raise ValueError(
+            f"{type(rule).__name__}({name}={getattr(rule, name)!r}): the limit is "
+            "above 0; use float('inf') to record norms without clipping."
+        )
+
+
+def readable(rule: Rule, name: str) -> float | None:
+    """Return a limit as a number; None where there is none yet, or it has a price."""
     value = plainly(rule, name)
     call = f"{type(rule).__name__}({name}={value!r})"
     if callable(value):
-        return
+        return None
     if hasattr(value, "shape"):
         if tuple(value.shape) != ():
             raise ValueError(
@@ -34,21 +44,17 @@ def check_limit(rule: Rule, name: str) -> None:
             )
         # Reading a number off an accelerator would make the host wait for it.
         if "cpu" not in str(getattr(value, "device", "cpu")).lower():
-            return
+            return None
         try:
-            value = float(value)
+            return float(value)
         except TypeError:
             # Traced by jit, so that there is no number to check yet.
-            return
+            return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{call}: the limit is a number, a 0-d array, or a function of the step."
         )
-    if not value > 0:
-        raise ValueError(
-            f"{call}: the limit is above 0; use float('inf') to record norms without "
-            "clipping."
-        )
+    return value
 
 
 def check_fixed(rule: Rule, name: str) -> None:

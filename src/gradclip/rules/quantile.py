@@ -7,7 +7,6 @@ from typing import Any
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
 from gradclip.rules.keeping import added, held, usable
-from gradclip.rules.limits import check_limit
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Quantile(Rule):
             scales.
 
     Raises:
-        TypeError: For a limit that is not a number, a 0-d array or a function.
         ValueError: For a number outside its range, named in the message.
 
     Example:
@@ -58,8 +56,8 @@ class Quantile(Rule):
         # Beyond that, the factor of one step would be infinite in float32.
         check(self, "rate", ABOVE_ZERO, 80.0, "it lies above 0, up to 80.")
         if self.start is not None:
-            check_limit(self, "start")
-            check(self, "start", ABOVE_ZERO, LARGEST, "the first limit is finite.")
+            told = "the first limit is a finite number above 0."
+            check(self, "start", ABOVE_ZERO, LARGEST, told)
 
     @property
     def stateful(self) -> bool:

@@ -74,6 +74,10 @@ class Skip(Rule):
         """Return the rule for tensors of these names and shapes."""
         return Skip(self.rule.bind(names, shapes))
 
+    def companion(self, place: int, known: Sequence[int]) -> int | None:
+        """Return the tensor that a new one shares the memory of the rule with."""
+        return self.rule.companion(place, known)
+
     def remembers(self, norm: Array) -> Shape:
         """Return the shape that the memory of the rule ends in."""
         return self.rule.remembers(norm)

@@ -18,7 +18,7 @@ from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
-from gradclip.torch.gradients import Gradients, named_by_optimizers
+from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
 from gradclip.torch.in_backward import InBackward
 from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.sharded import SplitOver
@@ -146,11 +146,6 @@ def has_clipper(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks)
 
 
-def _listed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return all parameters that an optimizer holds, as they stand there."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _with_companions(
     stage: Rule, kept: list[tuple[int, int]], count: int
 ) -> list[tuple[int, int]]:
@@ -215,7 +210,7 @@ class Attached(Clipper):
                 "this optimizer has a clipper already, whose results this one would "
                 "clip; detach() that one first, or use chain(a, b) for two rules.",
             )
-        self._listed = _listed(optimizer)
+        self._listed = params_of(optimizer)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._flags: dict[str, Any] | None = None
         self._before_closure: tuple[list[Tensor], Any] | None = None
@@ -314,6 +309,7 @@ class Attached(Clipper):
         fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
         verbs = self._verbs(found, scale, fused)
         info = self._run(found, verbs, policy)
+        self._check_skips()
         kept = verbs.known(info.kept)
         if not self._skipping:
             kept = True
@@ -335,7 +331,7 @@ class Attached(Clipper):
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`: new parameters get cells of their own."""
-        listed = _listed(self.optimizer)
+        listed = params_of(self.optimizer)
         if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return
         self._listed = listed

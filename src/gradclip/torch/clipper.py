@@ -142,6 +142,7 @@ class Clipper:
         info = self._run(found, self._verbs(found), self.on_nonfinite)
         if self._skipping:
             drop(self.params, info.kept)
+        self._check_skips()
         return info
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -277,9 +278,13 @@ class Clipper:
             if found.leaves:
                 self._doctor.after(found.leaves, info)
             self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
-            memory.check(int(self._in_a_row), self.max_consecutive_skips)
         self.info = info._replace(skipped=memory.skipped)
         return self.info
+
+    def _check_skips(self) -> None:
+        """Raise after too many skipped steps, which leave no gradients behind."""
+        if not torch.compiler.is_compiling():
+            self._memory.check(int(self._in_a_row), self.max_consecutive_skips)
 
     def _record_tensors(
         self, history: "History", found: Gradients, verbs: InPlace

@@ -68,8 +68,7 @@ class PerSample:
 
     def __enter__(self) -> "PerSample":
         """Watch the layers."""
-        self._calls = {}
-        self._hooks = [layer.register_forward_hook(self._saw) for layer in self._layers]
+        self._watch()
         return self
 
     def __exit__(
@@ -82,9 +81,14 @@ class PerSample:
         self._look_away()
         self._calls = {}
 
+    def _watch(self) -> None:
+        self._calls = {}
+        self._hooks = [layer.register_forward_hook(self._saw) for layer in self._layers]
+
     def _look_away(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def _saw(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if layer in self._calls or len(inputs) != 1 or not torch.is_tensor(output):
@@ -110,22 +114,27 @@ class PerSample:
                 layer that was called with another number of samples.
         """
         check_per_sample(rule)
-        if rule.over != "all" or losses.dim() != 1:
+        if rule.over != "all" or rule.p != 2 or losses.dim() != 1:
             raise ValueError(
                 f"PerSample.backward(): {rule!r} and losses of shape "
-                f"{tuple(losses.shape)}; it takes a rule over 'all', and one loss per "
-                "sample, as from reduction='none'."
+                f"{tuple(losses.shape)}; it takes a rule over 'all' for 2-norms, and "
+                "one loss per sample, as from reduction='none'."
             )
-        # Forming gradients calls some of the layers again.
-        self._look_away()
+        if not self._hooks:
+            raise _refusal("backward() was called outside of its `with`")
         self._check_uses(losses)
         engine = TorchArrays()
-        info = decide_samples(engine, self._norms(losses), rule)
-        (losses * info.scale.to(losses.dtype)).sum().backward()
+        # Forming gradients calls some of the layers again.
+        self._look_away()
+        try:
+            info = decide_samples(engine, self._norms(losses), rule)
+            (losses * info.scale.to(losses.dtype)).sum().backward()
+        finally:
+            self._watch()
         return info
 
     def _check_uses(self, losses: Tensor) -> None:
-        """Refuse parameters that something else than their layer uses, as tied heads.
+        """Refuse parameters that more than a watched call of their layer uses.
 
         What other layers do inside is taken from them as a whole, and may be anything.
         """
@@ -135,7 +144,10 @@ class PerSample:
                 0 if layer not in self._calls else 1 if type(layer) in GHOSTS else None
             )
             if most is not None and any(uses[id(p)] > most for p in params):
-                raise _refusal(f"a parameter of {layer} is used beside the layer")
+                raise _refusal(
+                    f"a parameter of {layer} is used beside the layer, as tied weights "
+                    "are, or the layer was called before"
+                )
 
     def _norms(self, losses: Tensor) -> Tensor:
         """Return the norm of the gradient of each sample."""

@@ -107,6 +107,11 @@ def distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all parameters that an optimizer holds, as they stand there."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _several(params: Any) -> Iterable[Any]:
     """Return what can be looked through, or say what is meant."""
     if not isinstance(params, Iterable):

@@ -89,7 +89,8 @@ class InBackward(Clipper):
                 "this state has no norm of the last pass; it was saved by a clipper "
                 "without in_backward=True."
             )
-        super().load_state_dict(state)
+        rest = {name: x for name, x in state.items() if name != "previous"}
+        super().load_state_dict(rest)
         self._previous = torch.as_tensor(state["previous"]).to(self._previous)
 
     @torch.no_grad()
@@ -131,6 +132,8 @@ class InBackward(Clipper):
         verbs, leaves = self._tools(), collect(params).leaves
         names = [self.names[self._index[id(p)]] for p in params]
         norm = verbs.measure(leaves, "all", self._bound.p)
+        if self._pass is not None:
+            self._pass.clean &= norm.isfinite()
         policy = self.on_nonfinite
         try:
             return admit(verbs, leaves, self._bound, norm, policy, names.__getitem__)
@@ -215,6 +218,7 @@ class _Pass:
         self.previous, self.p, self.stepped = previous, p, set[int]()
         self.total = self.so_far = self.after = zero
         self.limit, self.scale = zero + math.inf, zero + 1
+        self.clean = zero == 0
 
     @property
     def estimate(self) -> Tensor:
@@ -235,6 +239,8 @@ class _Pass:
     def report(self, info: Info, kept: Tensor) -> Info:
         """Return what was done: not what would be right, now that all is known."""
         return info._replace(
+            # What was cleared should not pass unseen.
+            finite=info.finite & self.clean,
             limit=self.limit,
             scale=self.scale,
             clipped=self.scale != 1,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradclip.torch.gradients import params_of
+
 EFFECTIVE, INSIDE, MEASURES = "effective", "inside", "measures"
 
 
@@ -311,8 +313,3 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     if type(a) is not Tensor or type(b) is not Tensor:
         return a is b
     return a.layout == b.layout == torch.strided and a.data_ptr() == b.data_ptr()
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return all parameters of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -185,7 +185,7 @@ class InPlace(TorchArrays):
         """Multiply every element by the scale for its modulus, some at a time."""
         for t in leaves:
             for part in _pieces(t):
-                moduli = part.abs().double()
+                moduli = self.moduli(part)
                 if self.amplified is not None:
                     moduli /= self.amplified
                 part.copy_(part * scale(moduli))
