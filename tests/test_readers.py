@@ -344,6 +344,14 @@ def test_a_limit_that_is_not_in_every_row_stays(tmp_path):
     assert history.limit.tolist() == [0.5] * 4
 
 
+@pytest.mark.parametrize("name", ["grad_limit", "grad/limit", "train/grad_limit"])
+def test_the_limit_that_our_adapters_log_is_read(tmp_path, name):
+    rows = [[0, 4.0, 2.0], [1, 1.0, 2.0], [2, 8.0, 1.0]]
+    history = load(tmp_path / "log.csv", table([["step", "grad_norm", name], *rows]))
+    assert history.limit.tolist() == [2.0, 2.0, 1.0]
+    assert history.scale.tolist() == [0.5, 1.0, 0.125]
+
+
 def test_steps_with_all_their_digits_are_not_rounded(tmp_path):
     steps = [*range(0, 50_000, 10), *range(50_010, 60_000, 10)]
     rows = "".join(f"{step:.18e},{1 + step:.18e}\n" for step in steps)

@@ -1,5 +1,6 @@
 """A run's history: written while it trains, read for advice, replay and the report."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,7 @@ class History:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         run: Mapping[str, Any] | None = None,
         flush_every: int = 100,
@@ -130,6 +131,17 @@ class History:
         history.path, history.tensors_every = path, 0
         history._recorder, history._record = None, record
         return history
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what makes a history for the same file again, as JSON can hold it."""
+        recorder = self._writing()
+        return {
+            "path": str(recorder.path),
+            "run": recorder.run,
+            "flush_every": recorder.flush_every,
+            "flush_seconds": recorder.flush_seconds,
+            "tensors_every": self.tensors_every,
+        }
 
     def begin(self, rule: Rule | str) -> None:
         """Note what clips in the steps to come; a clipper does this.

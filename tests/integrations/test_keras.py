@@ -262,6 +262,11 @@ def test_what_would_clip_twice_is_refused(options):
         Clipped(keras.optimizers.SGD(0.1, **options), gc.Norm(1.0))
 
 
+def test_an_optimizer_that_is_wrapped_already_is_refused():
+    with pytest.raises(ValueError, match="clips too; use one Clipped, with chain"):
+        Clipped(Clipped(sgd(), RULE), RULE)
+
+
 def test_what_compiled_code_cannot_do_is_refused():
     with pytest.raises(ValueError, match="give it a window"):
         Clipped(sgd(), gc.Percentile(window=None))

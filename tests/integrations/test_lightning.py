@@ -182,3 +182,52 @@ def test_a_second_fit_is_clipped_once():
         trainer = fit(module, callback, max_steps=3)
         assert len(optimizer._optimizer_step_pre_hooks) == 0
         assert trainer.global_step == 3
+
+
+def steps_in(checkpoint):
+    saved = torch.load(checkpoint, weights_only=False)["callbacks"]["GradientClipping"]
+    return {i: int(state["step"]) for i, state in saved.items()}
+
+
+def test_a_checkpoint_that_was_loaded_for_a_test_is_not_gone_on_from(tmp_path):
+    clipping, module = GradientClipping(RULE), module_for(lightning.pytorch)
+    module.test_step = lambda *_: None
+    first = fit(module, clipping)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    first.test(module, batches(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    fit(module_for(lightning.pytorch), clipping)
+    assert [int(x.clipper.state_dict()["step"]) for x in clipping.tracked] == [STEPS]
+
+
+@pytest.mark.parametrize("how", ["nothing left to train", "validation"])
+def test_what_was_loaded_is_saved_again(tmp_path, how):
+    module = module_for(lightning.pytorch)
+    module.validation_step = lambda *_: None
+    fit(module, GradientClipping(RULE)).save_checkpoint(tmp_path / "first.ckpt")
+    if how == "validation":
+        again = lightning.pytorch.Trainer(
+            callbacks=[GradientClipping(RULE)], logger=False, accelerator="cpu"
+        )
+        again.validate(module, batches(), ckpt_path=tmp_path / "first.ckpt")
+    else:
+        options = {"ckpt_path": tmp_path / "first.ckpt"}
+        again = fit(module, GradientClipping(RULE), **options)
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    assert steps_in(tmp_path / "second.ckpt") == {"0": STEPS}
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_module_that_clips_by_itself_is_refused(manual):
+    module = module_for(lightning.pytorch, manual=manual)
+    if manual:
+        step = module.manual_backward
+        module.manual_backward = lambda loss: (
+            step(loss),
+            module.clip_gradients(module.several()[0], gradient_clip_val=0.1),
+        )
+    else:
+        module.configure_gradient_clipping = lambda optimizer, *_, **__: (
+            module.clip_gradients(optimizer, gradient_clip_val=0.1)
+        )
+    with pytest.raises(ValueError, match=r"clip_gradients\(…, 0.1\) clips too"):
+        fit(module, GradientClipping(RULE))

@@ -202,3 +202,81 @@ def test_trl_works_the_same(tmp_path):
     logs = [x for x in trainer.state.log_history if "loss" in x]
     assert [x["grad_norm"] for x in logs] == pytest.approx(history.norm, rel=1e-6)
     assert logs[-1]["clip_rate"] == 1.0
+
+
+def limits_of(trainer, history):
+    """Train once more, and return the limits of that training."""
+    before = len(history)
+    trainer.train()
+    return history.limit[before:].tolist()
+
+
+def test_a_second_training_begins_anew(tmp_path):
+    """As the trials of a search do; the trainer hands back the states of the first."""
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClippingCallback(gc.Percentile(), history)
+    trainer = trainer_for(tmp_path / "out", callback, max_steps=20)
+    trainer.model_init = lambda trial=None: Net()
+    first, second = limits_of(trainer, history), limits_of(trainer, history)
+    assert first == second
+    assert int(callback.tracked.clipper.state_dict()["step"]) == 20
+    assert len(history.runs) == 2
+
+
+def test_one_callback_for_two_models_in_turn(tmp_path):
+    callback = GradientClippingCallback(gc.EMA())
+    trainer_for(tmp_path / "a", callback, max_steps=5).train()
+    other = trainer_for(tmp_path / "b", callback, max_steps=5)
+    other.model.body[2].bias = None
+    other.train()
+    assert len(callback.tracked.clipper.params) == 3
+
+
+def test_a_restored_callback_keeps_its_history(tmp_path):
+    out, path = tmp_path / "out", tmp_path / "run.jsonl"
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    saving["restore_callback_states_from_checkpoint"] = True
+    for stop in (20, 40):
+        history = gc.History(path, run={"lr": RATE}, tensors_every=5)
+        callback = GradientClippingCallback(RULE, history)
+        trainer = trainer_for(out, callback, max_steps=stop, **saving)
+        checkpoint = str(out / "checkpoint-20") if stop == 40 else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+    record = gc.History.load(path).recorded
+    assert record.step.tolist() == list(range(40))
+    assert record.facts == {"lr": RATE}
+    assert record.tensors.step.tolist() == list(range(0, 40, 5))
+
+
+def test_the_path_of_a_history_may_be_a_path(tmp_path):
+    callback = GradientClippingCallback(RULE, tmp_path / "run.jsonl")
+    trainer_for(tmp_path / "out", callback, max_steps=5).train()
+    assert len(gc.History.load(tmp_path / "run.jsonl")) == 5
+
+
+@pytest.mark.parametrize("at", ["training", "resuming"])
+def test_a_schedule_cannot_be_restored_and_says_so(tmp_path, at):
+    callback = GradientClippingCallback(gc.Norm(lambda step: 1.0))
+    restoring = {"restore_callback_states_from_checkpoint": True}
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    message = "Leave out restore_callback_states_from_checkpoint"
+    if at == "training":
+        trainer = trainer_for(tmp_path, callback, **saving, **restoring)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        return
+    trainer_for(tmp_path, callback, **saving).train()
+    trainer = trainer_for(tmp_path, callback, **saving, **restoring)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_the_log_tells_the_limit_that_was_in_force(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": STEPS, "logging_steps": 1}
+    history = gc.History(tmp_path / "run.jsonl")
+    callback = GradientClippingCallback(gc.Norm(0.5), history)
+    trainer_for(tmp_path / "out", callback, **saving).train()
+    log = gc.History.load(tmp_path / "out" / f"checkpoint-{STEPS}")
+    assert log.limit.tolist() == history.limit.tolist() == [0.5] * STEPS
+    assert log.scale == pytest.approx(history.scale, rel=1e-5)
+    assert gc.advise(log).in_force == 0.5

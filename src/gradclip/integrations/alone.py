@@ -35,12 +35,13 @@ def check_alone(setting: str, value: Any, remedy: str, deepspeed: bool) -> None:
         )
 
 
-def check_inner(inner: Any, scaler: type) -> None:
+def check_inner(inner: Any, scaler: type, clipped: type) -> None:
     """Refuse a Keras optimizer that clips too, scales or accumulates.
 
     Args:
         inner: The optimizer that is to be wrapped.
         scaler: Keras's own wrapper for loss scaling.
+        clipped: The wrapper that clips.
 
     Raises:
         ValueError: If it is such a one.
@@ -49,6 +50,11 @@ def check_inner(inner: Any, scaler: type) -> None:
         raise ValueError(
             "gradients have to be unscaled before a clip: use "
             "LossScaleOptimizer(Clipped(optimizer, rule))."
+        )
+    if isinstance(inner, clipped):
+        raise ValueError(
+            "the inner optimizer clips too; use one Clipped, with chain(a, b) for two "
+            "rules."
         )
     taken = [name for name in TAKEN if getattr(inner, name, None) is not None]
     if taken:

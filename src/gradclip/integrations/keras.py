@@ -65,7 +65,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.inner_optimizer = inner_optimizer
         self.rule, self.on_nonfinite = rule_of(rule), on_nonfinite
         check_compiled(self.rule, on_nonfinite)
-        check_inner(inner_optimizer, Wrapper)
+        check_inner(inner_optimizer, Wrapper, Clipped)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Make the variables that the rule's memory and the report live in."""

@@ -1,6 +1,7 @@
 """Lightning: a callback that clips inside the step of each optimizer of a trainer."""
 
 import sys
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from gradclip.integrations import needed, rule_of
@@ -35,7 +36,8 @@ class GradientClipping(Callback):  # type: ignore[misc]
     Raises:
         TypeError: For what is not a rule.
         ValueError: When training starts, if the trainer clips too, if the strategy
-            does not use the optimizers it is given, or if histories are missing.
+            does not use the optimizers it is given, or if histories are missing; and
+            at the step where a module calls `clip_gradients` by itself.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -54,9 +56,14 @@ class GradientClipping(Callback):  # type: ignore[misc]
         self.rule, self.history, self.options = rule_of(rule), history, options
         self.tracked: list[Tracked] = []
         self._saved: dict[str, Any] = {}
+        self._for_test = False
+        self._watched: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse to clip twice, or where the clip would do nothing."""
+        if self._for_test:
+            # A later fit does not go on from a checkpoint that was loaded for a test.
+            self._saved, self._for_test = {}, False
         setting = "Trainer(gradient_clip_val={})", trainer.gradient_clip_val
         deepspeed = "DeepSpeed" in type(trainer.strategy).__name__
         check_alone(*setting, "leave it out", deepspeed)
@@ -77,6 +84,20 @@ class GradientClipping(Callback):  # type: ignore[misc]
         for key, state in self._saved.items():
             self.tracked[int(key)].load_state_dict(state)
         self._saved = {}
+        self._watch(trainer.precision_plugin)
+
+    def _watch(self, plugin: Any) -> None:
+        """Refuse the trainer's own clip, also where a module calls it by itself."""
+        own = type(plugin).clip_gradients
+
+        def clip_gradients(*args: Any, **kwargs: Any) -> None:
+            given = signature(own).bind(plugin, *args, **kwargs)
+            given.apply_defaults()
+            value = given.arguments["clip_val"]
+            check_alone("clip_gradients(…, {})", value, "leave it out", deepspeed=False)
+
+        plugin.clip_gradients = clip_gradients
+        self._watched = plugin
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log at the trainer's logging steps; only then is a number waited for."""
@@ -90,14 +111,21 @@ class GradientClipping(Callback):  # type: ignore[misc]
         """Take the clipping out of the optimizers again, and write the histories."""
         for tracked in self.tracked:
             tracked.detach()
+        self._for_test = stage != "fit"
+        if self._watched is not None:
+            vars(self._watched).pop("clip_gradients", None)
+            self._watched = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of each optimizer's clipper."""
+        if self._saved:
+            # It was loaded, and no step has been trained with it.
+            return dict(self._saved)
         return {str(i): tracked.state_dict() for i, tracked in enumerate(self.tracked)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved memory until the optimizers are there."""
-        self._saved = dict(state_dict)
+        self._saved, self._for_test = dict(state_dict), False
 
 
 def _outermost(trainer: Any, pl_module: Any) -> Any:

@@ -65,7 +65,8 @@ class Tracked:
         Raises:
             ValueError: If it belongs to another rule or other parameters.
         """
-        self.clipper.load_state_dict(state)
+        memory = {name: x for name, x in state.items() if name != "clipped"}
+        self.clipper.load_state_dict(memory)
         self.clipped = torch.as_tensor(state["clipped"])
 
     def as_json(self) -> dict[str, Any]:

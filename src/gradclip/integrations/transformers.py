@@ -1,5 +1,6 @@
 """Hugging Face's Trainer: a callback that clips inside the optimizer's step."""
 
+import os
 from typing import Any
 
 from gradclip.history import History
@@ -22,14 +23,15 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
 
     Args:
         rule: Any rule, or the text of its constructor.
-        history: Takes in every step; a history, or the path of one.
+        history: Takes in every step; a history, the path of one, or a dictionary of
+            what makes one.
         options: As for `gradclip.torch.attach`, such as `on_nonfinite`. Of these, a
             checkpoint keeps numbers and texts.
 
     Raises:
         TypeError: For what is not a rule.
-        ValueError: When training starts, if the trainer clips too, uses DeepSpeed, or
-            has two of these callbacks.
+        ValueError: When training starts, if the trainer clips too, uses DeepSpeed, has
+            two of these callbacks, or is to restore one whose rule has no text.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -40,11 +42,18 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     """
 
     def __init__(
-        self, rule: Rule | str, history: History | str | None = None, **options: Any
+        self,
+        rule: Rule | str,
+        history: History | str | os.PathLike[str] | dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         """Keep the choice; the optimizer is made later."""
-        self.rule, self.options = rule_of(rule), options
-        self.history = History(history) if isinstance(history, str) else history
+        self.rule, self.options = _readable(rule), options
+        if isinstance(history, dict):
+            history = History(**history)
+        elif isinstance(history, str | os.PathLike):
+            history = History(history)
+        self.history = history
         self.tracked: Tracked | None = None
 
     def on_train_begin(
@@ -53,6 +62,8 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         """Attach to the optimizer, and go on from a checkpoint."""
         setting = "TrainingArguments(max_grad_norm={})", args.max_grad_norm
         check_alone(*setting, "set max_grad_norm=0", bool(args.deepspeed))
+        if getattr(args, "restore_callback_states_from_checkpoint", False):
+            _readable(repr(self.rule))
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if isinstance(saved, list):
             raise ValueError(
@@ -64,7 +75,9 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         options = {"model": kwargs.get("model"), "history": self.history}
         self.on_train_end(args, state, control)
         self.tracked = Tracked(optimizer, self.rule, **options, **self.options)
-        if memory := saved.get("attributes", {}).get("memory"):
+        # Without a checkpoint, the trainer hands back what an earlier run left here.
+        memory = saved.get("attributes", {}).get("memory")
+        if memory and state.global_step:
             self.memory = memory
         if args.save_strategy != "no":
             own = (
@@ -98,8 +111,21 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, and what a restored callback is made from."""
-        path = str(self.history.path) if self.history else None
+        history = self.history.arguments() if self.history else None
         # JSON cannot hold a process group, a function or a set.
         plain = {k: x for k, x in self.options.items() if isinstance(x, int | str)}
-        args = {"rule": repr(self.rule), "history": path, **plain}
+        args = {"rule": repr(self.rule), "history": history, **plain}
         return {"args": args, "attributes": {"memory": self.memory}}
+
+
+def _readable(rule: Rule | str) -> Rule:
+    """Return a rule; say what to do where a checkpoint has kept no text of it."""
+    try:
+        return rule_of(rule)
+    except ValueError as error:
+        if "<" not in str(rule):
+            raise
+        raise ValueError(
+            f"{error} Leave out restore_callback_states_from_checkpoint: the callback "
+            "that is handed over gets its memory back without it."
+        ) from None

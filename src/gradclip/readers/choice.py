@@ -18,7 +18,7 @@ NORM = re.compile(
 LIMIT = re.compile(
     r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)$"
     r"|clip[\W_]*grad(?:ient)?s?$|(?:grad|gradient)[\W_]*clip(?:ping)?$"
-    r"|grad[\W_]*clip[\W_]*(?:val|norm)$",
+    r"|grad[\W_]*clip[\W_]*(?:val|norm)$|grad(?:ient)?[\W_]*limit$",
     re.IGNORECASE,
 )
 AFTER = re.compile(
