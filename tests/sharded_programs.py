@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -456,6 +458,92 @@ def slices(rank, world):
             full = p.grad.chunk(world, cut[n])[rank] if n in cut else p.grad
             found[f"{name} {n}"] = float((parts[n].grad - full).abs().max()), 0.0
     return found
+
+
+def disagreeing(rank, world):
+    """Copies of one layer of which one has gone wrong, beside pieces, in stages."""
+    grid = meshes(world)["grid"]
+    stages_of, pieces_of = grid.get_group("a"), grid.get_group("b")
+
+    def split(name, p):
+        return [Pieces(pieces_of, 0), stages_of] if name == "up" else stages_of
+
+    found = {}
+    for scope in ("all", "tensor"):
+        for kind, factor in (("nan", math.nan), ("drift", 1 + 1e-6)):
+            params = {"up": plain(torch.ones(3, 2)), "norm": plain(torch.ones(4))}
+            params["free"] = plain(torch.ones(2))
+            if rank == 1:
+                params["norm"].grad *= factor
+            rule = gc.ZScore(warmup=1, over=scope)
+            clipper = Clipper(params, rule, split_over=split, doctor=())
+            info = clipper.clip_()
+            mean = clipper.state_dict()["0.mean"]
+            found[scope, kind] = info.norm, info.finite, info.kept, mean
+    return found
+
+
+def without_rows(rank, world):
+    """A chain over rows, of which the last process has none; then an empty list."""
+    layers = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    net = torch.nn.Sequential(*layers) if rank else torch.nn.Sequential(layers[0])
+    for p in net.parameters():
+        torch.nn.init.ones_(p)
+        p.grad = None if rank == world - 1 else torch.ones_like(p)
+    rule = gc.chain(gc.AGC(0.01), gc.Norm(1.0))
+    clipper = Clipper(net, rule, split_over=dist.group.WORLD, doctor=())
+    infos = [clipper.clip_() for _ in range(2)]
+    mine = [] if rank == world - 1 else [torch.ones(4)]
+    total = get_total_norm(mine, split_over=dist.group.WORLD)
+    return [(x.limit, x.scale, x.norm_after) for x in infos], float(total)
+
+
+def told(call):
+    """Return what a call says in a warning or an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except ValueError as error:
+            return str(error)
+    return " ".join(str(w.message) for w in caught)
+
+
+def sentences(rank, world):
+    """What is said where a clip of split parameters could only be wrong."""
+    mesh = meshes(world)["line"]
+    flat = FullyShardedDataParallel(Trial(0), device_id=CPU)
+    wide = torch.nn.Linear(4, 2 * world)
+    fully_shard(wide, mesh=mesh)
+    submeshes = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])]
+    apart = {
+        str(i): placed(torch.ones(2), m, [Shard(0)]) for i, m in enumerate(submeshes)
+    }
+    with torch.device("meta"):
+        empty = torch.nn.Linear(2, 2)
+    groups = gc.by_name({"bias": None, "*": gc.AGC(0.1)})
+    return {
+        "flattened": told(lambda: Clipper(flat, gc.Norm(1.0, over="tensor"))),
+        "flattened groups": told(
+            lambda: Clipper(flat, gc.by_name({"*": gc.Norm(1.0)}))
+        ),
+        "flattened all": told(lambda: Clipper(flat, gc.Norm(1.0))),
+        "no gradient": told(Clipper(wide, gc.Norm(1.0)).clip_),
+        "submeshes": told(lambda: Clipper(apart, gc.Norm(1.0))),
+        "meta": told(lambda: Clipper(empty, gc.Norm(1.0))),
+        "a free group": told(lambda: Clipper(wide, groups)),
+    }
+
+
+def verified_units(rank, world):
+    """Rows that are as many as parameters, on a process whose rows are not others'."""
+    net = torch.nn.Linear(4, world)
+    fully_shard(net, mesh=meshes(world)["line"])
+    for p in net.parameters():
+        p.grad = torch.ones_like(p.detach())
+        p.grad.to_local().mul_(1 + rank)
+    Clipper(net, gc.AGC(0.1), doctor=(), verify=True).clip_()
+    return True
 
 
 class Trial(torch.nn.Module):
@@ -1260,6 +1348,10 @@ PROGRAMS = [
     deterministic,
     counted_twice,
     unwrapped,
+    disagreeing,
+    without_rows,
+    sentences,
+    verified_units,
 ]
 
 

@@ -395,10 +395,10 @@ def close(a, b):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6)
 
 def facts(grads, state):
-    return grads, state.info.norm, state.memory
+    return grads, state.info.norm, state.info.clipped, state.memory
 
 rules = [gc.Norm(1.0), gc.Norm(1.0, p=3.0), gc.Norm(0.5, over="tensor"),
-         gc.chain(gc.Value(0.5), gc.ZScore(warmup=1))]
+         gc.chain(gc.Value(0.5), gc.ZScore(warmup=1)), gc.Band(0.1, 9.0)]
 for rule in rules:
     plain, cut = as_optax(rule), as_optax(rule, axis_name="d")
     start = plain.init(whole)
@@ -419,6 +419,16 @@ for rule in rules:
         close(got["cut"].reshape(8, 3), want["cut"])
         for x in np.asarray(state.info.norm):
             close(x, ended.info.norm)
+
+grid = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+specs = {"cut": P("a", None), "same": P(), "both": P("a", "b")}
+whole = whole | {"both": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)}
+for rule in rules:
+    plain, cut = as_optax(rule), as_optax(rule, axis_name=("a", "b"))
+    start = plain.init(whole)
+    step = jax.jit(jax.shard_map(
+        cut.update, mesh=grid, in_specs=(specs, P()), out_specs=(specs, P())))
+    close(facts(*step(whole, start)), facts(*plain.update(whole, start)))
 print(len(jax.devices()), "devices,", len(rules), "rules")
 """
 
@@ -426,7 +436,7 @@ print(len(jax.devices()), "devices,", len(rules), "rules")
 def test_sharded_gradients_equal_whole_ones():
     flags = "--xla_force_host_platform_device_count=4"
     result = in_process(SHARDED, XLA_FLAGS=flags)
-    assert result.stdout.strip() == "4 devices, 4 rules", result.stderr[-3000:]
+    assert result.stdout.strip() == "4 devices, 5 rules", result.stderr[-3000:]
 
 
 EXPLICIT = """

@@ -122,6 +122,49 @@ def test_what_only_the_caller_knows(found, world):
             assert ours == pytest.approx(true, rel=1e-6, abs=1e-6), case
 
 
+@each_world
+def test_copies_that_differ_are_the_same_number_everywhere(found, world):
+    ranks = [r["disagreeing"] for r in found[world]]
+    for case in ranks[0]:
+        for i, (norm, finite, kept, mean) in enumerate(r[case] for r in ranks):
+            assert bool(finite) == bool(kept) == (case[1] != "nan"), case
+            # Each stage has tensors of its own.
+            like = ranks[0 if case[0] == "all" else i - i % (world // 2)][case]
+            torch.testing.assert_close(norm, like[0], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(mean, like[3], rtol=0, atol=0)
+
+
+@each_world
+def test_a_process_without_rows_takes_part_in_all_messages(found, world):
+    for infos, total in (r["without_rows"] for r in found[world]):
+        assert infos == found[world][0]["without_rows"][0]
+        assert total == pytest.approx(2 * math.sqrt(world - 1))
+
+
+MEANT = {
+    "flattened": "FSDP has made one of many; use FullyShardedDataParallel(use_orig",
+    "flattened groups": "FSDP has made one of many",
+    "flattened all": "",
+    "no gradient": "none of 2 parameters has a gradient, on no process",
+    "submeshes": "lies on a mesh without this process",
+    "meta": "are on the meta device",
+    "a free group": "",
+}
+
+
+@each_world
+def test_what_could_only_be_wrong_is_said(found, world):
+    for rank in found[world]:
+        for case, sentence in rank["sentences"].items():
+            meant = MEANT[case]
+            assert meant in sentence if meant else not sentence, case
+
+
+@each_world
+def test_rows_are_not_compared_as_if_they_were_tensors(found, world):
+    assert all(r["verified_units"] for r in found[world])
+
+
 SAID = {
     "replica: all": ["rank 1", "'dense.weight'", "replica is counted as a shard"],
     "replica: dense": ["rank 1", "'dense.weight'", "replica is counted as a shard"],

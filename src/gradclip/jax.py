@@ -4,7 +4,7 @@ Everything works under jit, vmap and scan: nothing is read, and a step that is t
 dropped becomes zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,21 +34,24 @@ class ClipState(NamedTuple):
 
 
 def as_optax(
-    rule: Rule, axis_name: str | None = None, on_nonfinite: Policy = "skip"
+    rule: Rule,
+    axis_name: str | Sequence[str] | None = None,
+    on_nonfinite: Policy = "skip",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Return a rule as an optax transformation, to stand first in a chain.
 
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
-    Arrays that are sharded under `jit` need nothing more. The latest `Info` is part of
+    Arrays that are sharded under `jit` need nothing more, except that `Moment` does not
+    take those on an explicit mesh. The latest `Info` is part of
     the state: `optax.tree.get(state, "norm")`, or `"info"` for all of it.
 
     Args:
         rule: Any rule, with or without memory.
         axis_name: Under `shard_map` or `pmap`, the axis along which the gradients are
-            cut in pieces; norms are summed over it. `shard_map` tells replicated
-            gradients apart, `pmap` does not. Averaged gradients, equal on all devices,
-            need no axis.
+            cut in pieces, or several; norms are summed over them. `shard_map` tells
+            replicated gradients apart; `pmap` does not, nor does `shard_map` with
+            `check_vma=False`. Averaged gradients, equal on all devices, need no axis.
         on_nonfinite: `"skip"` turns the gradients of a step with NaN or infinity into
             zeros, `"zero"` clears those elements and clips the rest, `"ignore"` leaves
             them. Zeros still move an optimizer with momentum: to freeze its state as
@@ -186,7 +189,7 @@ def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
     return memory
 
 
-def _check(rule: Rule, axis_name: str | None, policy: Policy) -> None:
+def _check(rule: Rule, axis_name: Any, policy: Policy) -> None:
     check_compiled(rule, policy)
     whole = [s for s in stages(rule) if s.over == "unit" or s.by_part or s.needs_shape]
     if axis_name is not None and whole:

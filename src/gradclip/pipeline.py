@@ -14,6 +14,7 @@ from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked
+from gradclip.rules.parts import beside
 
 
 def run(
@@ -256,8 +257,14 @@ def apply(
 
 
 def _least(scale: Array, xp: Any) -> Array:
-    """Return the smallest scale; 1 of no gradients, as a masked optimizer may have."""
-    return xp.prod(scale) if 0 in scale.shape else xp.min(scale)
+    """Return the smallest scale; 1 of no gradients, as a masked optimizer may have.
+
+    Where processes have parts, each of them asks, also one without gradients.
+    """
+    if scale.ndim == 0:
+        return scale
+    least = xp.min(xp.concat([scale, beside([math.inf], scale, xp)]))
+    return xp.where(xp.isinf(least), 1.0, least)
 
 
 def summary(infos: Sequence[Info], xp: Any) -> Info:

@@ -148,10 +148,10 @@ class Jax(Backend):
 class Shards(Jax):
     """JAX arrays that are pieces of larger ones, inside `shard_map` or `pmap`."""
 
-    def __init__(self, axis: str) -> None:
-        """Keep the name of the axis that the pieces lie along."""
+    def __init__(self, axes: str | Sequence[str]) -> None:
+        """Keep the names of the axes that the pieces lie along."""
         super().__init__()
-        self.axis = axis
+        self.axes = (axes,) if isinstance(axes, str) else tuple(axes)
 
     def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
         """Return the norms of whole gradients, the same on all devices."""
@@ -159,40 +159,47 @@ class Shards(Jax):
             return super().measure(leaves, over, p)
         order = math.inf if over == "element" else p
         norms = [self.norm(x, order) for x in leaves]
-        if cut := self.cut(leaves):
-            pieces = self.xp.stack([norms[i] for i in cut])
-            for i, whole in zip(cut, self.joined(pieces, order), strict=True):
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for i, x in enumerate(leaves):
+            alike.setdefault(self.cut_along(x), []).append(i)
+        for axes, places in alike.items():
+            found = self.xp.stack([norms[i] for i in places])
+            for axis in axes:
+                found = self.joined(found, order, axis)
+            for i, whole in zip(places, found, strict=True):
                 norms[i] = whole
         total = self.xp.stack(norms)
         return total if over == "tensor" else self.norm(total, order)
 
     def agreed(self, info: Any) -> Any:
         """Return a report whose flag is that of all devices."""
-        if not self.cut([info.clipped]):
-            return info
-        clipped = self.jax.lax.pmax(info.clipped.astype("int32"), self.axis) > 0
+        clipped = info.clipped
+        for axis in self.cut_along(clipped):
+            clipped = self.jax.lax.pmax(clipped.astype("int32"), axis) > 0
         return info._replace(clipped=clipped)
 
-    def cut(self, leaves: Sequence[Array]) -> list[int]:
-        """Return which gradients differ along the axis: all, where JAX cannot tell."""
-        everywhere = range(len(leaves))
-        if not self.varies(self.jax.lax.axis_index(self.axis)):
-            return list(everywhere)
-        return [i for i in everywhere if self.varies(leaves[i])]
+    def cut_along(self, x: Array) -> tuple[str, ...]:
+        """Return the axes along which an array differs: all, where JAX cannot tell."""
+        index = self.jax.lax.axis_index
+        return tuple(
+            axis
+            for axis in self.axes
+            if self.varies(x, axis) or not self.varies(index(axis), axis)
+        )
 
-    def varies(self, x: Array) -> bool:
-        """Return whether the type of an array says that it differs along the axis."""
+    def varies(self, x: Array, axis: str) -> bool:
+        """Return whether the type of an array says that it differs along an axis."""
         kind = self.jax.typeof(x)
         kind = getattr(kind, "manual_axis_type", kind)
-        return self.axis in getattr(kind, "varying", getattr(kind, "vma", ()))
+        return axis in getattr(kind, "varying", getattr(kind, "vma", ()))
 
-    def joined(self, norms: Array, p: float) -> Array:
+    def joined(self, norms: Array, p: float, axis: str) -> Array:
         """Return the norms of vectors whose pieces have these norms."""
         xp, lax = self.xp, self.jax.lax
         finite = xp.isfinite(norms)
-        largest = lax.pmax(xp.where(finite, norms, 0.0), self.axis)
+        largest = lax.pmax(xp.where(finite, norms, 0.0), axis)
         # A maximum over devices may lose a NaN, a sum does not.
         if math.isinf(p):
-            return largest + lax.psum(xp.where(finite, 0.0, norms), self.axis)
+            return largest + lax.psum(xp.where(finite, 0.0, norms), axis)
         unit = xp.where(largest > 0, largest, 1.0)
-        return unit * lax.psum((norms / unit) ** p, self.axis) ** (1 / p)
+        return unit * lax.psum((norms / unit) ** p, axis) ** (1 / p)

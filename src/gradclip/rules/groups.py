@@ -209,7 +209,7 @@ def by_name(rules: Mapping[str, Rule | None]) -> Rule:
             )
     if not rules:
         raise ValueError("by_name({}): give at least one pattern, as in {'*': rule}.")
-    free = Norm(math.inf)
+    free = Norm(math.inf, over="tensor")
     return Groups(tuple((name, rule or free) for name, rule in rules.items()))
 
 

@@ -11,7 +11,7 @@ from gradclip.arrays import check_rule
 from gradclip.decision import Info
 from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import empty, run
-from gradclip.policy import Policy, check_policy, may_drop
+from gradclip.policy import Policy, check_policy, may_drop, only_records
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.exact import on_host
@@ -30,6 +30,11 @@ from gradclip.torch.verify import Verify, verifier_for
 
 if TYPE_CHECKING:
     from gradclip.history import History
+
+NOTHING = (
+    "none of {} parameters has a gradient, on no process: was backward() called, and "
+    "were the gradients synchronised?"
+)
 
 
 class Clipper:
@@ -112,6 +117,11 @@ class Clipper:
             self._module = params
         self._doctor = Doctor(doctor, self.params, rule)
         device = self.params[0].device
+        if device.type == "meta":
+            raise ValueError(
+                "the parameters are on the meta device, and have no values yet; make "
+                "the clipper after to_empty() and the initialisation."
+            )
         # Counts are arrays too: for numbers, a compiled step would be compiled again.
         self._memory = Memory(rule, torch.zeros((), dtype=torch.int64, device=device))
         # This one stays on the host, where schedules ask for it.
@@ -268,7 +278,11 @@ class Clipper:
             absent=verbs.absent,
         )
         with verbs.quiet():
-            outcome = clip() if self._verifier is None else self._verifier.compare(clip)
+            if self._verifier is None:
+                outcome = clip()
+            else:
+                units = any(stage.over == "unit" for stage in stages(self.rule))
+                outcome = self._verifier.compare(clip, units)
         _, info, states = outcome
         info, memory.states = verbs.reported(info), verbs.lasting(states)
         if self.history is not None:
@@ -277,6 +291,8 @@ class Clipper:
         if watched:
             if found.leaves:
                 self._doctor.after(found.leaves, info)
+            elif on_host([info.norm]) and info.norm.numel() and not info.norm.any():
+                self._doctor.tell("missing", NOTHING.format(len(self.params)))
             self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
         self.info = info._replace(skipped=memory.skipped)
         return self.info
@@ -308,7 +324,8 @@ def check_split(rule: Rule, params: list[Tensor]) -> None:
     """Refuse, for parameters that are split, rules that have to see whole tensors."""
     for stage in stages(rule):
         rule_of = getattr(stage, "rule", stage)
-        inner = {r.over for _, r in getattr(rule_of, "rules", ())}
+        groups = (r for _, r in getattr(rule_of, "rules", ()))
+        inner = {r.over for r in groups if not only_records(r)}
         if stage.over == "singular" or {"unit"} < inner:
             raise ValueError(
                 f"{stage!r} looks at whole tensors, and processes have parts of these; "

@@ -168,7 +168,10 @@ def get_total_norm(
     rule = Norm(1.0, p=_order(norm_type))
     order, leaves = rule.p, tensors_only(tensors)
     if not leaves:
-        return torch.tensor(0.0)
+        if split_over is None or callable(split_over):
+            return torch.tensor(0.0)
+        # The others of the group wait for what this process has, also for nothing.
+        leaves = [torch.zeros(0)]
     verbs, layout = _VERBS, _layout(leaves, split_over)
     leaves = list(map(_dense, leaves))
     if layout is not None:

@@ -114,6 +114,8 @@ class Layout:
         self.ways = [{number[n]: way for n, way in w.items()} for w in ways]
         self.shapes = [tuple(local_of(p.detach()).shape) for p in params]
         self.device = params[0].device
+        self.cut = {g for w in self.ways for g, way in w.items() if way.kind == "piece"}
+        self.flattened = any(getattr(p, "_is_flat_param", False) for p in params)
         self.keys = [_key_of(w) for w in self.ways]
 
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
@@ -121,10 +123,13 @@ class Layout:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         # A gradient may be missing here, and be there elsewhere.
         parts = {key: parts.get(key, zero).to(self.device) for key in self.keys}
+        unheard: list[Group] = []
         for g, group in enumerate(self.groups):
             # The slots that others may have, though this process has no such tensor.
             always = {_WHOLE, (frozenset({g}), frozenset[int]())}
             keys = sorted({*parts, *always}, key=lambda k: (sorted(k[0]), sorted(k[1])))
+            if any(g not in k[0] | k[1] for k in keys if k != _WHOLE):
+                unheard.append(group)
             row = torch.stack([parts.get(key, zero) for key in keys])
             columns = group.gather(row).unbind(1)
             merged: dict[Key, list[Tensor]] = {}
@@ -132,7 +137,12 @@ class Layout:
                 rest = key[0] - {g}, key[1] - {g}
                 merged.setdefault(rest, []).append(_joined(key, g, column, mine, p))
             parts = {k: safe_norm(torch.stack(x), p) for k, x in merged.items()}
-        return safe_norm(torch.stack([zero, *parts.values()]), p)
+        total = safe_norm(torch.stack([zero, *parts.values()]), p)
+        # What lies alike on a group, and in parts on a later one: a copy that has gone
+        # wrong is known to that one only.
+        for group in unheard:
+            total = group.gather(total.reshape(1)).amax()
+        return total
 
     def each_tensor(self, found: Tensor, p: float) -> Tensor:
         """Return norms of whole tensors; below 0 stands for no gradient."""
@@ -155,9 +165,12 @@ class Layout:
     def _goes_round(self, i: int, g: int) -> bool:
         """Return whether the norm of a tensor is made known to a group."""
         way = self.ways[i].get(g)
-        if way is None:
-            return not self.ways[i] and self.groups[g].level == 0
-        return way.kind != "other"
+        if way is not None:
+            return way.kind != "other"
+        # Nothing is said of it: it lies alike on all who have the pieces of others,
+        # unless it is on a mesh of its own.
+        on_mesh = any(self.groups[k].level == 0 for k in self.ways[i])
+        return not on_mesh and (self.groups[g].level == 0 or g in self.cut)
 
     def each_unit(self, found: list[Tensor], p: float, axis: int) -> list[Tensor]:
         """Return norms of whole rows, from those of what is here of each parameter."""
@@ -187,6 +200,13 @@ class Layout:
 
     def check(self, rule: Rule) -> None:
         """Refuse rules whose norms cannot be put together from these parts."""
+        inside = [s for s in stages(rule) if s.over in ("tensor", "unit") or s.by_place]
+        if self.flattened and inside:
+            raise ValueError(
+                f"{inside[0]!r} looks at each tensor, and FSDP has made one of many; "
+                "use FullyShardedDataParallel(use_orig_params=True), or a rule over "
+                "'all'."
+            )
         parts = [way for ways in self.ways for way in ways.values()]
         flat = any(way.kind == "piece" and way.dim is None for way in parts)
         if flat and any(stage.over == "unit" for stage in stages(rule)):
@@ -395,7 +415,11 @@ def layout_of(
     ways: list[dict[str, Way]] = []
     for name, p in pairs:
         asked = split_over(name, p) if callable(split_over) else split_over
-        parts = [*_on_mesh(p), *flat.get(id(p), ()), *_as_asked(asked, name)]
+        parts = [
+            *_on_mesh(name, p, asked),
+            *flat.get(id(p), ()),
+            *_as_asked(asked, name),
+        ]
         ways.append({})
         for handle, way, level in parts:
             if handle.size() > 1:
@@ -414,11 +438,17 @@ def _note(groups: dict[str, Group], handle: "ProcessGroup", level: int) -> None:
     group.level = max(group.level, level)
 
 
-def _on_mesh(p: Tensor) -> list[Part]:
+def _on_mesh(name: str, p: Tensor, asked: Any) -> list[Part]:
     """Return the groups of the mesh that a DTensor lies on."""
     if not is_dtensor(p):
         return []
     mesh = p.device_mesh  # type: ignore[attr-defined]
+    if mesh.get_coordinate() is None and not asked:
+        raise ValueError(
+            f"parameter {name!r} lies on a mesh without this process, so that its norm "
+            "is not known here; name the group of all processes with split_over, or "
+            "take a clipper for the parameters of each mesh."
+        )
     if mesh.get_coordinate() is None:
         return []
     placements = p.placements  # type: ignore[attr-defined]

@@ -120,15 +120,19 @@ class Verifier:
         if replicas:
             raise VerifyError(_about_replicas(replicas))
 
-    def compare(self, clip: Callable[[], Outcome]) -> Outcome:
-        """Clip, and compare what is reported with what is reported elsewhere."""
+    def compare(self, clip: Callable[[], Outcome], units: bool = False) -> Outcome:
+        """Clip, and compare what is reported with what is reported elsewhere.
+
+        Of `units`, each process has its own, however many there are.
+        """
         try:
             outcome = clip()
         except (NonFiniteError, ValueError):
             self._gathered([1.0] + [0.0] * len(DECIDED))
             raise
         info = outcome[1]
-        decided = [self._common(getattr(info, name)) for name in DECIDED]
+        told = [getattr(info, name) for name in DECIDED]
+        decided = [0.0 if units and x.ndim else self._common(x) for x in told]
         failed, *columns = self._gathered([0.0, *decided])
         if failed.any():
             raise VerifyError(self._about_failure(failed))
