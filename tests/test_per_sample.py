@@ -267,6 +267,45 @@ def test_ghosts_refuse_a_weight_that_a_function_uses(called):
     assert model.embedding.weight.grad is None
 
 
+class Twice(torch.nn.Module):
+    """A weight that a function uses beside its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(torch.relu(self.a(x)), self.a.weight)
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_ghosts_refuse_a_weight_that_is_converted_once_for_two_uses(amp):
+    model = Twice()
+    with PerSample(model) as samples, torch.autocast("cpu", torch.bfloat16, amp):
+        losses = model(torch.randn(3, 4)).square().sum(1)
+        with pytest.raises(ValueError, match="used beside the layer"):
+            samples.backward(losses, gc.Norm(1.0))
+
+
+def test_ghosts_refuse_a_penalty_on_gradients():
+    model = torch.nn.Linear(4, 1)
+    x = torch.randn(3, 4, requires_grad=True)
+    with PerSample(model) as samples:
+        out = torch.tanh(model(x)).squeeze(1)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(ValueError, match="used beside the layer"):
+            samples.backward(out + g.square().sum(1), gc.Norm(1.0))
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_ghosts_take_embeddings_and_sequences_under_autocast(amp):
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 5), torch.nn.Linear(5, 3))
+    with PerSample(model) as samples, torch.autocast("cpu", torch.bfloat16, amp):
+        out = model(torch.arange(6).view(2, 3))
+        info = samples.backward((out + out).square().sum((1, 2)), gc.Norm(1.0))
+    assert info.finite
+
+
 def test_ghosts_refuse_gradients_that_depend_on_other_samples():
     with pytest.raises(ValueError, match="scale_grad_by_freq mixes samples"):
         PerSample(torch.nn.Embedding(5, 3, scale_grad_by_freq=True))

@@ -106,7 +106,10 @@ def test_what_trainers_print(tmp_path, form, tool):
         ("step {step} loss 2.5 grad_norm {norm}", 2.5),
         ("it {step}: train loss 3.1, val loss 2.0, grad norm {norm}", 3.1),
         ("loss=2.0 step={step} grad_norm={norm}", 2.0),
+        ("step {step} - loss: 2.3 - val loss: 3.3 - grad_norm: {norm}", 2.3),
         ("step {step} val loss 2.5 grad_norm {norm}", math.nan),
+        ("step {step} [eval] loss: 3.0 grad_norm: {norm}", math.nan),
+        ("step {step} grad_norm={norm} validation: loss=3.0", math.nan),
         ("step {step} aux loss: 0.1 grad_norm {norm}", math.nan),
         ("step {step} loss scale: 65536 grad_norm {norm}", math.nan),
         ("step {step} d_loss: 0.1 grad_norm {norm}", math.nan),
@@ -132,6 +135,24 @@ def test_two_networks_on_a_plain_line(tmp_path, every):
     assert len(history) == 40
     other = load(tmp_path / "out.log", text, column="g_grad_norm")
     assert other.norm.tolist() == [7 + i / 100 for i in range(0, 40, every)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "encoder_grad_norm 0.4 decoder_grad_norm 0.7",
+        "model/layer0/grad_norm=0.2",
+        "ema_grad_norm: 0.3",
+    ],
+)
+def test_norms_of_parts_beside_that_of_all_are_no_networks(tmp_path, parts):
+    form = "step {step} | loss 2.1 | grad_norm {norm} | "
+    lines = printed(form, NORMS).splitlines()
+    lines[-1] += parts
+    history = load(tmp_path / "out.log", "\n".join(lines))
+    assert history.recorded.column == "grad_norm"
+    assert history.norm.tolist() == NORMS
+    assert not history.recorded.networks
 
 
 def test_an_export_of_runs_has_ranges_beside_its_columns(tmp_path):
@@ -174,6 +195,14 @@ def test_a_heading_may_hold_what_parts_others(tmp_path):
     history = load(tmp_path / "log.csv", text)
     assert history.norm.tolist() == [1.5, 2.5]
     assert any("the first is line 6" in note for note in history.recorded.notes)
+
+
+def test_a_comma_in_one_column_says_nothing_of_another(tmp_path):
+    rows = [[f"{100 * i:,}", f"1.{i + 100}", "0,1"] for i in range(30)]
+    text = table([["step", "grad_norm", "gpus"], *rows], "\t")
+    history = load(tmp_path / "log.tsv", text)
+    assert history.step.tolist() == [100 * i for i in range(30)]
+    assert history.norm.tolist() == [float(f"1.{i + 100}") for i in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -490,6 +519,18 @@ def test_a_loss_in_another_file_than_its_norm_belongs_to_its_step(tmp_path):
                 writer.add_scalar(name, 1 + step, step)
     record = gc.History.load(tmp_path).recorded
     assert record.norm.tolist() == record.loss.tolist() == [*range(1, 1501)]
+
+
+@pytest.mark.parametrize("name", ["grad_norm_study", "loss_ablation"])
+def test_a_folder_may_be_called_like_a_tag(tmp_path, name):
+    with SummaryWriter(tmp_path / name) as writer:
+        for step in range(5):
+            writer.add_scalar("grad_norm", 2 + step, step)
+            writer.add_scalar("loss", 1 + step, step)
+    for path in (tmp_path, tmp_path / name):
+        record = gc.History.load(path).recorded
+        assert record.column == "grad_norm"
+        assert record.loss.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_an_mlflow_run_that_was_started_again_is_two_runs(tmp_path):

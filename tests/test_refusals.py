@@ -1,5 +1,6 @@
 """What would have given wrong numbers is refused, before anything is changed."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -305,3 +306,41 @@ def test_a_band_takes_arrays_and_is_the_right_way_up():
 def test_the_first_limit_of_a_quantile_is_a_number(start):
     with pytest.raises(ValueError, match="a finite number above 0"):
         gc.Quantile(start=start)
+
+
+@pytest.mark.parametrize("with_steps", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gc.chain(gc.Skip(gc.Norm(1.0)), gc.ZScore()),
+        gc.chain(gc.ZScore(), gc.by_name({"*": gc.EMA()})),
+    ],
+)
+def test_a_stage_that_has_met_no_step_yet_is_saved_and_loaded(rule, with_steps):
+    first, into = gc.Clipper(rule), gc.Clipper(rule)
+    first.clip([one() * np.nan])
+    if with_steps:
+        into.clip([one() / 100])
+    into.load_state_dict(first.state_dict())
+    for g in (one() / 100, one() / 90):
+        expected, got = first.clip([g]), into.clip([g])
+        assert expected[0][0].tolist() == got[0][0].tolist()
+    assert {k: x.tolist() for k, x in first.state_dict().items()} == {
+        k: x.tolist() for k, x in into.state_dict().items()
+    }
+
+
+def test_a_memory_that_is_lent_is_not_looked_for_in_a_checkpoint():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([p])
+    rule = gc.chain(gc.Moment(memory="optimizer"), gc.ZScore())
+    clipper = attach(optimizer, rule, doctor=())
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    clipper.load_state_dict(clipper.state_dict())
+    assert int(clipper.state_dict()["1.count"]) == 3
+
+
+def test_no_number_of_skips_may_be_too_many():
+    assert gc.Clipper(gc.Norm(1.0), max_consecutive_skips=math.inf)

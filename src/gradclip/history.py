@@ -1,5 +1,6 @@
 """A run's history: written while it trains, read for advice, replay and the report."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from gradclip.decision import Info
 from gradclip.memory import at_least
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
-from gradclip.recorder import Recorder, checked
+from gradclip.recorder import Recorder, checked, is_number
 from gradclip.rules import Rule, stages
 
 
@@ -135,13 +136,15 @@ class History:
     def arguments(self) -> dict[str, Any]:
         """Return what makes a history for the same file again, as JSON can hold it."""
         recorder = self._writing()
-        return {
+        given = {
             "path": str(recorder.path),
             "run": recorder.run,
             "flush_every": recorder.flush_every,
             "flush_seconds": recorder.flush_seconds,
             "tensors_every": self.tensors_every,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(given, default=_plain))
+        return plain
 
     def begin(self, rule: Rule | str) -> None:
         """Note what clips in the steps to come; a clipper does this.
@@ -284,3 +287,8 @@ class History:
 def is_finite(norm: Floats) -> NDArray[np.bool_]:
     """Return where a norm says something about size: finite and above 0."""
     return np.isfinite(norm) & (norm > 0)
+
+
+def _plain(x: Any) -> Any:
+    """Return a number of any library as Python's, and anything else as a text."""
+    return x.item() if is_number(x) else str(x)

@@ -3,6 +3,7 @@
 Flat, and arrays only, so that every checkpoint format can hold it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
@@ -25,7 +26,7 @@ def at_least(least: float, **named: Any) -> None:
     kind: Any
     kind, told = (Integral, "a whole number") if counts else (Real, "a number")
     for name, value in named.items():
-        if not isinstance(value, kind) or not value >= least:
+        if not (isinstance(value, kind) or value == math.inf) or not value >= least:
             raise ValueError(f"{name}={value!r}: it is {told}, at least {least}.")
 
 
@@ -120,7 +121,12 @@ class Memory:
         parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
         found = in_order(self.rule, parts, names, self.names or names)
         if any(found) or int(saved["step"]):
-            self.states = [self._fitting(i, x or {}) for i, x in enumerate(found)]
+            none = blank() if blank else [None] * len(self.states)
+            self.states = [
+                # A stage behind one that dropped all steps so far has met none.
+                self._fitting(i, x or {}) if x or i == 0 else none[i]
+                for i, x in enumerate(found)
+            ]
             self.names = self.names or names
         else:
             self.states = blank() if blank else [None] * len(self.states)
@@ -184,6 +190,8 @@ def _stage_of(
 
 def _remembered(stage: Rule, found: State) -> set[str]:
     """Return the names in a memory; of parts, for those that are found at all."""
+    if stage.borrows:
+        return set()
     zero = np.zeros(())
     names = set(stage.init(zero, array_api_compat.array_namespace(zero)))
     if not stage.by_part:

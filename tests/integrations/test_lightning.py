@@ -1,5 +1,6 @@
 """Lightning: real fits, compared with plain torch, also after a resume."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from common import RULE, STEPS, Net, assert_same, batches, plain_norms, sgd
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 
 import gradclip as gc
 from gradclip.integrations.lightning import GradientClipping
@@ -231,3 +232,28 @@ def test_a_module_that_clips_by_itself_is_refused(manual):
         )
     with pytest.raises(ValueError, match=r"clip_gradients\(…, 0.1\) clips too"):
         fit(module, GradientClipping(RULE))
+
+
+class Wordy(Precision):
+    """A plugin whose methods have a signature of their own."""
+
+    def clip_gradients(self, optimizer, value=0.0, kind=None):
+        super().clip_gradients(optimizer, value)
+
+
+def test_a_trainer_is_left_as_it_was():
+    plugin = Wordy()
+    calls = plugin.clip_grad_by_value = lambda *_: None
+    callbacks = [GradientClipping(RULE), Killed(at=5)]
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(module_for(lightning.pytorch), callbacks, plugins=[plugin])
+    assert vars(plugin) == {"clip_grad_by_value": calls}
+    fit(module_for(lightning.pytorch), [], plugins=[plugin], gradient_clip_val=1.0)
+
+
+def test_a_plugin_can_be_pickled_while_it_is_watched():
+    class Sent(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            pickle.loads(pickle.dumps(trainer.precision_plugin))
+
+    fit(module_for(lightning.pytorch), [GradientClipping(RULE), Sent()])

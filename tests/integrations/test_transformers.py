@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from common import BATCH, RATE, RULE, STEPS, Data, Net, assert_same, plain_norms
@@ -280,3 +281,14 @@ def test_the_log_tells_the_limit_that_was_in_force(tmp_path):
     assert log.limit.tolist() == history.limit.tolist() == [0.5] * STEPS
     assert log.scale == pytest.approx(history.scale, rel=1e-5)
     assert gc.advise(log).in_force == 0.5
+
+
+def test_a_checkpoint_holds_whatever_a_history_was_told(tmp_path):
+    told = {"data": tmp_path, "rate": torch.tensor(0.5)}
+    history = gc.History(tmp_path / "run.jsonl", run=told, flush_every=np.int64(10))
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    trainer_for(tmp_path, GradientClippingCallback(RULE, history), **saving).train()
+    saved = json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())
+    kept = saved["stateful_callbacks"]["GradientClippingCallback"]["args"]["history"]
+    assert kept["run"] == {"data": str(tmp_path), "rate": 0.5}
+    assert kept["flush_every"] == 10

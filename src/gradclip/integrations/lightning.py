@@ -1,7 +1,6 @@
 """Lightning: a callback that clips inside the step of each optimizer of a trainer."""
 
 import sys
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from gradclip.integrations import needed, rule_of
@@ -17,6 +16,10 @@ needed("lightning", "lightning.pytorch", "pytorch_lightning")
 # It goes by two names, and before 2.6 either trainer asks for a callback of its own.
 LOADED = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
 Callback: Any = type("Callback", tuple(x.Callback for x in LOADED if x), {})
+
+
+CLIPS = ("clip_grad_by_norm", "clip_grad_by_value")
+"""Where a trainer's own clip ends up, if there is anything to clip to."""
 
 
 class GradientClipping(Callback):  # type: ignore[misc]
@@ -57,7 +60,7 @@ class GradientClipping(Callback):  # type: ignore[misc]
         self.tracked: list[Tracked] = []
         self._saved: dict[str, Any] = {}
         self._for_test = False
-        self._watched: Any = None
+        self._watched: tuple[Any, dict[str, Any]] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse to clip twice, or where the clip would do nothing."""
@@ -88,16 +91,22 @@ class GradientClipping(Callback):  # type: ignore[misc]
 
     def _watch(self, plugin: Any) -> None:
         """Refuse the trainer's own clip, also where a module calls it by itself."""
-        own = type(plugin).clip_gradients
+        own = vars(plugin)
+        self._watched = plugin, {name: own[name] for name in CLIPS if name in own}
+        own.update(dict.fromkeys(CLIPS, _refuse))
 
-        def clip_gradients(*args: Any, **kwargs: Any) -> None:
-            given = signature(own).bind(plugin, *args, **kwargs)
-            given.apply_defaults()
-            value = given.arguments["clip_val"]
-            check_alone("clip_gradients(…, {})", value, "leave it out", deepspeed=False)
+    def _look_away(self) -> None:
+        """Give the trainer its own clip back."""
+        if self._watched is not None:
+            plugin, before = self._watched
+            for name in CLIPS:
+                vars(plugin).pop(name, None)
+            vars(plugin).update(before)
+            self._watched = None
 
-        plugin.clip_gradients = clip_gradients
-        self._watched = plugin
+    def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
+        """Leave nothing behind in the trainer."""
+        self._look_away()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log at the trainer's logging steps; only then is a number waited for."""
@@ -112,9 +121,7 @@ class GradientClipping(Callback):  # type: ignore[misc]
         for tracked in self.tracked:
             tracked.detach()
         self._for_test = stage != "fit"
-        if self._watched is not None:
-            vars(self._watched).pop("clip_gradients", None)
-            self._watched = None
+        self._look_away()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of each optimizer's clipper."""
@@ -135,3 +142,8 @@ def _outermost(trainer: Any, pl_module: Any) -> Any:
     """
     wrapped = trainer.strategy.model
     return wrapped if hasattr(wrapped, "clip_grad_norm_") else pl_module
+
+
+def _refuse(_: Any, clip_val: Any, *others: Any, **more: Any) -> None:
+    """Stand in for the trainer's own clip."""
+    check_alone("clip_gradients(…, {})", clip_val, "leave it out", deepspeed=False)

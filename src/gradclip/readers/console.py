@@ -88,10 +88,12 @@ PATTERNS = (
     ),
 )
 LOSS = re.compile(
-    r"(?:^|[^a-zA-Z_\s/.-]\s*)(?i:(?:train(?:ing)?|total|lm)[ _/])?[lL]oss['\"]?"
+    r"(?:^|[^a-zA-Z_\s/.-]\s*|-\s+)(?i:(?:train(?:ing)?|total|lm)[ _/])?[lL]oss['\"]?"
     rf"\s*[=:|]?\s*['\"]?(?P<loss>{NUMBER})(?!\w)"
 )
-"""The loss of a step, and not that of an evaluation, or a part of it."""
+"""The loss of a step, and not a part of it."""
+EVALUATION = re.compile(r"(?i)\b(?:eval|val|valid|validation|evaluation|test|dev)\b")
+"""What makes it the loss of something else."""
 NETWORKS = re.compile(
     r"\b(?P<name>[a-zA-Z][\w/.]*[_/.](?:grad(?:ient)?[_-]?norm))['\"]?\s*[=:|]?\s*['\"]?"
     rf"(?P<norm>{NUMBER})"
@@ -213,10 +215,22 @@ def _named(found: re.Match[str], line: str) -> dict[str, Any]:
         row["step"] = str(
             int(row.pop("epoch")) * int(row.pop("of")) + int(row.pop("at"))
         )
-    if "loss" not in row and (loss := LOSS.search(line)):
-        row["loss"] = loss["loss"]
+    if "loss" not in row and (loss := _loss(line)):
+        row["loss"] = loss
     norm = row.pop("norm")
-    networks = {x["name"]: x["norm"] for x in NETWORKS.finditer(line)}
-    networks = {name: x for name, x in networks.items() if is_before_clipping(name)}
-    named = networks and all(map(network_of, networks))
-    return row | (networks if named else {"grad_norm": norm})
+    networks = [x for x in NETWORKS.finditer(line) if is_before_clipping(x["name"])]
+    # Beside a norm without a name, those with one are parts of it.
+    named = found.start("norm") in [x.start("norm") for x in networks]
+    if named and all(network_of(x["name"]) for x in networks):
+        return row | {x["name"]: x["norm"] for x in networks}
+    return row | {"grad_norm": norm}
+
+
+def _loss(line: str) -> str | None:
+    """Return the first loss in a line that is not one of an evaluation."""
+    start = 0
+    for found in LOSS.finditer(line):
+        if not EVALUATION.search(line, start, found.end()):
+            return found["loss"]
+        start = found.end()
+    return None

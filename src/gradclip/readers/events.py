@@ -34,8 +34,9 @@ def read(path: Path, column: str | None) -> Columns:
         if path.is_dir() and not file.stat().st_size:
             columns.notes.append(f"{file.name} is empty.")
             continue
+        folder = file.parent.name if _is_of_one_name(file, path, columns) else ""
         for event in _events(file, columns):
-            _take(event, rows, columns, file.parent.name, most)
+            _take(event, rows, columns, folder, most)
     _finish(rows, columns)
     if not columns.count:
         raise LogError(f"{path}: the event files hold no scalars.")
@@ -93,6 +94,18 @@ def _take(
             _finish(rows, columns)
             row = rows.setdefault(event.step, {"step": event.step})
         row[name] = number
+
+
+def _is_of_one_name(file: Path, path: Path, columns: Columns) -> bool:
+    """Return whether a file may be one of those that `add_scalars` writes."""
+    if file.parent in (path, path.parent):
+        return False
+    tags: set[str] = set()
+    for event in _events(file, columns):
+        tags.update(value.tag for value in event.summary.value)
+        if len(tags) > 1:
+            return False
+    return True
 
 
 def _named(tag: str, folder: str) -> str:

@@ -2,8 +2,9 @@
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
-from itertools import chain, count, islice
+import sys
+from collections.abc import Container, Iterable, Sequence
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
 from gradclip.readers.columns import GROUPED, Columns, number
@@ -49,7 +50,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     sign = delimiter_of("".join([first, *some])) or max(DELIMITERS, key=first.count)
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
-    lines, commas = chain(some, lines), _has_commas(some, sign)
+    lines, commas = chain(some, lines), _with_commas(some, sign)
     rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
     while True:
         try:
@@ -61,7 +62,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
         if cells is None:
             break
         if commas:
-            cells = list(map(_with_point, cells))
+            cells = [_with_point(x) if i in commas else x for i, x in enumerate(cells)]
         if len(cells) == len(names):
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
@@ -83,15 +84,22 @@ def _apart(names: Iterable[str]) -> list[str]:
     return found
 
 
-def _has_commas(lines: Sequence[str], sign: str) -> bool:
-    """Return whether the comma is the decimal sign in a table.
+def _with_commas(lines: Sequence[str], sign: str) -> Container[int]:
+    """Return the columns of a table in which the comma is the decimal sign.
 
     Between tabs, 1,234 could be either, unless others are no groups of three.
     """
-    if sign != "\t":
-        return sign == ";"
-    cells = (cell.strip() for line in lines for cell in line.split(sign))
-    return any(COMMA.fullmatch(x) and not GROUPED.fullmatch(x) for x in cells)
+    if sign == ";":
+        return range(sys.maxsize)
+    if sign == ",":
+        return ()
+    found = set()
+    for i, cells in enumerate(zip_longest(*csv.reader(lines, delimiter=sign))):
+        plainly = [cell.strip() for cell in cells if cell]
+        fractions = [x for x in plainly if COMMA.fullmatch(x)]
+        if any(not GROUPED.fullmatch(x) for x in fractions):
+            found.add(i)
+    return found
 
 
 def _with_point(cell: str) -> str:

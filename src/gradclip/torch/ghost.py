@@ -18,6 +18,9 @@ from gradclip.decision import Info
 from gradclip.per_sample import check_per_sample, decide_samples
 from gradclip.rules import Rule
 
+TURNS = {"TBackward", "ToCopyBackward", "TransposeBackward", "PermuteBackward"}
+"""What a layer does to its weight before it uses it."""
+
 
 class PerSample:
     r"""Fill `grad` with the sum of clipped per-sample gradients, in O(batch) memory.
@@ -194,12 +197,18 @@ def _uses(losses: Tensor) -> Counter[int]:
             continue
         seen.add(node)
         for following, _ in node.next_functions:
-            leaf = getattr(following, "variable", None)
-            if leaf is None:
-                waiting.append(following)
-            else:
+            waiting.append(following)
+            leaf = _leaf_behind(following)
+            if leaf is not None and _leaf_behind(node) is None:
                 uses[id(leaf)] += 1
     return uses
+
+
+def _leaf_behind(node: Any) -> Tensor | None:
+    """Return a leaf, also where it was turned or converted, which several may share."""
+    while type(node).__name__.rstrip("0") in TURNS:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
