@@ -550,7 +550,8 @@ def test_runs_that_are_too_short_are_said_not_to_count():
 def test_the_call_of_groups_is_one():
     rule = gc.by_name({"a*": gc.Norm(2.0), "b": None, "*": gc.Skip(gc.Norm(1.0)).rule})
     assert rule_from(call(rule)) == rule
-    assert call(rule) == "by_name({'a*': Norm(2.0), 'b': Norm(inf), '*': Norm(1.0)})"
+    told = "by_name({'a*': Norm(2.0), 'b': Norm(inf, over='tensor'), '*': Norm(1.0)})"
+    assert call(rule) == told
 
 
 def test_a_key_that_is_no_text_is_no_traceback(log):
