@@ -398,7 +398,7 @@ def facts(grads, state):
     return grads, state.info.norm, state.info.clipped, state.memory
 
 rules = [gc.Norm(1.0), gc.Norm(1.0, p=3.0), gc.Norm(0.5, over="tensor"),
-         gc.chain(gc.Value(0.5), gc.ZScore(warmup=1)), gc.Band(0.1, 9.0)]
+         gc.chain(gc.Value(0.5), gc.ZScore(warmup=1))]
 for rule in rules:
     plain, cut = as_optax(rule), as_optax(rule, axis_name="d")
     start = plain.init(whole)
@@ -423,7 +423,7 @@ for rule in rules:
 grid = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 specs = {"cut": P("a", None), "same": P(), "both": P("a", "b")}
 whole = whole | {"both": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)}
-for rule in rules:
+for rule in (gc.Norm(1.0), gc.Norm(0.5, over="tensor"), gc.Band(0.1, 9.0)):
     plain, cut = as_optax(rule), as_optax(rule, axis_name=("a", "b"))
     start = plain.init(whole)
     step = jax.jit(jax.shard_map(
@@ -436,7 +436,7 @@ print(len(jax.devices()), "devices,", len(rules), "rules")
 def test_sharded_gradients_equal_whole_ones():
     flags = "--xla_force_host_platform_device_count=4"
     result = in_process(SHARDED, XLA_FLAGS=flags)
-    assert result.stdout.strip() == "4 devices, 5 rules", result.stderr[-3000:]
+    assert result.stdout.strip() == "4 devices, 4 rules", result.stderr[-3000:]
 
 
 EXPLICIT = """
