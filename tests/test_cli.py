@@ -58,7 +58,7 @@ def test_demo_prints_lines_and_a_table_and_leaves_files(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout
     assert "ZScore(max_limit=1.0)    step 10/10  loss" in result.stdout
-    assert "Norm(inf), no clip │" in result.stdout
+    assert "Norm(inf), no clip" in result.stdout
     assert "After 10 of 10 steps" in result.stdout
     folder = tmp_path / "new" / "folder"
     assert {len(lines) for lines in entries(folder).values()} == {11}
