@@ -24,6 +24,7 @@ from gradclip.torch import (
     clip_grads_with_norm_,
     get_total_norm,
     rows,
+    verbs,
 )
 from gradclip.torch.verbs import OneNumber
 
@@ -766,3 +767,16 @@ def test_limits_inside_of_other_rules_may_be_tensors():
     (w,) = with_gradients([torch.tensor([3.0, 4.0])])
     rule = gc.Skip(gc.Norm(torch.tensor(10.0)))
     assert bool(Clipper([w], rule, doctor=()).clip_().kept)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_large_bfloat16_is_multiplied_alike_on_every_processor(wide, monkeypatch):
+    """With AVX-512 it goes through the cache, which changes no bit."""
+    monkeypatch.setattr(verbs, "WIDE_VECTORS", wide)
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(300_001, generator=generator).bfloat16()
+    params = with_gradients([large.clone(), large[:100].clone()])
+    info = Clipper(params, gc.Norm(1.0), doctor=()).clip_()
+    (factor,) = verbs.factors(info.scale, torch.bfloat16)
+    assert torch.equal(params[0].grad, large * factor)
+    assert torch.equal(params[1].grad, large[:100] * factor)
