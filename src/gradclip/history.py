@@ -134,7 +134,19 @@ class History:
         return history
 
     def arguments(self) -> dict[str, Any]:
-        """Return what makes a history for the same file again, as JSON can hold it."""
+        """Return what makes a history for the same file again, as JSON can hold it.
+
+        Returns:
+            The arguments by name; of the facts in `run`, what is no JSON is a text.
+
+        Raises:
+            TypeError: For a history that was loaded, which writes no file.
+
+        Example:
+            >>> import gradclip as gc
+            >>> gc.History("run.jsonl", tensors_every=5).arguments()["tensors_every"]
+            5
+        """
         recorder = self._writing()
         given = {
             "path": str(recorder.path),

@@ -43,8 +43,8 @@ def as_optax(
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
     Arrays that are sharded under `jit` need nothing more, except that `Moment` does not
-    take those on an explicit mesh. The latest `Info` is part of
-    the state: `optax.tree.get(state, "norm")`, or `"info"` for all of it.
+    take those on an explicit mesh. The latest `Info` is part of the state:
+    `optax.tree.get(state, "norm")`, or `"info"` for all of it.
 
     Args:
         rule: Any rule, with or without memory.

@@ -19,6 +19,7 @@ from gradclip.torch import norms
 from gradclip.torch.exact import on_host, safe_norm
 
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether torch multiplies with AVX-512, which is slow for bfloat16 from memory."""
 
 
 class InPlace(TorchArrays):
