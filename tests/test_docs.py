@@ -147,7 +147,7 @@ NO_EQUATION = {"gradclip.jax.state_dict", "gradclip.jax.load_state_dict"}
 REFUSES_NOTHING = {
     "gradclip.advice.advise",
     "gradclip.jax.state_dict",
-    "gradclip.torch.sharded.Pieces",
+    "gradclip.torch.placement.Pieces",
 }
 
 

@@ -7,5 +7,5 @@ from gradclip.torch.functional import clip_grad_norm_ as clip_grad_norm_
 from gradclip.torch.functional import clip_grad_value_ as clip_grad_value_
 from gradclip.torch.functional import clip_grads_with_norm_ as clip_grads_with_norm_
 from gradclip.torch.functional import get_total_norm as get_total_norm
-from gradclip.torch.sharded import Pieces as Pieces
+from gradclip.torch.placement import Pieces as Pieces
 from gradclip.torch.verify import VerifyError as VerifyError

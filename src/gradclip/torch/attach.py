@@ -21,7 +21,7 @@ from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
 from gradclip.torch.in_backward import InBackward
 from gradclip.torch.moments import check_keeper, lender_of
-from gradclip.torch.sharded import SplitOver
+from gradclip.torch.placement import SplitOver
 from gradclip.torch.verbs import InPlace
 from gradclip.torch.verify import Verify
 

@@ -14,17 +14,11 @@ from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop, only_records
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, Doctor
+from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
 from gradclip.torch.exact import on_host
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
-from gradclip.torch.sharded import (
-    Sharded,
-    SplitOver,
-    is_dtensor,
-    laid_out_like,
-    layout_of,
-    local_of,
-    part_like,
-)
+from gradclip.torch.placement import SplitOver, layout_of
+from gradclip.torch.sharded import Sharded
 from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
 

@@ -12,18 +12,12 @@ from gradclip.decision import clip_scale
 from gradclip.pipeline import run
 from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
+from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
 from gradclip.torch.exact import WIDE, on_host
 from gradclip.torch.gradients import collect, distinct, drop, tensors_only
-from gradclip.torch.sharded import (
-    Layout,
-    Sharded,
-    SplitOver,
-    full_of,
-    holds_dtensor,
-    layout_of,
-    part_of,
-    refuse_pieces,
-)
+from gradclip.torch.layout import Layout
+from gradclip.torch.placement import SplitOver, layout_of, refuse_pieces
+from gradclip.torch.sharded import Sharded
 from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.torch.dtensors import holds_dtensor, local_grad, local_of
 from gradclip.torch.exact import on_host
-from gradclip.torch.sharded import holds_dtensor, local_grad, local_of
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 

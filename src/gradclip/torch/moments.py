@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradclip.rules import Rule, State
-from gradclip.torch.sharded import local_of
+from gradclip.torch.dtensors import local_of
 
 KEEPERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gradclip.decision import Info
 from gradclip.policy import NonFiniteError
-from gradclip.torch.sharded import Group, Layout, local_of
+from gradclip.torch.dtensors import local_of
+from gradclip.torch.layout import Group, Layout
 from gradclip.torch.verbs import InPlace
 
 if TYPE_CHECKING:

@@ -1,0 +1,93 @@
+"""What a process has of a DTensor: one tensor that lies in parts on several processes.
+
+Tensors of any other kind pass through unchanged, and `torch.distributed.tensor` is
+imported only where there is a DTensor already.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Return whether a tensor knows where its other parts are."""
+    return holds_dtensor([t])
+
+
+def holds_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Return whether there is a DTensor among tensors; quick for many."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
+    module = sys.modules.get("torch.distributed.tensor") if kinds else None
+    return module is not None and any(issubclass(k, module.DTensor) for k in kinds)
+
+
+def local_of(t: Tensor) -> Tensor:
+    """Return what this process has of a tensor, in the same memory."""
+    if not is_dtensor(t):
+        return t
+    local = t.to_local()  # type: ignore[attr-defined]
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def part_of(g: Tensor) -> Tensor:
+    """Return what this process has of a gradient that has no parameter beside it."""
+    return local_of(laid_out_as(g, g)) if is_dtensor(g) else g
+
+
+def full_of(t: Tensor) -> Tensor:
+    """Return a DTensor, such as a norm of torch's own function, as a plain tensor."""
+    return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def laid_out_like(p: Tensor, local: Tensor) -> Tensor:
+    """Return what belongs to the part of a parameter here, as one of all its parts."""
+    if not is_dtensor(p) or local.shape != local_of(p).shape or not local.dim():
+        return local
+    from torch.distributed.tensor import DTensor
+
+    where: Any = p
+    return DTensor.from_local(
+        local,
+        where.device_mesh,
+        where.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )
+
+
+def part_like(p: Tensor, x: Tensor) -> Tensor:
+    """Return what this process needs of something saved for a parameter."""
+    if is_dtensor(x) or not is_dtensor(p) or x.shape != p.shape:
+        return local_of(x)
+    from torch.distributed.tensor import distribute_tensor
+
+    where: Any = p
+    mesh, at = where.device_mesh, where.placements
+    return local_of(distribute_tensor(x, mesh, at, src_data_rank=None))
+
+
+def local_grad(p: Tensor, g: Tensor) -> Tensor:
+    """Return what this process has of a gradient, laid out as its parameter is."""
+    if not is_dtensor(g):
+        return g
+    laid_out = laid_out_as(p, g)
+    if torch._debug_has_internal_overlap(local_of(laid_out)) == 1:
+        laid_out = laid_out.clone(memory_format=torch.contiguous_format)
+    if laid_out is not g:
+        p.grad = laid_out
+    return local_of(laid_out)
+
+
+def laid_out_as(p: Tensor, g: Any) -> Any:
+    """Return a gradient with the placements of its parameter; sums are carried out."""
+    from torch.distributed.tensor import Replicate
+
+    placed = p.placements if is_dtensor(p) else g.placements  # type: ignore[attr-defined]
+    wanted = [Replicate() if x.is_partial() else x for x in placed]
+    return g if list(g.placements) == wanted else g.redistribute(placements=wanted)

@@ -1,0 +1,215 @@
+"""How norms of parts that lie on several processes are put together.
+
+Every process measures what it has, in float64. Then one vector goes round each process
+group, and all processes put the parts together in the order of the ranks, so that the
+result is the same everywhere, to the bit. Who takes part follows from the parameters,
+never from the gradients: a missing, empty or broken gradient makes nobody wait.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.rules import Rule, stages
+from gradclip.torch.dtensors import local_of
+from gradclip.torch.exact import safe_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a parameter lies on the processes of a group."""
+
+    kind: Literal["piece", "other", "copy"]
+    dim: int | None = None
+
+
+class Group:
+    """A process group that norms have to go round."""
+
+    def __init__(self, handle: "ProcessGroup", level: int) -> None:
+        """Look up what does not change; level 0 are meshes, the caller's come later."""
+        self.handle, self.level, self.size = handle, level, handle.size()
+
+    def gather(self, row: Tensor) -> Tensor:
+        """Return the vectors of all processes, as the rows of a matrix."""
+        import torch.distributed as dist
+
+        sent = row.to(self._device(row)).contiguous()
+        seen = sent.new_empty(self.size * len(sent))
+        # Torch 2.13 gave it another name, and warns about the old one.
+        name = "all_gather_single"
+        gather = getattr(dist, name, None) or dist.all_gather_into_tensor
+        gather(seen, sent, group=self.handle)
+        return seen.view(self.size, -1).to(row.device)
+
+    def _device(self, row: Tensor) -> torch.device:
+        """Return where the group can communicate: offloaded gradients lie elsewhere."""
+        kinds = [device.type for device in self.handle._device_types]
+        known = row.device.type in kinds or not kinds
+        return row.device if known else torch.device(kinds[0])
+
+
+Key: TypeAlias = tuple[frozenset[int], frozenset[int]]
+_WHOLE: Key = (frozenset(), frozenset())
+
+
+class Layout:
+    """Where the parts of parameters lie, and how their norms are put together.
+
+    Args:
+        params: The parameters of this process.
+        ways: For each of them, how it lies on which group.
+        groups: The groups by name, in the order in which they are gone round.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        ways: Sequence[Mapping[str, Way]],
+        groups: Mapping[str, Group],
+    ) -> None:
+        """Number the groups: names of groups differ between processes."""
+        number = {name: i for i, name in enumerate(groups)}
+        self.groups = list(groups.values())
+        self.ways = [{number[n]: way for n, way in w.items()} for w in ways]
+        self.shapes = [tuple(local_of(p.detach()).shape) for p in params]
+        self.device = params[0].device
+        self.cut = {g for w in self.ways for g, way in w.items() if way.kind == "piece"}
+        self.flattened = any(getattr(p, "_is_flat_param", False) for p in params)
+        self.keys = [_key_of(w) for w in self.ways]
+
+    def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
+        """Return the norm of everything from the norms of what lies alike here."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        # A gradient may be missing here, and be there elsewhere.
+        parts = {key: parts.get(key, zero).to(self.device) for key in self.keys}
+        unheard: list[Group] = []
+        for g, group in enumerate(self.groups):
+            # The slots that others may have, though this process has no such tensor.
+            always = {_WHOLE, (frozenset({g}), frozenset[int]())}
+            keys = sorted({*parts, *always}, key=lambda k: (sorted(k[0]), sorted(k[1])))
+            if any(g not in k[0] | k[1] for k in keys if k != _WHOLE):
+                unheard.append(group)
+            row = torch.stack([parts.get(key, zero) for key in keys])
+            columns = group.gather(row).unbind(1)
+            merged: dict[Key, list[Tensor]] = {}
+            for key, column, mine in zip(keys, columns, row, strict=True):
+                rest = key[0] - {g}, key[1] - {g}
+                merged.setdefault(rest, []).append(_joined(key, g, column, mine, p))
+            parts = {k: safe_norm(torch.stack(x), p) for k, x in merged.items()}
+        total = safe_norm(torch.stack([zero, *parts.values()]), p)
+        # What lies alike on a group, and in parts on a later one: a copy that has gone
+        # wrong is known to that one only.
+        for group in unheard:
+            total = group.gather(total.reshape(1)).amax()
+        return total
+
+    def each_tensor(self, found: Tensor, p: float) -> Tensor:
+        """Return norms of whole tensors; below 0 stands for no gradient."""
+        for g, group in enumerate(self.groups):
+            mine = [i for i in range(len(self.ways)) if self._goes_round(i, g)]
+            if not mine:
+                continue
+            seen = group.gather(found[mine])
+            cut = [g in self.keys[i][0] for i in mine]
+            whole = safe_norm(seen.clamp(min=0), p, dim=0)
+            whole = torch.where((seen < 0).all(0), -1.0, whole)
+            split = torch.tensor(cut, device=found.device)
+            found = found.index_copy(
+                0,
+                torch.tensor(mine, device=found.device),
+                torch.where(split, whole, seen.amax(0)),
+            )
+        return found
+
+    def _goes_round(self, i: int, g: int) -> bool:
+        """Return whether the norm of a tensor is made known to a group."""
+        way = self.ways[i].get(g)
+        if way is not None:
+            return way.kind != "other"
+        # Nothing is said of it: it lies alike on all who have the pieces of others,
+        # unless it is on a mesh of its own.
+        on_mesh = any(self.groups[k].level == 0 for k in self.ways[i])
+        return not on_mesh and (self.groups[g].level == 0 or g in self.cut)
+
+    def each_unit(self, found: list[Tensor], p: float, axis: int) -> list[Tensor]:
+        """Return norms of whole rows, from those of what is here of each parameter."""
+        for g, group in enumerate(self.groups):
+            mine = [i for i in range(len(found)) if self._cuts_rows(i, g, axis)]
+            sizes = [len(found[i]) for i in mine]
+            if sum(sizes):
+                seen = group.gather(torch.cat([found[i] for i in mine]))
+                whole = safe_norm(seen, p, dim=0).split(sizes)
+                for i, rows in zip(mine, whole, strict=True):
+                    found[i] = rows
+        return found
+
+    def _cuts_rows(self, i: int, g: int, axis: int) -> bool:
+        """Return whether rows of a parameter lie in pieces on a group."""
+        way, dims = self.ways[i].get(g), len(self.shapes[i])
+        if way is None or way.kind != "piece":
+            return False
+        if dims > 1 and way.dim is not None:
+            return way.dim % dims != axis % dims
+        return True
+
+    def units(self, i: int, axis: int) -> int:
+        """Return how many rows this process has of a parameter."""
+        shape = self.shapes[i]
+        return shape[axis] if len(shape) > 1 else 1
+
+    def check(self, rule: Rule) -> None:
+        """Refuse rules whose norms cannot be put together from these parts."""
+        inside = [s for s in stages(rule) if s.over in ("tensor", "unit") or s.by_place]
+        if self.flattened and inside:
+            raise ValueError(
+                f"{inside[0]!r} looks at each tensor, and FSDP has made one of many; "
+                "use FullyShardedDataParallel(use_orig_params=True), or a rule over "
+                "'all'."
+            )
+        parts = [way for ways in self.ways for way in ways.values()]
+        flat = any(way.kind == "piece" and way.dim is None for way in parts)
+        if flat and any(stage.over == "unit" for stage in stages(rule)):
+            raise ValueError(
+                f"{rule!r} needs rows, but these parameters were laid flat before they "
+                "were cut, as FSDP1 does; use fully_shard, or a rule over 'tensor'."
+            )
+        apart = any(way.kind == "other" for way in parts)
+        groups = [r for stage in stages(rule) for _, r in getattr(stage, "rules", ())]
+        if apart and any(r.over == "all" for r in groups):
+            raise ValueError(
+                f"{rule!r} has a group over 'all', whose tensors other processes hold; "
+                "use over='tensor' in it, or a clipper of its own for the group."
+            )
+
+    def deciders(self, rule: Rule) -> list[Group]:
+        """Return the groups whose processes have other numbers of a scope."""
+        scopes = {stage.over for stage in stages(rule)}
+        if "unit" in scopes:
+            return self.groups
+        if "tensor" not in scopes:
+            return []
+        apart = {g for w in self.ways for g, way in w.items() if way.kind == "other"}
+        return [self.groups[g] for g in sorted(apart)]
+
+
+def _key_of(ways: Mapping[int, Way]) -> Key:
+    """Return the groups that a tensor is spread over, and those with copies of it."""
+    spread = frozenset(g for g, way in ways.items() if way.kind != "copy")
+    return spread, frozenset(ways) - spread
+
+
+def _joined(key: Key, g: int, column: Tensor, mine: Tensor, p: float) -> Tensor:
+    """Return one slot of a total after it went round a group."""
+    if g in key[0]:
+        return safe_norm(column, p)
+    if g in key[1] or key == _WHOLE:
+        # Copies are equal, unless one has gone wrong: then all have to know.
+        return column.amax()
+    return mine

@@ -1,0 +1,165 @@
+"""Which process groups hold parts of which parameters.
+
+Parameters say so themselves where they are DTensors or FSDP has cut them; of plain
+tensors the caller says it with `split_over`.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradclip.torch.dtensors import holds_dtensor, is_dtensor
+from gradclip.torch.layout import Group, Layout, Way
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Pieces:
+    r"""Says that a plain tensor is a piece of one tensor, cut along a dimension.
+
+    $\lVert t \rVert_p^p = \sum_r \lVert t_r \rVert_p^p$ over the ranks $r$ of a group.
+
+    A bare process group says that its members hold different tensors. For the norm of
+    all gradients that is the same, but only pieces have norms of tensors and rows that
+    are put together.
+
+    Args:
+        group: The processes that hold the pieces.
+        dim: The dimension that was cut, at least 0; None for tensors that were laid
+            flat before.
+
+    Example:
+        >>> from gradclip.torch import Clipper, Pieces
+        >>> def split_over(name, p):
+        ...     return Pieces(tp_group, dim=1) if name.endswith("proj.weight") else None
+    """
+
+    group: "ProcessGroup"
+    dim: int | None = 0
+
+
+Split: TypeAlias = "ProcessGroup | Pieces | Sequence[ProcessGroup | Pieces] | None"
+SplitOver: TypeAlias = "ProcessGroup | Callable[[str, Tensor], Split] | None"
+Part: TypeAlias = tuple["ProcessGroup", Way, int]
+
+
+def layout_of(
+    named: Iterable[tuple[str, Tensor]],
+    split_over: SplitOver = None,
+    module: torch.nn.Module | None = None,
+) -> Layout | None:
+    """Return how parameters are split over processes; None where none is."""
+    pairs = list(named)
+    params = [p for _, p in pairs]
+    flat = _flattened(module)
+    _check_whole(pairs, flat)
+    if split_over is None and not any(flat.values()) and not holds_dtensor(params):
+        return None
+    groups: dict[str, Group] = {}
+    ways: list[dict[str, Way]] = []
+    for name, p in pairs:
+        asked = split_over(name, p) if callable(split_over) else split_over
+        parts = [
+            *_on_mesh(name, p, asked),
+            *flat.get(id(p), ()),
+            *_as_asked(asked, name),
+        ]
+        ways.append({})
+        for handle, way, level in parts:
+            if handle.size() > 1:
+                ways[-1][handle.group_name] = way
+                _note(groups, handle, level)
+    ordered = dict(sorted(groups.items(), key=lambda item: item[1].level))
+    return Layout(params, ways, ordered)
+
+
+def _note(groups: dict[str, Group], handle: "ProcessGroup", level: int) -> None:
+    """Note a group in the place that its outermost use asks for."""
+    group = groups.setdefault(handle.group_name, Group(handle, level))
+    group.level = max(group.level, level)
+
+
+def _on_mesh(name: str, p: Tensor, asked: Any) -> list[Part]:
+    """Return the groups of the mesh that a DTensor lies on."""
+    if not is_dtensor(p):
+        return []
+    mesh = p.device_mesh  # type: ignore[attr-defined]
+    if mesh.get_coordinate() is None and not asked:
+        raise ValueError(
+            f"parameter {name!r} lies on a mesh without this process, so that its norm "
+            "is not known here; name the group of all processes with split_over, or "
+            "take a clipper for the parameters of each mesh."
+        )
+    if mesh.get_coordinate() is None:
+        return []
+    placements = p.placements  # type: ignore[attr-defined]
+    return [(mesh.get_group(i), _placed(x), 0) for i, x in enumerate(placements)]
+
+
+def _placed(placement: Any) -> Way:
+    if placement.is_replicate() or placement.is_partial():
+        return Way("copy")
+    return Way("piece", placement.dim)
+
+
+def _as_asked(asked: Any, name: str) -> list[Part]:
+    """Return the groups that a caller named, the outermost last."""
+    if asked is None:
+        return []
+    parts = list(asked) if isinstance(asked, tuple | list) else [asked]
+    found: list[Part] = []
+    for level, part in enumerate(parts, 1):
+        handle = part.group if isinstance(part, Pieces) else part
+        if not hasattr(handle, "group_name"):
+            raise TypeError(
+                f"split_over gives {type(handle).__name__} for {name!r}; it takes a "
+                "process group, Pieces(group, dim), several of them, or None."
+            )
+        piece = isinstance(part, Pieces)
+        found.append((handle, Way("piece", part.dim) if piece else Way("other"), level))
+    return found
+
+
+def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:
+    """Return the groups of parameters that FSDP1 has laid flat and cut."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if module is None or fsdp is None:
+        return {}
+    found: dict[int, list[Part]] = {}
+    for unit in fsdp.FullyShardedDataParallel.fsdp_modules(module):
+        handle = unit._handle
+        if handle is None:
+            continue
+        flat, part = handle.flat_param, (unit.process_group, Way("piece"), 0)
+        for p in (flat, *(flat._params or ())):
+            found[id(p)] = [part] if handle.uses_sharded_strategy else []
+    return found
+
+
+def _check_whole(named: list[tuple[str, Tensor]], known: Mapping[int, Any]) -> None:
+    """Refuse parameters that FSDP1 has cut, if it is not known over which group."""
+    lost = [
+        name
+        for name, p in named
+        if getattr(p, "_fsdp_flattened", False) and id(p) not in known
+    ]
+    if lost:
+        raise ValueError(
+            f"FSDP's first version has laid flat and cut {len(lost)} parameters, such "
+            f"as {lost[0]}, and their norms would be those of pieces; hand over the "
+            "model that FullyShardedDataParallel returned: Clipper(model, rule), or "
+            "attach(optimizer, rule, model=model)."
+        )
+
+
+def refuse_pieces(tensors: Sequence[Tensor]) -> None:
+    """Refuse what FSDP1 has cut, where there is no module that knows its groups."""
+    if torch.compiler.is_compiling() or "torch.distributed.fsdp" not in sys.modules:
+        return
+    _check_whole([(f"[{i}]", t) for i, t in enumerate(tensors)], {})
