@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gradclip as gc
 from benchmarks.page import put_between
-from gradclip.torch import Clipper, sharded
+from gradclip.torch import Clipper, layout
 
 MARKS = "<!-- written by python -m benchmarks.sharded -->", "<!-- end -->"
 WORLD = 4
@@ -191,16 +191,16 @@ def counted(rank, world):
 
 def traffic(clip):
     """Return how many messages a clip takes, and how many bytes go into them."""
-    sizes, gather = [], sharded.Group.gather
+    sizes, gather = [], layout.Group.gather
 
     def noting(group, row):
         sizes.append(row.numel() * row.element_size())
         return gather(group, row)
 
-    sharded.Group.gather = noting
+    layout.Group.gather = noting
     with CommDebugMode() as counter:
         clip()
-    sharded.Group.gather = gather
+    layout.Group.gather = gather
     return counter.get_total_counts(), sum(sizes)
 
 

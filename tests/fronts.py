@@ -45,9 +45,7 @@ class Torch:
     """`gradclip.torch.Clipper` on parameters."""
 
     def __init__(self, rule, weights, dtype, backend=None):
-        self.named = {
-            f"w{i}": torch.tensor(w, dtype=dtype) for i, w in enumerate(weights)
-        }
+        self.named = {f"w{i}": self.made(w, dtype) for i, w in enumerate(weights)}
         self.given = [torch.zeros_like(p) for p in self.named.values()]
         self.clipper = Clipper(self.named, rule)
         self.clip_, self.stance, self.once = self.clipper.clip_, "default", "default"
@@ -58,6 +56,10 @@ class Torch:
                 self.clipper.clip_, backend=backend, fullgraph=not rule.grows
             )
             self.once = "default" if rule.grows else "fail_on_recompile"
+
+    def made(self, weight, dtype):
+        """Return a parameter."""
+        return torch.tensor(weight, dtype=dtype)
 
     def clip(self, grads):
         for p, held, g in zip(self.named.values(), self.given, grads, strict=True):

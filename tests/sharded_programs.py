@@ -51,8 +51,10 @@ from gradclip.torch import (
     Pieces,
     attach,
     clip_grad_norm_,
+    dtensors,
     get_total_norm,
-    sharded,
+    layout,
+    placement,
 )
 
 TIMEOUT = 480
@@ -681,7 +683,7 @@ def verified(rank, world):
 
 
 def local(t):
-    return None if t is None else sharded.local_of(t.detach()).clone()
+    return None if t is None else dtensors.local_of(t.detach()).clone()
 
 
 def same(before, after):
@@ -1083,7 +1085,7 @@ def losing_one(rank, world, folder, results):
     before += run.steps(6, 8)
     if rank == world - 1:
         # Between backward and the clip, for which the others wait.
-        sharded.Group.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        layout.Group.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
     try:
         list(run.steps(8, 9))
@@ -1305,11 +1307,11 @@ def deterministic(rank, world):
 
 def counted_twice(rank, world):
     """Take copies for pieces: what a test has to notice."""
-    right, sharded._placed = sharded._placed, lambda at: sharded.Way("piece", 0)
+    right, placement._placed = placement._placed, lambda at: layout.Way("piece", 0)
     full = torch.ones(4, 4)
     params = [placed(full, meshes(world)["line"], [Replicate()])]
     norm = clip_grad_norm_(params, 1.0)
-    sharded._placed = right
+    placement._placed = right
     return float(norm)
 
 

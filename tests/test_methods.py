@@ -543,3 +543,15 @@ def test_schedules_are_any_function_of_the_step():
 def test_numbers_outside_their_range_are_named(make):
     with pytest.raises(ValueError, match=r"\w+\(\w+="):
         make()
+
+
+def test_a_group_within_its_band_keeps_every_bit():
+    """The share of a tensor in a limit that is the norm itself is its own norm."""
+    rng = np.random.default_rng(0)
+    clipper = gc.Clipper(gc.by_name({"*": gc.MovingBand(0.1, 100.0, over="all")}))
+    for _ in range(200):
+        grads = {"a": rng.normal(size=5), "b": rng.normal(size=7)}
+        clipped, info = clipper.clip(grads)
+        assert not np.any(info.clipped)
+        for name, g in grads.items():
+            np.testing.assert_array_equal(clipped[name], g)

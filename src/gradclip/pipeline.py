@@ -14,7 +14,6 @@ from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked
-from gradclip.rules.parts import beside
 
 
 def run(
@@ -263,7 +262,9 @@ def _least(scale: Array, xp: Any) -> Array:
     """
     if scale.ndim == 0:
         return scale
-    least = xp.min(xp.concat([scale, beside([math.inf], scale, xp)]))
+    device = getattr(scale, "device", None)
+    largest = xp.full((1,), math.inf, dtype=scale.dtype, device=device)
+    least = xp.min(xp.concat([scale, largest]))
     return xp.where(xp.isinf(least), 1.0, least)
 
 

@@ -325,9 +325,10 @@ class Attached(Clipper):
     def _heeds_found_inf(self) -> bool:
         """Whether the fused step leaves everything alone when told to.
 
-        Fused SGD keeps its parameters then, but moves the momentum.
+        Fused SGD keeps its parameters then, but moves the momentum, if it has one.
         """
-        return not isinstance(self.optimizer, torch.optim.SGD)
+        momenta = any(g.get("momentum") for g in self.optimizer.param_groups)
+        return not (isinstance(self.optimizer, torch.optim.SGD) and momenta)
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`: new parameters get cells of their own."""

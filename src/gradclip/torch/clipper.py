@@ -1,6 +1,6 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop, only_records
 from gradclip.rules import Rule, State, stages
+from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
 from gradclip.torch.exact import on_host
@@ -247,6 +248,8 @@ class Clipper:
         minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
         cells = (len(self.params), found.present) if minds and missing else None
         verbs = InPlace(amplified, cells, fused)
+        if not (torch.compiler.is_compiling() or on_host(found.leaves)):
+            verbs.xp = Sending(verbs.xp)
         if self._layout is not None:
             verbs = Sharded(self._layout, self.rule, found.present, amplified, fused)
         verbs.deterministic = self.deterministic
@@ -255,6 +258,9 @@ class Clipper:
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
         """Take the gradients through the rule and count the step."""
         memory, watched = self._memory, not torch.compiler.is_compiling()
+        captured = watched and captures(self.params[0])
+        if captured:
+            check_graph(self.rule)
         if watched and found.leaves:
             self._doctor.before(found.leaves)
         if self.history is not None and self.history.wants_tensors():
@@ -269,7 +275,7 @@ class Clipper:
             policy=policy,
             weights=found.weights,
             name_of=lambda i: self.names[found.present[i]],
-            absent=verbs.absent,
+            absent=verbs.absent(self.params[0].device),
         )
         with verbs.quiet():
             if self._verifier is None:
@@ -278,10 +284,13 @@ class Clipper:
                 units = any(stage.over == "unit" for stage in stages(self.rule))
                 outcome = self._verifier.compare(clip, units)
         _, info, states = outcome
+        before = memory.states, memory.skipped, memory.in_a_row
         info, memory.states = verbs.reported(info), verbs.lasting(states)
         if self.history is not None:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if self._skipping else 0)
+        if captured:
+            _stay(memory, *before)
         if watched:
             if found.leaves:
                 self._doctor.after(found.leaves, info)
@@ -312,6 +321,32 @@ class Clipper:
     def _skipping(self) -> bool:
         """Whether a step may have to be dropped."""
         return may_drop(self.rule, self.on_nonfinite)
+
+
+def captures(p: Tensor) -> bool:
+    """Return whether a CUDA graph is being recorded."""
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_graph(rule: Rule) -> None:
+    """Refuse, inside of a CUDA graph, rules whose memory has no fixed size."""
+    if any(stage.grows for stage in stages(rule)):
+        raise ValueError(
+            f"{rule!r} remembers more at every step, and a CUDA graph repeats the same "
+            "work on the same memory; give it a window."
+        )
+
+
+def _stay(memory: Memory, states: Sequence[State | None], *counts: Tensor) -> None:
+    """Put what is remembered now where it was before: a graph reads it from there."""
+    now = memory.skipped, memory.in_a_row
+    pairs = list(zip(counts, now, strict=True))
+    for old, new in zip(states, memory.states, strict=True):
+        pairs += [(x, (new or {})[name]) for name, x in (old or {}).items()]
+    for before, after in pairs:
+        before.copy_(after)
+    memory.states = states
+    memory.skipped, memory.in_a_row = counts
 
 
 def check_split(rule: Rule, params: list[Tensor]) -> None:

@@ -98,8 +98,22 @@ def doubtful(norms: Tensor) -> Tensor:
 
 def device_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of each tensor in float64 without reading anything back."""
-    device = tensors[0].device
-    return torch.stack([_device_norm(t, p).to(device) for t in tensors])
+    first, places = tensors[0], [i for i, t in enumerate(tensors) if _in_list(t)]
+    found = {}
+    if not torch.compiler.is_compiling():
+        # One call for the list, where a call for each takes the host longer.
+        listed = [tensors[i] for i in places]
+        together = torch._foreach_norm(listed, p, dtype=torch.float64) if listed else ()
+        found = dict(zip(places, together, strict=True))
+    norms = [
+        found[i] if i in found else _device_norm(t, p) for i, t in enumerate(tensors)
+    ]
+    return torch.stack([norm.to(first.device) for norm in norms])
+
+
+def _in_list(t: Tensor) -> bool:
+    """Return whether a tensor is one whose squares float64 holds, and has elements."""
+    return t.dtype.is_floating_point and t.dtype not in WIDE and t.numel() > 0
 
 
 def _device_norm(t: Tensor, p: float) -> Tensor:

@@ -236,9 +236,11 @@ def drop(params: Iterable[Tensor], finite: Tensor) -> None:
     Without gradients no optimizer touches parameters or state. Where the flag would
     have to be waited for, they become 0 instead, as far as that protects.
     """
-    known = bool(finite) if on_host([finite]) else None
-    for p in params:
-        if known is False:
+    if on_host([finite]):
+        for p in params if not finite else ():
             p.grad = None
-        elif known is None and p.grad is not None:
-            local_of(p.grad).masked_fill_(~finite, 0)
+        return
+    bad = ~finite
+    for p in params:
+        if p.grad is not None:
+            local_of(p.grad).masked_fill_(bad, 0)

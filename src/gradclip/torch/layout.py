@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradclip.rules import Rule, stages
+from gradclip.torch.constants import sent
 from gradclip.torch.dtensors import local_of
 from gradclip.torch.exact import safe_norm
 
@@ -116,16 +117,12 @@ class Layout:
             mine = [i for i in range(len(self.ways)) if self._goes_round(i, g)]
             if not mine:
                 continue
-            seen = group.gather(found[mine])
-            cut = [g in self.keys[i][0] for i in mine]
+            at = sent(mine, found.device)
+            seen = group.gather(found[at])
+            cut = sent([g in self.keys[i][0] for i in mine], found.device)
             whole = safe_norm(seen.clamp(min=0), p, dim=0)
             whole = torch.where((seen < 0).all(0), -1.0, whole)
-            split = torch.tensor(cut, device=found.device)
-            found = found.index_copy(
-                0,
-                torch.tensor(mine, device=found.device),
-                torch.where(split, whole, seen.amax(0)),
-            )
+            found = found.index_copy(0, at, torch.where(cut, whole, seen.amax(0)))
         return found
 
     def _goes_round(self, i: int, g: int) -> bool:

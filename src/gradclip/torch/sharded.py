@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, stages
+from gradclip.torch.constants import sent
 from gradclip.torch.layout import Group, Key, Layout
 from gradclip.torch.verbs import InPlace
 
@@ -72,9 +73,8 @@ class Sharded(InPlace):
         self.axis = _axis(rule)
         self.xp = Agreed(self.xp, layout.deciders(rule))
 
-    @property
-    def absent(self) -> Tensor | None:
-        """Nothing: what is missing here may be there on another process.
+    def absent(self, device: torch.device) -> Tensor | None:
+        """Return nothing: what is missing here may be there on another process.
 
         Who has no gradient anywhere gets the norm 0, which teaches a rule as little.
         """
@@ -97,7 +97,8 @@ class Sharded(InPlace):
         count, device = len(self.layout.ways), self.layout.device
         found = torch.full((count,), -1.0, dtype=torch.float64, device=device)
         if tensors:
-            found[self.present] = self.per_tensor(tensors, p).to(device)
+            here = self.per_tensor(tensors, p).to(device)
+            found = found.index_copy(0, sent(self.present, device), here)
         return self.layout.each_tensor(found, p).clamp(min=0)
 
     def _unit_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:

@@ -16,6 +16,7 @@ from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, State, stages
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
+from gradclip.torch.constants import sent
 from gradclip.torch.exact import on_host, safe_norm
 
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -64,7 +65,7 @@ class InPlace(TorchArrays):
             return found
         count, present = self.cells
         return found.new_full((count,), math.nan).index_copy(
-            0, torch.tensor(present, device=found.device), found
+            0, sent(present, found.device), found
         )
 
     def total(self, tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -92,14 +93,13 @@ class InPlace(TorchArrays):
         here = dict(zip(present, found, strict=True))
         return [here.get(i, 0) for i in range(count)]
 
-    @property
-    def absent(self) -> Tensor | None:
-        """Which parameters have no gradient, if any."""
+    def absent(self, device: torch.device) -> Tensor | None:
+        """Return which parameters have no gradient, if any."""
         if self.cells is None:
             return None
-        absent = torch.ones(self.cells[0], dtype=torch.bool)
+        absent = np.ones(self.cells[0], dtype=bool)
         absent[self.cells[1]] = False
-        return absent
+        return sent(absent, device)
 
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
@@ -110,7 +110,7 @@ class InPlace(TorchArrays):
                 _multiply_all(leaves, scale)
             return list(leaves)
         if over == "tensor" and self.cells is not None:
-            scale = scale[self.cells[1]]
+            scale = scale[sent(self.cells[1], scale.device)]
         chosen = self._to_multiply(leaves, scale, over)
         sizes = [self.units(t) if over == "unit" else 1 for t in leaves]
         ends = list(accumulate(sizes))
@@ -120,7 +120,9 @@ class InPlace(TorchArrays):
             cut = [] if over == "tensor" else [i for i in group if leaves[i].dim() > 1]
             for factor in factors(scale, dtype) if group else ():
                 if whole:
-                    single = factor[[ends[i] - 1 for i in whole]].unbind()
+                    # Indexed by a list, which would have to be sent, a device waits.
+                    each = factor.unbind() if over == "tensor" else factor
+                    single = [each[ends[i] - 1] for i in whole]
                     torch._foreach_mul_([leaves[i] for i in whole], single)
                 for i in cut:
                     _times_units(leaves[i], factor[ends[i] - sizes[i] : ends[i]])
