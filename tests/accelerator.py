@@ -9,14 +9,40 @@ tested where there is none. It measures nothing.
 import contextlib
 
 import torch
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     return_and_correct_aliasing,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("pretended")
+
+class Hook(backend_registration._DummyPrivateUse1Hook):
+    """What torch asks a kind of device: here it is none that it would choose itself."""
+
+    def is_available(self):
+        return False
+
+    def has_primary_context(self, dev_id):
+        return False
+
+
+class Backend(backend_registration._DummyBackendModule):
+    """What torch asks its module."""
+
+    def is_initialized(self):
+        return False
+
+    def is_available(self):
+        return False
+
+    def device_count(self):
+        return 0
+
+
+backend_registration._setup_privateuseone_for_python_backend(
+    "pretended", Backend(), Hook()
+)
 DEVICE = torch.device("pretended", 0)
 aten = torch.ops.aten
 SIZED_BY_VALUES = {

@@ -71,7 +71,7 @@ def test_all_that_happened_is_told():
     ledger, ended = seen("right/norm_then_value", steps=7)
     text = to_text(Path("train.py"), ledger, ended)
     assert "train.py was ended after step 7; backward() was called 7 times." in text
-    assert "SGD: 7 steps, 7 of them with clipped gradients, of 4 of its 4" in text
+    assert "SGD: 7 steps; before 7 of them a clip was called, for 4 of its 4" in text
     fired = r"7 calls, 7 of them clipped; norm [\d.]+ to [\d.]+, limit 0.1; 4 of 4"
     assert re.search(fired, text)
     assert "6 without a limit, to measure" in text

@@ -501,3 +501,18 @@ def test_a_mask_may_leave_no_gradients(rule, jit):
         updates, state = update({}, state, {})
     assert updates == {}
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e30])
+def test_stabilize_takes_norms_of_any_size_under_jit(size):
+    """Left to itself, XLA makes two of its divisions one, and their product is lost."""
+    transform, clipper = (
+        gradclip.jax.as_optax(gc.Stabilize()),
+        gc.Clipper(gc.Stabilize()),
+    )
+    state, update = transform.init(jnp.zeros(2)), jax.jit(transform.update)
+    for k in range(1, 4):
+        grads = np.float32([3 * k * size, 4 * size])
+        got, state = update(jnp.asarray(grads), state)
+        want, _ = clipper.clip(grads.astype(float))
+    np.testing.assert_allclose(got, want, rtol=1e-6)

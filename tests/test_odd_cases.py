@@ -18,7 +18,13 @@ import gradclip as gc
 import gradclip.jax
 from gradclip import advise
 from gradclip.ruletext import rule_from
-from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm
+from gradclip.torch import (
+    Clipper,
+    attach,
+    clip_grad_norm_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 
 
 def parameter(*numbers):
@@ -583,3 +589,293 @@ def test_tensors_of_a_branch_that_was_replaced_are_left_out(tmp_path):
     assert again.tensors.step.tolist() == again.step.tolist() == [0, 1, 2, 3, 4]
     assert again.tensors.norm[:, 0].tolist() == [1.0, 2.0, 3.0, 10.0, 11.0]
     assert gc.replay(again, gc.EMA()).scale.size == 5
+
+
+LIMITS = {
+    "torch": (torch.tensor, lambda x: x.fill_(-1.0)),
+    "numpy": (np.array, lambda x: x.fill(-1.0)),
+}
+
+
+@pytest.mark.parametrize("library", LIMITS)
+def test_a_limit_in_an_array_is_looked_at_at_every_step(library):
+    make, spoil = LIMITS[library]
+    limit, w = make(1.0), parameter(3.0, 4.0)
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    attach(optimizer, gc.Norm(limit))
+    arrays = gc.Clipper(gc.Norm(limit))
+    spoil(limit)
+    with pytest.raises(ValueError, match=r"has the limit -1\.0 at step 0.*Nothing was"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"has the limit -1\.0 at step 0.*Nothing was"):
+        arrays.clip(np.array([3.0, 4.0]))
+    assert w.tolist() == [0, 0]
+    assert w.grad.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("limit", [np.array(1.0), torch.tensor(1.0), jnp.array(1.0)])
+@pytest.mark.parametrize("own", [np.array, torch.tensor, jnp.array])
+def test_a_limit_may_be_of_another_library(own, limit):
+    clipped, _ = gc.clip(own([3.0, 4.0]), gc.Norm(limit))
+    assert type(clipped) is type(own([1.0]))
+    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_schedule_over_singular_values():
+    clipper = gc.Clipper(gc.Norm(lambda step: 1 / (1 + step), over="singular"))
+    limits = [clipper.clip(np.eye(2) * 3)[0][0, 0] for _ in range(3)]
+    np.testing.assert_allclose(limits, [1, 1 / 2, 1 / 3], rtol=1e-6)
+
+
+def test_only_limits_may_be_arrays():
+    with pytest.raises(TypeError, match=r"plain number.*limits may be arrays"):
+        gc.Relative(jnp.array(0.5))
+
+
+class Doubling(gc.rules.Rule):
+    """A rule of one's own that remembers each unit."""
+
+    scopes = ("all", "tensor", "unit")
+
+    def __init__(self):
+        object.__setattr__(self, "over", "unit")
+
+    @property
+    def stateful(self):
+        return True
+
+    def init(self, norm, xp):
+        return {"last": xp.zeros_like(norm)}
+
+    def update(self, seen, state):
+        last = state["last"]
+        limit = seen.xp.where(last > 0, 2 * last, math.inf)
+        return limit, {"last": seen.xp.where(seen.norm < limit, seen.norm, limit)}
+
+
+def test_a_rule_of_ones_own_may_remember_units():
+    steps = np.array([[[1.0, 2.0], [3.0, 4.0]], [[30.0, 40.0], [3.0, 4.0]]])
+    arrays, w = gc.Clipper(Doubling()), torch.nn.Parameter(torch.zeros(2, 2).double())
+    clipper = Clipper([w], Doubling())
+    transform = gradclip.jax.as_optax(Doubling())
+    state = transform.init(jnp.zeros((2, 2)))
+    for grad in steps:
+        want, _ = arrays.clip(grad)
+        w.grad = torch.tensor(grad)
+        clipper.clip_()
+        got, state = transform.update(jnp.array(grad), state)
+        np.testing.assert_allclose(w.grad, want)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert np.linalg.norm(want[0]) == pytest.approx(2 * math.sqrt(5))
+
+
+def test_what_u_clip_carries_waits_for_a_bad_element():
+    clipper = gc.UClip(gc.Value(1.0), on_nonfinite="zero")
+    given = [2.5, 0.0], [math.nan, 1.0], [0.0, 0.0], [0.0, 0.0]
+    told = [clipper.clip(np.array(g))[0].tolist() for g in given]
+    assert told == [[1, 0], [0, 1], [1, 0], [0.5, 0]]
+
+
+def test_a_group_with_nan_is_left_where_nan_is_ignored():
+    bad = {"a": np.array([3.0, math.nan]), "b": np.array([30.0])}
+    for rule in (gc.Norm(0.5), gc.by_name({"*": gc.Norm(0.5)})):
+        clipped, info = gc.clip(bad, rule, on_nonfinite="ignore")
+        assert clipped["b"].tolist() == [30.0]
+        assert not info.finite
+    clipper = gc.Clipper(gc.by_name({"*": gc.EMA(1.0, over="all")}), "ignore")
+    clipper.clip({"a": np.array([3.0, 4.0]), "b": np.array([0.0])})
+    clipper.clip(bad)
+    assert clipper.state_dict()["0.0.ema"].tolist() == [5.0, 5.0]
+
+
+def test_a_missing_gradient_is_no_bad_one_in_a_group():
+    a, b = parameter(3.0, 4.0), parameter(1.0)
+    b.grad = None
+    rule = gc.by_name({"*": gc.EMA(0.5, warmup=1, over="all")})
+    clipper = Clipper([a, b], rule, "ignore", doctor=())
+    clipper.clip_()
+    clipper.clip_()
+    assert float(a.grad.norm()) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, lambda p, c: attach_once(p, c)])
+def test_strided_gradients_take_no_call_for_each_element(clip, monkeypatch):
+    """Two views of larger tensors; one call for each element takes a minute."""
+    flat, wide = torch.nn.Parameter(torch.zeros(600_000)), torch.zeros(50257, 32)
+    wide = torch.nn.Parameter(wide)
+    flat.grad, wide.grad = torch.ones(1_200_000)[::2], torch.ones(50257, 80)[:, :32]
+    calls, exact = [], torch.Tensor.aminmax
+    monkeypatch.setattr(
+        torch.Tensor, "aminmax", lambda *a, **k: calls.append(1) or exact(*a, **k)
+    )
+    norm = clip([flat, wide], 1.0)
+    assert float(norm) == pytest.approx(math.sqrt(600_000 + 50257 * 32), rel=1e-7)
+    assert len(calls) < 100
+    total = flat.grad.double().square().sum() + wide.grad.double().square().sum()
+    assert total == pytest.approx(1.0, rel=1e-6)
+
+
+def attach_once(params, limit):
+    """Clip within a step, and return the norm."""
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    clipper = attach(optimizer, gc.Norm(limit), doctor=())
+    optimizer.step()
+    return clipper.info.norm
+
+
+def test_gradients_whose_elements_overlap_are_clipped_once():
+    w = torch.nn.Parameter(torch.zeros(2, 3))
+    w.grad = torch.arange(1.0, 7.0).as_strided((2, 3), (1, 1))
+    clip_grad_norm_([w], 1.0)
+    assert float(w.grad.norm()) == pytest.approx(1.0)
+
+
+def test_a_norm_beyond_float32_is_told():
+    w = parameter(3e38, 3e38, 3e38)
+    norm = get_total_norm([w.grad])
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(math.sqrt(3) * 3e38)
+    clip_grads_with_norm_([w], 1.0, norm)
+    assert float(w.grad.norm()) == pytest.approx(1.0)
+    w.grad = torch.full((3,), 3e38)
+    assert float(clip_grad_norm_([w], 1.0)) == pytest.approx(math.sqrt(3) * 3e38)
+    w.grad = torch.full((3,), math.inf)
+    assert clip_grad_norm_([w], 1.0).dtype == torch.float32
+
+
+def test_a_norm_below_the_inverse_of_float64_clips():
+    w = torch.nn.Parameter(torch.zeros(1).double())
+    w.grad = torch.tensor([1.7e-310]).double()
+    clip_grads_with_norm_([w], 1e-311, torch.tensor(1.7e-310).double())
+    assert float(w.grad) == pytest.approx(1e-311, rel=1e-6)
+
+
+def test_an_infinite_element_that_is_clipped_is_told():
+    for info, clipped in (
+        gc.clip(np.array([3.0, math.inf]), gc.Value(1.0), on_nonfinite="ignore")[::-1],
+        (by_parameter([3.0, math.inf])),
+    ):
+        assert np.asarray(clipped).tolist() == [1.0, 1.0]
+        assert (bool(info.clipped), float(info.scale)) == (True, 0.0)
+        assert float(info.norm_after) == 1.0
+        assert not info.finite
+
+
+def by_parameter(numbers):
+    """Clip elements in place, whatever is in them."""
+    w = parameter(*numbers)
+    return Clipper([w], gc.Value(1.0), "ignore", doctor=()).clip_(), w.grad
+
+
+def test_a_detached_clipper_leaves_nothing_of_a_step_that_was_interrupted():
+    w = parameter(3.0, 4.0)
+    optimizer = torch.optim.SGD([w], lr=1.0, fused=True)
+    clipper = attach(optimizer, gc.Norm(1e-3))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    clipper.detach()
+    optimizer.step()
+    assert w.tolist() == [-3.0, -4.0]
+
+
+def test_no_hook_outlives_its_clipper():
+    w = parameter(3.0, 4.0)
+    for _ in range(3):
+        Clipper([w], gc.Norm(1.0))
+        attach(torch.optim.SGD([w], lr=1.0), gc.Norm(1.0)).detach()
+    garbage.collect()
+    assert len(w._post_accumulate_grad_hooks or ()) == 0
+
+
+def test_a_warning_names_the_line_that_is_at_fault():
+    w = parameter(3.0, 4.0)
+    clipper = Clipper([w], gc.Norm(1.0))
+    clipper.clip_()
+    with pytest.warns(gc.torch.ClipWarning, match="called twice") as caught:
+        clipper.clip_()
+    assert caught[0].filename == __file__
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    attach(optimizer, gc.Norm(1.0))
+    optimizer.step()
+    with pytest.warns(gc.torch.ClipWarning, match="called twice") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
+def test_norms_of_tensors_have_a_place_for_those_without_a_gradient():
+    a, b = parameter(3.0, 4.0), parameter(1.0)
+    a.grad = None
+    norms = Clipper([a, b], gc.Norm(0.5, over="tensor")).clip_().norm
+    np.testing.assert_array_equal(norms, [math.nan, 1.0])
+    assert b.grad.tolist() == pytest.approx([0.5])
+
+
+def test_memory_that_is_shared_within_a_call_is_refused():
+    given = np.array([3.0, 4.0, 5.0, 6.0])
+    a, b = given[:2], given[2:]
+    with pytest.raises(ValueError, match="share memory"):
+        gc.clip([a, b], gc.Norm(1.0), out=[b, a])
+    assert given.tolist() == [3, 4, 5, 6]
+    pairs = given[::2], given[1::2]
+    gc.clip(list(pairs), gc.Norm(1.0), out=list(pairs))
+    assert np.linalg.norm(given) == pytest.approx(1.0)
+
+
+def test_the_derivative_of_a_clip_is_there_for_tensors_of_zeros():
+    t = torch.tensor([3.0, 4.0], requires_grad=True)
+    u = torch.zeros(2, requires_grad=True)
+    sum(x.sum() for x in gc.clip([t, u], gc.Norm(1.0))[0]).backward()
+    np.testing.assert_allclose(u.grad, [0.2, 0.2], rtol=1e-6)
+
+
+def test_sparse_tensors_stay_sparse():
+    places = torch.tensor([[0, 0, 2]])
+    given = torch.sparse_coo_tensor(places, torch.tensor([1.0, 2.0, 4.0]), (4,))
+    clipped, info = gc.clip([given, torch.zeros(2)], gc.Norm(1.0))
+    assert clipped[0].is_sparse
+    np.testing.assert_allclose(clipped[0].to_dense(), [0.6, 0, 0.8, 0], rtol=1e-6)
+    assert float(info.norm) == 5.0
+    assert given.to_dense().tolist() == [3, 0, 4, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: gc.clip(x, gc.Norm(1.0)),
+        lambda x: get_total_norm([x]),
+    ],
+)
+def test_other_layouts_are_refused_by_name(call):
+    with pytest.raises(TypeError, match=r"layout .*sparse_csr; gradients may"):
+        call(torch.eye(3).to_sparse_csr())
+
+
+def test_a_module_among_gradients_is_no_array():
+    with pytest.raises(TypeError, match=r"gradients\[0\] is Linear, not an array"):
+        gc.clip([torch.nn.Linear(1, 1)], gc.Norm(1.0))
+
+
+def test_a_default_device_is_not_that_of_the_counts():
+    w = parameter(3.0, 4.0)
+    with torch.device("meta"):
+        clipper = Clipper([w], gc.Norm(1.0), doctor=())
+        clipper.clip_()
+        norm = clip_grad_norm_([w], 0.5)
+    assert float(norm) == pytest.approx(1.0)
+    assert int(clipper.state_dict()["step"]) == 1
+
+
+def test_compiled_code_may_have_a_limit_in_a_tensor():
+    w, limit = parameter(3.0, 4.0), torch.tensor(0.5)
+    step = torch.compile(
+        lambda: clip_grad_norm_([w], limit), fullgraph=True, backend="eager"
+    )
+    assert float(step()) == 5.0
+    assert float(w.grad.norm()) == pytest.approx(0.5)

@@ -33,7 +33,7 @@ REPEATED = {
 @pytest.mark.parametrize("case", REPEATED)
 def test_an_array_that_stands_in_two_places_is_not_written_to(case):
     grads, out = REPEATED[case]
-    with pytest.raises(ValueError, match="one array stands in several places"):
+    with pytest.raises(ValueError, match="share memory; hand over each once"):
         gc.clip(grads, gc.Norm(1.0), out=out)
     assert all(x.tolist() == [3.0, 4.0] for x in (*grads, *out))
     clipped, _ = gc.clip(grads, gc.Norm(1.0))
@@ -302,10 +302,12 @@ def test_a_band_takes_arrays_and_is_the_right_way_up():
             gc.Band(low, high)
 
 
-@pytest.mark.parametrize("start", [np.array(1.0), lambda step: 1.0, np.inf, 0.0])
+@pytest.mark.parametrize("start", [lambda step: 1.0, np.inf, 0.0])
 def test_the_first_limit_of_a_quantile_is_a_number(start):
     with pytest.raises(ValueError, match="a finite number above 0"):
         gc.Quantile(start=start)
+    with pytest.raises(TypeError, match="this is a plain number"):
+        gc.Quantile(start=np.array(1.0))
 
 
 @pytest.mark.parametrize("with_steps", [False, True])

@@ -21,15 +21,25 @@ from gradclip.cli import app
 from gradclip.studies import STUDIES, bias, smoothness
 from gradclip.studies import generalisation as general
 from gradclip.studies import temporal_order as temporal
-from gradclip.studies.frame import larger, load, plain, read_rows, seen
+from gradclip.studies.frame import concluded, larger, load, plain, read_rows, seen
 from gradclip.studies.page import write_page
 from gradclip.studies.progress import duration
 from gradclip.studies.results import Results
-from gradclip.studies.statistics import above, geometric, mean, share, within_noise
+from gradclip.studies.statistics import (
+    above,
+    geometric,
+    includes,
+    mean,
+    negative,
+    positive,
+    share,
+    within_noise,
+)
 from gradclip.studies.tables import text
 
 DOCS = Path(__file__).parent.parent / "docs"
 WRITTEN = sorted(path.stem for path in (DOCS / "studies").glob("*.json"))
+NO_INTERVALS = {"smoothness", "threshold"}
 
 
 def program(*arguments):
@@ -209,6 +219,40 @@ def test_verdicts():
     assert seen([True, True]) == "holds"
     assert seen([True, False]) == "holds here but not there"
     assert seen([False]) == "not seen"
+    assert seen([True, None]) == "not told"
+    assert seen([]) == "not told"
+
+
+def test_a_verdict_of_one_seed_is_none_and_says_why():
+    assert vars(concluded("Better", [None], "+1%")) == {
+        "claim": "Better",
+        "verdict": "not told",
+        "numbers": "one seed is too few to tell; +1%",
+    }
+    assert concluded("Better", [True], "+1%").numbers == "+1%"
+
+
+def test_of_one_seed_nothing_is_told():
+    one, some = mean([2.0]), mean([2.0, 2.1, 2.2])
+    for told in (positive, negative, lambda e: includes(e, 2.1)):
+        assert told(one) is None
+    assert above(one, some) is None
+    assert above(share([True]), share([False])) is None
+    assert (positive(some), negative(some)) == (True, False)
+    assert (includes(some, 2.1), includes(some, 3.0)) == (True, False)
+
+
+# The two others count runs, and have no intervals.
+@pytest.mark.parametrize("name", [x for x in WRITTEN if x not in NO_INTERVALS])
+def test_one_seed_is_too_few_for_the_verdicts_of_a_study(name):
+    study = load(name)
+    results = Results(study.cells("usual"), [0])
+    read_rows(DOCS / "studies" / f"{name}.jsonl", results)
+    assert results.complete
+    claims = study.find(results).claims
+    assert {claim.verdict for claim in claims} == {"not told"}
+    assert all(x.numbers.startswith("one seed is too few to tell; ") for x in claims)
+    assert not any("interval" in claim.numbers for claim in claims)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +302,20 @@ def test_two_points_end_at_a_ninth_of_the_limit(c):
 
 def test_two_points_end_at_their_mean_without_clipping():
     assert bias.fixed_point(gc.Norm(math.inf)) == pytest.approx(1, rel=1e-12)
+
+
+def test_a_row_that_is_dropped_leaves_the_others():
+    clip = bias.by_row(gc.Skip(gc.Norm(2.0, over="tensor")), 3)
+    rows = np.array([[1.0], [5.0], [2.0]])
+    assert clip(rows).tolist() == [[1.0], [0.0], [2.0]]
+
+
+@pytest.mark.parametrize("rule", bias.TWO_POINT)
+def test_two_points_of_all_seeds_are_those_of_each_alone(rule):
+    cell = {"part": "points", "rule": rule, "steps": 600}
+    first, second, *_ = bias.two_points(cell, range(10), no_tick)
+    assert [first] == list(bias.two_points(cell, [0], no_tick))
+    assert [second] == list(bias.two_points(cell, [1], no_tick))
 
 
 def test_the_gradient_through_time_is_that_of_autograd():

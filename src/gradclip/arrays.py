@@ -248,7 +248,8 @@ def _clip(
             name_of=lambda i: f"gradients{named[i][0]}",
         )
     memory.states = engine.lasting(states)
-    results = engine.deliver(leaves, given)
+    pairs = zip(engine.deliver(leaves, given), named, strict=True)
+    results = [engine.shaped_like(result, x) for result, (_, x) in pairs]
     return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
 
 

@@ -63,24 +63,29 @@ class UClip(Clipper):
         named = list(flatten(grads))
         engine = find_backend(named)
         # A copy, since `out` may be the gradients themselves.
-        total = [engine.prepare(x, where) + 0 for where, x in named]
+        given = [engine.prepare(x, where) + 0 for where, x in named]
         names = [dotted(where) for where, _ in named]
         if len(set(names)) < len(names):
             names = [where for where, _ in named]
+        carried = [engine.xp.zeros_like(x) for x in given]
         if self.carried is not None:
-            total = [
-                x + engine.xp.astype(engine.adopt(d, x), x.dtype)
-                for x, d in zip(total, self._carried_for(names, total), strict=True)
+            carried = [
+                engine.xp.astype(engine.adopt(d, x), x.dtype)
+                for x, d in zip(given, self._carried_for(names, given), strict=True)
             ]
+        total = [x + d for x, d in zip(given, carried, strict=True)]
         clipped, info = super().clip(
             rebuild(grads, iter(total)), params=params, out=out
         )
         if bool(info.kept & (info.finite | (self.on_nonfinite == "zero"))):
             after = [x for _, x in flatten(clipped)]
             rest = [x - u for x, u in zip(total, after, strict=True)]
-            # With on_nonfinite="zero" an element may be NaN, which is not carried on.
+            # With on_nonfinite="zero" an element may be NaN: what it had has to wait.
             xp = engine.xp
-            self.carried = [xp.where(xp.isfinite(d), d, 0) for d in rest]
+            self.carried = [
+                xp.where(xp.isfinite(now), now, before)
+                for now, before in zip(rest, carried, strict=True)
+            ]
             self._names = names
         return clipped, info
 

@@ -209,7 +209,7 @@ def to_dict(ledger: Ledger, ended: Ended) -> dict[str, Any]:
             {
                 "name": s.name,
                 "steps": s.steps,
-                "steps_with_clipped_gradients": s.clipped_for,
+                "steps_after_a_clip": s.clipped_for,
                 "parameters": s.params,
                 "parameters_clipped": s.covered,
             }
@@ -235,8 +235,8 @@ def to_text(script: Path, ledger: Ledger, ended: Ended) -> str:
     if not any(s.steps for s in ledger.steppers):
         parts.append("No torch optimizer took a step in this process.")
     parts += [
-        f"{s.name}: {s.steps} steps, {s.clipped_for} of them with clipped gradients, "
-        f"of {s.covered} of its {s.params} parameters."
+        f"{s.name}: {s.steps} steps; before {s.clipped_for} of them a clip was called, "
+        f"for {s.covered} of its {s.params} parameters."
         for s in ledger.steppers
     ]
     parts += [f"\n{line.site}\n{told(line)}" for line in lines_of(ledger)]

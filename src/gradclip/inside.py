@@ -28,7 +28,8 @@ def look_inside(
             info, _ = decide(rule, now, memory)
         else:
             memory = memories.get(str(i), {})
-            check_place(stage, memory, i)
+            if memories:
+                check_place(stage, memory, i)
             check_shapes(stage, memory, parts)
             info, after = decide(stage, now, memory)
             kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}

@@ -7,6 +7,12 @@ dropped becomes zeros.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gradclip.extras import needed
+
+# ruff: noqa: E402 - what is missing is named before it is needed.
+needed("jax", "jax")
+needed("jax", "optax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -13,7 +13,7 @@ from gradclip.decision import Info, clip_scale, decide
 from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
-from gradclip.rules.limits import asked
+from gradclip.rules.limits import asked, at_home
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
             parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
-        seen = Measured(norm, weight, step, engine.xp, counts, told[i])
+        seen = Measured(norm, weight, step, engine.xp, counts, told[i], missing)
         old.append(recalled(engine, stage, states[i], parts, norm))
         if stage.by_part:
             going = not skips or engine.known(all_finite(norm, engine)) is not False
@@ -80,24 +80,30 @@ def run(
 
 
 def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
-    """Ask all schedules once; refuse what they say where it can be seen."""
+    """Ask all schedules once, and look at limits in arrays, which may have changed.
+
+    What is no limit is refused where it can be seen.
+    """
     inner = getattr(stage, "rule", stage)
     rules = [inner, *(rule for _, rule in getattr(inner, "rules", ()))]
     found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
     told: dict[int, Any] = {}
     for rule, name in found:
-        schedule = getattr(rule, name, None)
-        if not callable(schedule):
+        given = getattr(rule, name, None)
+        if callable(given):
+            value = engine.number(asked(given, step, engine.xp.asarray(0.0)))
+        elif hasattr(given, "shape"):
+            value = at_home(given, engine.xp.asarray(0.0))
+        else:
             continue
-        value = engine.number(asked(schedule, step, engine.xp.asarray(0.0)))
         fits = value >= 0 if name == "low" else value > 0
         if engine.known(engine.xp.asarray(fits)) is False:
             least = "at least" if name == "low" else "above"
             raise ValueError(
-                f"the schedule of {rule!r} gives the {name} {float(value)} at step "
-                f"{step}; a limit is {least} 0. Nothing was changed."
+                f"{rule!r} has the {name} {float(value)} at step {step}; a limit is "
+                f"{least} 0. Nothing was changed."
             )
-        told[id(schedule)] = value
+        told[id(given)] = value
     return told
 
 
@@ -153,7 +159,11 @@ def empty(
     """Return the memory of a stage before the first step, for gradients like these."""
     if stage.by_part:
         return empty_inside(engine, stage, leaves)
-    shape = (len(leaves),) if stage.over == "tensor" else ()
+    shape: tuple[int, ...] = (len(leaves),) if stage.over == "tensor" else ()
+    if stage.over == "unit":
+        # Of arrays that are only described as well; axes are checked by the clip.
+        sizes = [x.shape[stage.axis :][:1] if x.ndim > 1 else () for x in leaves]
+        shape = (sum(size[0] if size else 1 for size in sizes),)
     norm = engine.xp.zeros(shape, dtype=engine.wide, device=device)
     return stage.init(norm, engine.xp)
 
@@ -238,8 +248,15 @@ def apply(
         return leaves, info
     if not (stage.stretches or stage.bends):
         # Elements are clipped one by one, also beside one that is not finite.
-        idle = engine.known(seen.norm <= info.limit) is True
-        return leaves if idle else engine.clamp(leaves, info.limit), info
+        if engine.known(seen.norm <= info.limit) is True:
+            return leaves, info
+        infinite = engine.xp.isinf(seen.norm) & (seen.norm > info.limit)
+        info = info._replace(
+            clipped=info.clipped | infinite,
+            scale=engine.xp.where(infinite, 0.0, info.scale),
+            norm_after=engine.xp.where(infinite, info.limit, info.norm_after),
+        )
+        return engine.clamp(leaves, info.limit), info
     moved = [info.clipped]
 
     def scale(norm: Array) -> Array:

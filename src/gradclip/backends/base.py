@@ -81,6 +81,8 @@ class Backend:
         usable = xp.isfinite(largest) & (largest > 0)
         unit = xp.where(usable, largest, 1.0)
         sums = xp.sum((x / unit[:, None]) ** p, axis=1)
+        # The root of 0 has no derivative, and who differentiates this would get NaN.
+        sums = xp.where(usable, sums, 1.0)
         return xp.where(usable, unit * sums ** (1 / p), largest)
 
     def norm(self, x: Array, p: float) -> Array:
@@ -246,6 +248,10 @@ class Backend:
         """Return results that share no memory with what was given."""
         pairs = zip(leaves, given, strict=True)
         return [self.xp.asarray(x, copy=True) if x is y else x for x, y in pairs]
+
+    def shaped_like(self, result: Array, given: Any) -> Any:
+        """Return a result in the form that the gradient was handed over in."""
+        return result
 
     def writing_to(self, given: Sequence[Array], out: Sequence[Any]) -> "Backend":
         """Return the same verbs with their results in the arrays of `out`."""

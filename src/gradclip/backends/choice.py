@@ -1,6 +1,7 @@
 """Which backend some arrays belong to; their library is loaded, since it made them."""
 
 import functools
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -41,10 +42,11 @@ def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
 @functools.cache
 def backend_of(kind: type) -> Backend | None:
     """Return the backend for arrays of a type, or None for what is not an array."""
-    if issubclass(kind, np.ndarray | np.generic):
+    if issubclass(kind, (np.ndarray, np.generic)):
         return NumPy()
     library = kind.__module__.partition(".")[0]
-    if library == "torch":
+    # There are modules in torch, too, and these are no arrays.
+    if library == "torch" and issubclass(kind, sys.modules["torch"].Tensor):
         return TorchArrays()
     if library in ("jax", "jaxlib"):
         return Jax()

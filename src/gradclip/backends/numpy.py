@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import array_api_compat
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from gradclip.backends.base import (
     CHUNK,
@@ -136,20 +138,27 @@ class NumPy(Backend):
                 raise ValueError(
                     f"out has a read-only array of shape {x.shape}; hand over a copy."
                 )
-        if _repeats(given) or _repeats(out):
+        if _share_memory(given, out):
             raise ValueError(
-                "one array stands in several places of the gradients, or of out; hand "
-                "over each once, or without out."
+                "two of the gradients, or of out, share memory; hand over each once, "
+                "or without out."
             )
         places = {id(x): target for x, target in zip(given, out, strict=True)}
         return NumPy(places | {id(target): target for target in out})
 
 
-def _repeats(arrays: Sequence[Array]) -> bool:
-    """Return whether two arrays are the same memory, seen the same way."""
-    full = [x for x in arrays if x.size]
-    views = {(x.__array_interface__["data"][0], x.shape, x.strides) for x in full}
-    return len(views) < len(full)
+def _share_memory(given: Sequence[Array], out: Sequence[Array]) -> bool:
+    """Return whether arrays of two places have an element in common."""
+    places = [(i, x) for arrays in (given, out) for i, x in enumerate(arrays) if x.size]
+    bounds = [(*byte_bounds(x), i, x) for i, x in places]
+    beside: list[tuple[int, int, Array]] = []
+    # Only those can share something that are still open where the next one begins.
+    for begin, end, i, x in sorted(bounds, key=itemgetter(0)):
+        beside = [(stop, j, y) for stop, j, y in beside if stop > begin]
+        if any(i != j and np.shares_memory(x, y) for _, j, y in beside):
+            return True
+        beside.append((end, i, x))
+    return False
 
 
 def _has_rows(x: Array) -> bool:

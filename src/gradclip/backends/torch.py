@@ -1,5 +1,8 @@
 """PyTorch tensors in pure functions; in place, `gradclip.torch.verbs` has more."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from gradclip.backends.base import Backend, inward
@@ -16,6 +19,30 @@ class TorchArrays(Backend):
 
         super().__init__(xp, torch.float64)
 
+    def prepare(self, x: Array, where: str) -> Array:
+        """Return `x` in a type that can hold clipped values; of a sparse one, these."""
+        name = str(x.layout).removeprefix("torch.")
+        if name not in ("strided", "sparse_coo"):
+            raise TypeError(
+                f"gradients{where} has layout {name}; gradients may be dense or sparse "
+                "COO."
+            )
+        return super().prepare(x if name == "strided" else x.coalesce().values(), where)
+
+    def shaped_like(self, result: Array, given: Any) -> Any:
+        """Return a result as a sparse tensor, where the gradient was one."""
+        if not given.is_sparse:
+            return result
+        import torch
+
+        places, shape = given.coalesce().indices(), given.shape
+        return torch.sparse_coo_tensor(places, result, shape, is_coalesced=True)
+
+    def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
+        """Return results that share no memory with what was given."""
+        pairs = zip(leaves, given, strict=True)
+        return [x.clone() if x is y else x for x, y in pairs]
+
     def times(self, x: Array, scale: Array) -> Array:
         """Return one gradient times its scale: in float64, which holds any scale."""
         exact = self.xp.astype(x, self.xp.result_type(x.dtype, self.wide))
@@ -24,7 +51,10 @@ class TorchArrays(Backend):
 
     def known(self, flag: Array) -> bool | None:
         """Return the flag where no other device has to be waited for."""
-        return bool(flag) if flag.device.type == "cpu" else None
+        import torch
+
+        here = flag.device.type == "cpu" and not torch.compiler.is_compiling()
+        return bool(flag) if here else None
 
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, beside the norms."""

@@ -5,13 +5,14 @@ clip in one pass. It takes one number for that, which is all that is changed her
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradclip.arrays import Clipper
 from gradclip.integrations import needed, rule_of
-from gradclip.rules import Rule, stages
+from gradclip.rules import Array, Rule, stages
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -76,6 +77,12 @@ class EngineClipper(Clipper):
         scale = float(info.scale)
         limit = float(info.limit) if scale == 1 else norm * scale
         self._engine.optimizer.clip_grad = limit
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Go on from a saved memory, exactly, with the next step of the engine."""
+        super().load_state_dict(state)
+        # The engine may have gone back to the step that was decided last.
+        self._decided_at = -1
 
     def detach(self) -> None:
         """Give the clip value back to the engine, which then does not clip."""

@@ -1,6 +1,6 @@
 """Lightning: a callback that clips inside the step of each optimizer of a trainer."""
 
-import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from gradclip.integrations import needed, rule_of
@@ -12,10 +12,11 @@ from gradclip.torch.doctor import CHECKS
 if TYPE_CHECKING:
     from gradclip.history import History
 
-needed("lightning", "lightning.pytorch", "pytorch_lightning")
+NAMES = "lightning.pytorch", "pytorch_lightning"
+needed("lightning", *NAMES)
 # It goes by two names, and before 2.6 either trainer asks for a callback of its own.
-LOADED = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
-Callback: Any = type("Callback", tuple(x.Callback for x in LOADED if x), {})
+FOUND = [needed("lightning", name) for name in NAMES if find_spec(name.split(".")[0])]
+Callback: Any = type("Callback", tuple(x.Callback for x in FOUND), {})
 
 
 CLIPS = ("clip_grad_by_norm", "clip_grad_by_value")

@@ -61,7 +61,9 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     ) -> None:
         """Attach to the optimizer, and go on from a checkpoint."""
         setting = "TrainingArguments(max_grad_norm={})", args.max_grad_norm
-        check_alone(*setting, "set max_grad_norm=0", bool(args.deepspeed))
+        # Accelerate may have brought DeepSpeed in, and then the arguments know nothing.
+        steps = "DeepSpeed" in type(getattr(optimizer, "optimizer", None)).__name__
+        check_alone(*setting, "set max_grad_norm=0", bool(args.deepspeed) or steps)
         if getattr(args, "restore_callback_states_from_checkpoint", False):
             _readable(repr(self.rule))
         saved = state.stateful_callbacks.get(type(self).__name__, {})

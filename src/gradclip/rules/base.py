@@ -26,6 +26,8 @@ class Measured(NamedTuple):
     """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
     told: Mapping[int, Any] = MappingProxyType({})
     """What schedules said at this step, by their ids, if they were asked already."""
+    absent: Array | None = None
+    """Which cells have no gradient, whose norm is NaN; only over `"tensor"`."""
     top: Any = None
     """The largest modulus of the tensor that the elements belong to, 0-d.
 

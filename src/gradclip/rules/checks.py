@@ -25,6 +25,11 @@ def check(rule: Rule, name: str, low: float, high: float, remedy: str) -> None:
     """Refuse what is not a number from `low` to `high`; an integer for integers."""
     value = plainly(rule, name)
     kinds = int if isinstance(low, int) else (int, float)
+    if hasattr(value, "shape"):
+        raise TypeError(
+            f"{type(rule).__name__}({name}={value!r}): this is a plain number, known "
+            "when the rule is made; limits may be arrays, or functions of the step."
+        )
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ValueError(f"{type(rule).__name__}({name}={value!r}): {remedy}")

@@ -119,7 +119,8 @@ class Groups(Rule):
             return self._by_tensor(seen, state)
         norm = _joined(seen, seen.norm)
         weight = None if seen.weight is None else _joined(seen, seen.weight)
-        whole = seen._replace(norm=norm, weight=weight)
+        absent = beside([count == 0 for count in seen.units], seen.norm, seen.xp)
+        whole = seen._replace(norm=norm, weight=weight, absent=absent)
         limit, updated = self._by_tensor(whole, state)
         return self._by_unit(seen, norm, limit), updated
 
@@ -133,7 +134,9 @@ class Groups(Rule):
             mine = beside([member == i for member in self.members], seen.norm, xp)
             norm = total = xp.where(mine, seen.norm, math.nan)
             if rule.over == "all":
-                total = xp.where(mine, norm_of(norm, xp), math.nan)
+                here = mine if seen.absent is None else mine & ~seen.absent
+                broken = xp.any(here & ~xp.isfinite(seen.norm))
+                total = xp.where(mine & ~broken, norm_of(norm, xp), math.nan)
             prefix = f"{i}."
             memory = {
                 name.removeprefix(prefix): x

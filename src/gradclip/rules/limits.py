@@ -1,5 +1,6 @@
 """Limits that the caller gives: a number, or a function of the step."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -33,28 +34,36 @@ def check_limit(rule: Rule, name: str) -> None:
 def readable(rule: Rule, name: str) -> float | None:
     """Return a limit as a number; None where there is none yet, or it has a price."""
     value = plainly(rule, name)
-    call = f"{type(rule).__name__}({name}={value!r})"
     if callable(value):
         return None
     if hasattr(value, "shape"):
-        if tuple(value.shape) != ():
-            raise ValueError(
-                f"{call}: the limit is one number; this array has shape "
-                f"{tuple(value.shape)}."
-            )
-        # Reading a number off an accelerator would make the host wait for it.
-        if "cpu" not in str(getattr(value, "device", "cpu")).lower():
-            return None
-        try:
-            return float(value)
-        except TypeError:
-            # Traced by jit, so that there is no number to check yet.
-            return None
+        return _read(rule, name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"{call}: the limit is a number, a 0-d array, or a function of the step."
+            f"{type(rule).__name__}({name}={value!r}): the limit is a number, a 0-d "
+            "array, or a function of the step."
         )
     return value
+
+
+def _read(rule: Rule, name: str, value: Array) -> float | None:
+    """Return the number in an array, if it is known to the host."""
+    if tuple(value.shape) != ():
+        raise ValueError(
+            f"{type(rule).__name__}({name}={value!r}): the limit is one number; this "
+            f"array has shape {tuple(value.shape)}."
+        )
+    # Reading a number off an accelerator would make the host wait for it, and compiled
+    # code has none yet.
+    torch = sys.modules.get("torch")
+    compiled = torch is not None and torch.compiler.is_compiling()
+    if compiled or "cpu" not in str(getattr(value, "device", "cpu")).lower():
+        return None
+    try:
+        return float(value)
+    except TypeError:
+        # Traced by jit, so that there is no number to check yet.
+        return None
 
 
 def check_fixed(rule: Rule, name: str) -> None:
@@ -69,9 +78,10 @@ def check_fixed(rule: Rule, name: str) -> None:
 
 def limit_at(seen: Measured, limit: Limit) -> Array:
     """Return the limit at this step in the shape of the norms; ask a schedule here."""
-    if callable(limit):
-        told = seen.told.get(id(limit))
-        limit = asked(limit, seen.step, seen.norm) if told is None else told
+    if id(limit) in seen.told:
+        limit = seen.told[id(limit)]
+    elif callable(limit):
+        limit = asked(limit, seen.step, seen.norm)
     return seen.xp.zeros_like(seen.norm) + limit
 
 
@@ -83,7 +93,11 @@ def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
             f"the schedule {schedule!r} gives {value!r} at step {step}; a limit is a "
             "number or a 0-d array. Nothing was changed."
         )
-    # One of optax gives JAX arrays, whoever asks.
+    return at_home(value, like)
+
+
+def at_home(value: Any, like: Array) -> Any:
+    """Return a number; one in an array of another library, as optax gives, is read."""
     foreign = hasattr(value, "shape") and _library(value) != _library(like)
     return float(value) if foreign else value
 

@@ -24,7 +24,7 @@ def share(limit: Array, norm: Array, total: Array, xp: Any) -> Array:
     """Return what a part may take of the limit of the whole."""
     part = limit * (norm / xp.where(total > 0, total, 1.0))
     # Where the whole stays as it is, no part may be rounded away from what it is.
-    part = xp.where(limit == total, norm, part)
+    part = xp.where((limit == total) | xp.isnan(total), norm, part)
     return xp.where(xp.isinf(limit), limit, part)
 
 

@@ -18,8 +18,12 @@ class Stabilize(Rule):
     \lVert g_t \rVert^2$, each divided by $1 - \gamma^t$
 
     The length is about 1 and has no unit: the same for a loss of any scale, so that
-    `limit` in an `Info` is not comparable with the norm. A spike of any size ends at
-    most at $(1 - \gamma_1) / \sqrt{1 - \gamma_2}$ once both moments are warm.
+    `limit` in an `Info` is not comparable with the norm. After many norms that are
+    alike, one of any size ends at most at
+    $\sqrt{\gamma_1^2 / \gamma_2 + (1 - \gamma_1)^2 / (1 - \gamma_2)}$ (by default
+    1.20), and a huge one at $(1 - \gamma_1) / \sqrt{1 - \gamma_2}$ (0.95). Where
+    $\gamma_1^2 < \gamma_2$, norms of any sequence end below
+    $(1 - \gamma_1) / \sqrt{(1 - \gamma_2) (1 - \gamma_1^2 / \gamma_2)}$ (1.41).
 
     Args:
         decay: $\gamma_1$, how much of the first moment is kept at each step, in [0, 1).
@@ -77,7 +81,8 @@ class Stabilize(Rule):
         updated = {"mean": mean, "root": root, "count": count}
         spread = root / xp.sqrt(weight_of(count, b, xp)) + self.eps
         length = mean / weight_of(count, a, xp) / xp.where(known, spread, 1.0)
-        return length, held(updated, state, known, xp)
+        # The choice keeps XLA from making one division of this and that by the norm.
+        return xp.where(known, length, 1.0), held(updated, state, known, xp)
 
 
 AdaGN = Stabilize

@@ -25,7 +25,9 @@ from gradclip.studies.results import Cell, Results, Row, key
 from gradclip.studies.tables import Table
 
 Size: TypeAlias = Literal["quick", "usual", "full"]
-Verdict: TypeAlias = Literal["holds", "holds here but not there", "not seen"]
+Verdict: TypeAlias = Literal[
+    "holds", "holds here but not there", "not seen", "not told"
+]
 Tick: TypeAlias = Callable[[float], object]
 """Told the share of a cell that is done."""
 
@@ -39,8 +41,16 @@ class Claim:
     numbers: str
 
 
-def seen(hits: Sequence[bool]) -> Verdict:
-    """Return the verdict over several places."""
+def concluded(claim: str, hits: Sequence[bool | None], numbers: str) -> Claim:
+    """Return a claim with its verdict, and why where there is none."""
+    why = "one seed is too few to tell; " if None in hits else ""
+    return Claim(claim, seen(hits), why + numbers)
+
+
+def seen(hits: Sequence[bool | None]) -> Verdict:
+    """Return the verdict over several places; None is one where it cannot be told."""
+    if not hits or None in hits:
+        return "not told"
     if all(hits):
         return "holds"
     return "holds here but not there" if any(hits) else "not seen"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradclip.rules import Norm
 from gradclip.studies.drawing import GREY, dots
-from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, negative, positive
 from gradclip.studies.tables import pivot, text
@@ -294,7 +294,7 @@ def against(results: Results, method: str, other: str, claim: str) -> Claim:
     worse = [n for n, e in apart.items() if negative(e)]
     said = "; ".join(f"{name} {text({**e}, '+.1%')}" for name, e in apart.items())
     tail = f"; worse on {', '.join(worse)}" if worse else ""
-    return Claim(claim, seen(better), f"difference in accuracy: {said}{tail}")
+    return concluded(claim, better, f"difference in accuracy: {said}{tail}")
 
 
 def gain(results: Results, data: str, method: str, other: str) -> Estimate:

@@ -12,7 +12,7 @@ import torch
 import gradclip as gc
 from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
 from gradclip.studies.drawing import GREY, curve
-from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, mean, positive
 from gradclip.studies.tables import pivot, text
@@ -131,7 +131,7 @@ def higher_rates(results: Results) -> Claim:
         f"loss without less that with a limit: {said or 'no rate was tried'}"
     )
     claim = "Clipping lets you raise the learning rate"
-    return Claim(claim, seen([positive(e) for e in found] or [False]), numbers)
+    return concluded(claim, [positive(e) for e in found], numbers)
 
 
 def best_rate(results: Results, rule: str) -> float:
@@ -147,7 +147,7 @@ def faster(results: Results) -> Claim:
         f"each at its best of {len(RATES)} rates ({ours:g} with `{CLASSIC}`, "
         f"{theirs:g} without), the loss is lower with clipping by {text({**e}, '.3f')}"
     )
-    return Claim("Faster convergence of an LSTM", seen([positive(e)]), numbers)
+    return concluded("Faster convergence of an LSTM", [positive(e)], numbers)
 
 
 def draw(results: Results, figure: Any) -> None:

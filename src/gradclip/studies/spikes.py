@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gradclip as gc
 from gradclip.demo import CHARACTERS, library_text
 from gradclip.studies.drawing import dots
-from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import Estimate, difference, mean, positive
 from gradclip.studies.tables import pivot, text
@@ -306,7 +306,7 @@ def steadier(results: Results) -> Claim:
     )
     hits = [positive(e) for e in found]
     numbers = f"accuracy above that without clipping: {said}"
-    return Claim("Steadier training under spikes", seen(hits), numbers)
+    return concluded("Steadier training under spikes", hits, numbers)
 
 
 def adaptive(results: Results, threshold: str) -> Claim:
@@ -325,7 +325,7 @@ def adaptive(results: Results, threshold: str) -> Claim:
     )
     numbers = f"accuracy above that of `{FIXED}`, under gradient spikes: {said}"
     claim = f"Adaptive rules forgive a wrong threshold ({threshold})"
-    return Claim(claim, seen(list(map(positive, found))), numbers)
+    return concluded(claim, list(map(positive, found)), numbers)
 
 
 def draw(results: Results, figure: Any) -> None:

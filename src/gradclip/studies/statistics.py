@@ -89,17 +89,34 @@ def within_noise(values: Sequence[float], others: Sequence[float]) -> bool | Non
     return not (positive(apart) or negative(apart))
 
 
-def above(one: Estimate, other: Estimate) -> bool:
-    """Return whether an interval lies wholly above another one."""
+def above(one: Estimate, other: Estimate) -> bool | None:
+    """Return whether an interval lies wholly above another one; None of one seed.
+
+    Shares have intervals even then, which overlap whatever was seen.
+    """
     low, high = one["low"], other["high"]
+    if min(one["seeds"], other["seeds"]) < 2:
+        return None
     return low is not None and high is not None and low > high
 
 
-def positive(estimate: Estimate) -> bool:
-    """Return whether an interval lies wholly above 0."""
+def positive(estimate: Estimate) -> bool | None:
+    """Return whether an interval lies wholly above 0; None of one seed."""
+    if estimate["seeds"] < 2:
+        return None
     return estimate["low"] is not None and estimate["low"] > 0
 
 
-def negative(estimate: Estimate) -> bool:
-    """Return whether an interval lies wholly below 0."""
+def negative(estimate: Estimate) -> bool | None:
+    """Return whether an interval lies wholly below 0; None of one seed."""
+    if estimate["seeds"] < 2:
+        return None
     return estimate["high"] is not None and estimate["high"] < 0
+
+
+def includes(estimate: Estimate, number: float) -> bool | None:
+    """Return whether a number lies within an interval; None of one seed."""
+    low, high = estimate["low"], estimate["high"]
+    if estimate["seeds"] < 2:
+        return None
+    return low is not None and high is not None and low <= number <= high

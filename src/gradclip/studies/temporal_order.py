@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradclip.rules import Norm
 from gradclip.studies.drawing import curve
-from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
+from gradclip.studies.frame import Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row
 from gradclip.studies.statistics import above, geometric, share
 from gradclip.studies.tables import Table, pivot, rates, text
@@ -291,7 +291,7 @@ def find(results: Results) -> Findings:
         f"{text(theirs, '.0%')} without"
         for T, (ours, theirs) in both.items()
     )
-    claim = Claim("Steadier training of recurrent networks", seen(apart), said)
+    claim = concluded("Steadier training of recurrent networks", apart, said)
     return Findings(tables, [claim])
 
 

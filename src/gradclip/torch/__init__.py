@@ -1,5 +1,10 @@
 """Gradient clipping for PyTorch: torch's own functions, a clipper, and attach."""
 
+from gradclip.extras import needed
+
+# ruff: noqa: E402 - what is missing is named before it is needed.
+needed("torch", "torch")
+
 from gradclip.torch.attach import attach as attach
 from gradclip.torch.clipper import Clipper as Clipper
 from gradclip.torch.doctor import ClipWarning as ClipWarning

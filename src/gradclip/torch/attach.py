@@ -256,6 +256,9 @@ class Attached(Clipper):
 
     def detach(self) -> None:
         """Take the clipping out of the optimizer again."""
+        # A step that was interrupted has left something changed.
+        self._undo()
+        self._doctor.unwatch()
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()

@@ -1,5 +1,6 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,11 @@ class Clipper:
         # Counts are arrays too: for numbers, a compiled step would be compiled again.
         self._memory = Memory(rule, torch.zeros((), dtype=torch.int64, device=device))
         # This one stays on the host, where schedules ask for it.
-        self._memory.step = torch.zeros((), dtype=torch.int64)
+        self._memory.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._make_room()
         # Copied without waiting, and so read a few steps late on an accelerator.
         self._in_a_row = torch.zeros(
-            (), dtype=torch.int64, pin_memory=device.type == "cuda"
+            (), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
         )
         self.history = history
         begin(history, rule)
@@ -245,7 +246,9 @@ class Clipper:
         if self._one_number and on_host(found.leaves):
             return OneNumber(amplified, fused)
         missing = len(found.present) < len(self.params)
-        minds = self.rule.stateful or any(s.by_place for s in stages(self.rule))
+        minds = self.rule.stateful or any(
+            stage.by_place or stage.over == "tensor" for stage in stages(self.rule)
+        )
         cells = (len(self.params), found.present) if minds and missing else None
         verbs = InPlace(amplified, cells, fused)
         if not (torch.compiler.is_compiling() or on_host(found.leaves)):
@@ -314,6 +317,7 @@ class Clipper:
             if self._layout is None
             else self._verbs(found, verbs.amplified)
         )
+        every.missing = math.nan
         norms = every.measure(found.leaves, "tensor", 2.0)
         history.record_tensors(self._memory.step, self.names, norms)
 

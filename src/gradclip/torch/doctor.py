@@ -1,6 +1,7 @@
 """Checks that turn a clip without effect into a message, once, and cost no waiting."""
 
 import gc
+import sys
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
@@ -17,6 +18,8 @@ from gradclip.torch.exact import on_host
 CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "attached", "rate")
 STEPS = 500
 """How many steps a clip rate is watched before anything is said about it."""
+SCALED = 100
+"""How many times the limit a norm has to be before loss scalers are looked for."""
 DELAY = 10
 """How many steps later a number copied off an accelerator is there for sure."""
 
@@ -49,15 +52,16 @@ class Doctor:
         self._seen: list[tuple[weakref.ref[Tensor], int]] = []
         self._steps = 0
         self._clipped: Any = 0
-        self._rate = torch.zeros((), pin_memory=params[0].is_cuda)
+        self._rate = torch.zeros((), device="cpu", pin_memory=params[0].is_cuda)
         self._witness = next((p for p in params if p.requires_grad and p.is_leaf), None)
         self._made_at: int | None = None
+        self._unwatch: weakref.finalize[Any, Doctor] | None = None
         if "consumed" in self.checks and self._witness is not None:
             self._watch(self._witness)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but weak references, which cannot be copied or sent."""
-        return {**self.__dict__, "_seen": []}
+        return {**self.__dict__, "_seen": [], "_unwatch": None}
 
     def before(self, leaves: Sequence[Tensor]) -> None:
         """Look at the gradients that are about to be clipped."""
@@ -92,7 +96,7 @@ class Doctor:
         if check in self.checks:
             self.checks.discard(check)
             text = f"{message} (This check is {check!r}; doctor= chooses the checks.)"
-            warnings.warn(text, ClipWarning, stacklevel=5)
+            warnings.warn(text, ClipWarning, stacklevel=_users_level())
 
     def _unchanged(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether the first and the last gradient are those of the last clip."""
@@ -111,11 +115,17 @@ class Doctor:
             if doctor is not None and not torch.compiler.is_compiling():
                 doctor._made_at = p._version
 
-        witness.register_post_accumulate_grad_hook(note)
+        hook = witness.register_post_accumulate_grad_hook(note)
+        self._unwatch = weakref.finalize(self, hook.remove)
+
+    def unwatch(self) -> None:
+        """Take the hook off the parameter, as happens when the doctor is gone."""
+        if self._unwatch is not None:
+            self._unwatch()
 
     def _look_for_scaler(self, info: Info) -> None:
         """Ask for loss scalers, once, when a norm is very far above the limit."""
-        far_above = (info.norm > 1000 * info.limit) & info.finite
+        far_above = (info.norm > SCALED * info.limit) & info.finite
         if not bool(far_above.any()):
             return
         kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
@@ -161,6 +171,16 @@ class Doctor:
                 f"size now, and the learning rate means something else. {advice}",
             )
         self.checks.discard("rate")
+
+
+def _users_level() -> int:
+    """Return how far up the code of the user is: one warning counts once for a line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(
+        ("gradclip.", "torch.")
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def unheld(model: torch.nn.Module, params: Sequence[Tensor]) -> list[str]:

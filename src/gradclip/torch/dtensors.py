@@ -74,6 +74,13 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
 
 def local_grad(p: Tensor, g: Tensor) -> Tensor:
     """Return what this process has of a gradient, laid out as its parameter is."""
+    if is_dtensor(g) != is_dtensor(p):
+        kinds = ("a DTensor", "a plain tensor")
+        raise ValueError(
+            f"a gradient of shape {tuple(g.shape)} is {kinds[not is_dtensor(g)]}, and "
+            f"its parameter {kinds[not is_dtensor(p)]}: processes would clip by "
+            "different norms. Assign p.grad in the form of p, as backward() does."
+        )
     if not is_dtensor(g):
         return g
     laid_out = laid_out_as(p, g)

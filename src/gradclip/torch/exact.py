@@ -154,7 +154,10 @@ def _wide_chunks(t: Tensor) -> Iterator[Tensor]:
     """Yield the moduli of a tensor as short float64 vectors."""
     flat = flat_view(t)
     if flat is None and t.numel() > CHUNK:
-        for part in t.unbind(max(range(t.dim()), key=lambda d: t.shape[d])):
+        longest = max(range(t.dim()), key=lambda d: t.shape[d])
+        # As many of its slices as fit: one after the other takes hours.
+        some = max(1, CHUNK * t.shape[longest] // t.numel())
+        for part in t.split(some, longest):
             yield from _wide_chunks(part)
         return
     flat = t.reshape(-1) if flat is None else flat

@@ -1,5 +1,6 @@
 """The functions of `torch.nn.utils`, with their signatures, made exact and safe."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,7 +15,13 @@ from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
 from gradclip.torch.exact import WIDE, on_host
-from gradclip.torch.gradients import collect, distinct, drop, tensors_only
+from gradclip.torch.gradients import (
+    check_strided,
+    collect,
+    distinct,
+    drop,
+    tensors_only,
+)
 from gradclip.torch.layout import Layout
 from gradclip.torch.placement import SplitOver, layout_of, refuse_pieces
 from gradclip.torch.sharded import Sharded
@@ -22,6 +29,7 @@ from gradclip.torch.verbs import InPlace, OneNumber
 from gradclip.torch.verify import Verify, verifier_for
 
 Tensors = Tensor | Iterable[Tensor]
+FLOAT32 = torch.finfo(torch.float32).max
 _VERBS, _ONE = InPlace(), OneNumber()
 
 
@@ -55,7 +63,8 @@ def clip_grad_norm_(
         verify: As for `Clipper`; here parameters are made known at every call.
 
     Returns:
-        The norm before clipping, 0-d, in float32 (float64 for float64 gradients).
+        The norm before clipping, 0-d, in float32 (float64 for float64 gradients, and
+        where float32 cannot hold it).
 
     Raises:
         TypeError: For what is not a tensor, and for a schedule as the limit, which
@@ -146,7 +155,8 @@ def get_total_norm(
         split_over: As for `clip_grad_norm_`.
 
     Returns:
-        The norm, 0-d, in float32 (float64 if there is a float64 tensor).
+        The norm, 0-d, in float32 (float64 if there is a float64 tensor, and where
+        float32 cannot hold it).
 
     Raises:
         TypeError: For what is not a tensor.
@@ -177,12 +187,15 @@ def get_total_norm(
             f"the norm of order {order} of {len(leaves)} tensors is {norm.item()}; "
             "look for NaN and infinity in them."
         )
-    return norm.to(_report_type({t.dtype for t in leaves}))
+    return _reported(norm, {t.dtype for t in leaves})
 
 
 def _dense(t: Tensor) -> Tensor:
     """Return the values of a sparse tensor, which has no others than 0."""
-    return t.coalesce().values() if t.layout == torch.sparse_coo else t
+    if t.layout == torch.sparse_coo:
+        return t.coalesce().values()
+    check_strided(t)
+    return t
 
 
 @torch.no_grad()
@@ -222,12 +235,14 @@ def clip_grads_with_norm_(
     rule = Norm(max_norm)
     _refuse_schedules(rule)
     norm = full_of(torch.as_tensor(total_norm)).double()
+    # A number by a tensor would be its inverse times the number, which may overflow.
+    limit = torch.as_tensor(rule.limit, dtype=torch.float64)
     if norm.dim() or (on_host([norm]) and bool(norm < 0)):
         raise ValueError(
             f"total_norm={total_norm!r}: it is a number at least 0, or a 0-d tensor."
         )
     leaves = collect(distinct(parameters)).leaves
-    scale = clip_scale(norm, rule.limit, torch)
+    scale = clip_scale(norm, limit, torch)
     if _VERBS.known(scale == 1) is not True:
         _VERBS.multiply(leaves, scale, "all")
 
@@ -269,8 +284,13 @@ def _clip_parameters(
     with verbs.quiet():
         _, info, _ = clip() if verifier is None else verifier.compare(clip)
     if policy == "skip" and not only_records(rule):
-        drop(params, torch.as_tensor(info.kept))
-    return torch.as_tensor(info.norm, dtype=_report_type(found.dtypes))
+        drop(params, _tensor(info.kept))
+    return _reported(_tensor(info.norm), found.dtypes)
+
+
+def _tensor(x: Any) -> Tensor:
+    """Return a number of a report as a tensor: of NumPy, it stays on the host."""
+    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
 
 
 def _order(norm_type: Any) -> float:
@@ -301,6 +321,11 @@ def _names(tensors: list[Tensor]) -> list[str]:
     return [f"[{i}]" for i in range(len(tensors))]
 
 
-def _report_type(dtypes: set[torch.dtype]) -> torch.dtype:
-    """Return float32, in which half-precision norms keep their digits, or float64."""
-    return torch.float32 if dtypes.isdisjoint(WIDE) else torch.float64
+def _reported(norm: Tensor, dtypes: set[torch.dtype]) -> Tensor:
+    """Return a norm in float32, in which those of half precision keep their digits.
+
+    It stays in float64 for gradients of that type, and where float32 cannot hold it.
+    """
+    beyond = on_host([norm]) and FLOAT32 < norm.item() < math.inf
+    narrow = dtypes.isdisjoint(WIDE) and not beyond
+    return norm.to(torch.float32 if narrow else torch.float64)

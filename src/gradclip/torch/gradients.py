@@ -178,7 +178,7 @@ def collect(
             f"none of the {len(params)} parameters has a gradient; was backward() "
             "called, and the optimizer not yet zeroed?"
         )
-    if holds_dtensor(leaves):
+    if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
     if not (whole := _all_plain(leaves, any(d.is_complex for d in dtypes))):
@@ -209,18 +209,33 @@ def plain(p: Tensor, g: Tensor) -> Tensor:
             # Duplicates have to be summed before anything but a product is taken.
             p.grad = g = g.coalesce()
         return g._values()
+    check_strided(g)
+    if not torch.compiler.is_compiling() and (g.is_conj() or g.is_neg()):
+        # Of lazy signs, torch's functions for lists of tensors cannot change any.
+        p.grad = g = g.resolve_conj().resolve_neg()
+    if overlaps(g):
+        # An expanded gradient has many elements in one place.
+        p.grad = g = g.clone(memory_format=torch.contiguous_format)
+    return g
+
+
+def check_strided(g: Tensor) -> None:
+    """Refuse other layouts than the usual one."""
     if g.layout != torch.strided:
         raise TypeError(
             f"a gradient of shape {tuple(g.shape)} has layout {g.layout}; gradients "
             "may be dense or sparse COO."
         )
-    if not torch.compiler.is_compiling() and (g.is_conj() or g.is_neg()):
-        # Of lazy signs, torch's functions for lists of tensors cannot change any.
-        p.grad = g = g.resolve_conj().resolve_neg()
-    if torch._debug_has_internal_overlap(g) == 1:
-        # An expanded gradient has many elements in one place.
-        p.grad = g = g.clone(memory_format=torch.contiguous_format)
-    return g
+
+
+def overlaps(t: Tensor) -> bool:
+    """Return whether two elements of a tensor may lie in one place."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1) if size > 1 else 0
+    return False
 
 
 def _weight(p: Tensor, units: bool) -> Tensor:

@@ -19,7 +19,7 @@ def check_keeper(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
         raise ValueError(
             f"{rule!r} reads the second moment of torch's Adam, AdamW, NAdam or RAdam, "
             f"and {type(optimizer).__name__} is none of them; use memory='own', which "
-            "takes the room of one more gradient."
+            "takes up to twice the room of the gradients."
         )
 
 

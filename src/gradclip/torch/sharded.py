@@ -99,7 +99,8 @@ class Sharded(InPlace):
         if tensors:
             here = self.per_tensor(tensors, p).to(device)
             found = found.index_copy(0, sent(self.present, device), here)
-        return self.layout.each_tensor(found, p).clamp(min=0)
+        found = self.layout.each_tensor(found, p)
+        return torch.where(found < 0, self.missing, found)
 
     def _unit_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         here = dict(zip(self.present, tensors, strict=True))

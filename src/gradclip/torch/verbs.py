@@ -45,6 +45,8 @@ class InPlace(TorchArrays):
         super().__init__()
         self.amplified, self.cells, self.fused = amplified, cells, fused
         self.deterministic = False
+        # What stands for a tensor without a gradient on any process.
+        self.missing = 0.0
         self.lender: Callable[[Rule, int, Tensor], tuple[Rule, State]] | None = None
 
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Tensor:
@@ -297,7 +299,7 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     else:
         scale = inward(scale, eps, torch)
         far = on_host([scale]) and bool(((scale < 1e-30) | (scale > 1e30)).any())
-    to_tensor = partial(torch.full, ()) if number else torch.as_tensor
+    to_tensor = partial(torch.full, (), device="cpu") if number else torch.as_tensor
     if eps < 1e-12:
         return [to_tensor(scale, dtype=torch.float64)]
     if far:
