@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,13 @@ from typer.testing import CliRunner
 import gradclip as gc
 from gradclip.advice import call
 from gradclip.cli import app
-from gradclip.evidence import quantile_intervals, spike_scores, tail_index
+from gradclip.evidence import (
+    level_change,
+    quantile_intervals,
+    spike_scores,
+    tail_index,
+    transient_length,
+)
 from gradclip.judging import find_spikes
 from gradclip.readers.assemble import in_order
 from gradclip.report import write_report
@@ -101,6 +108,61 @@ def test_the_warm_up_is_set_apart():
     assert advice.warmup == 60
     assert advice.limit == pytest.approx(np.quantile(norm[60:], 0.9), rel=0.05)
     assert any("60 norms" in note for note in advice.notes)
+
+
+def levels(*parts, sigma=0.1):
+    """Return norms at one level after the other, from pairs of level and length."""
+    level = np.concatenate([np.full(length, height) for height, length in parts])
+    return level * norms(level.size, sigma=sigma)
+
+
+def test_a_run_that_grows_has_no_warm_up_and_drifts():
+    advice = advise(np.linspace(2, 20, 3000) * norms(3000, sigma=0.1))
+    assert advice.warmup == 0
+    assert advice.drift > 3
+    assert advice.rule == gc.Percentile(q=90.0)
+    assert not any("level of the norms" in note for note in advice.notes)
+
+
+@pytest.mark.parametrize(
+    ("parts", "step"),
+    [([(1, 1000), (2, 1000)], 1000), ([(1, 700), (8, 700), (1, 600)], 700)],
+)
+def test_another_level_in_the_middle_is_no_warm_up_and_is_named(parts, step):
+    norm = levels(*parts)
+    advice = advise(norm, step=10 * np.arange(norm.size))
+    assert advice.warmup == 0
+    assert advice.confidence == "medium"
+    (note,) = (note for note in advice.notes if "level of the norms" in note)
+    assert f"changes at step {10 * step} (median {np.median(norm[:step]):.3g} " in note
+    assert advise(levels((1, 2000))).confidence == "high"
+
+
+def test_a_warm_up_is_found_before_a_larger_change():
+    advice = advise(levels((3, 100), (1, 900), (4, 1000)))
+    assert advice.warmup == 100
+    assert any("changes at step 1000" in note for note in advice.notes)
+
+
+def test_what_a_warm_up_ends_with_is_no_change_in_the_middle():
+    norm = levels((9, 30), (0.5, 30), (1, 1140))
+    advice = advise(norm)
+    assert advice.warmup == 30
+    assert level_change(norm[30:]) == 30
+    assert not any("level of the norms" in note for note in advice.notes)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_noise_is_no_phase_and_no_change(sigma):
+    logs = [norms(500, seed, sigma) for seed in range(300)]
+    assert np.mean([transient_length(norm) > 0 for norm in logs]) <= 0.05
+    assert np.mean([level_change(norm) > 0 for norm in logs]) <= 0.05
+
+
+def test_a_few_norms_are_no_phase():
+    assert transient_length(levels((20, 10), (1, 990))) == 10
+    assert transient_length(levels((20, 3), (1, 297))) == 0
+    assert transient_length(levels((1e7, 1), (1, 99))) == 0
 
 
 def test_norms_after_clipping_get_no_advice():
@@ -215,10 +277,35 @@ def test_a_missing_loss_does_not_hide_or_move_the_end(at):
     assert "the 5 norms before" in advice.reasons[0]
 
 
+def test_a_loss_that_begins_near_0_may_rise_in_a_sound_run():
+    norm, loss = norms(500), np.linspace(0.001, 0.03, 500) * norms(500, seed=1)
+    advice = advise(norm, loss=loss)
+    assert not advice.lost
+    assert advice.limit == advise(norm).limit
+    assert advice.confidence == "low"
+
+
+def test_two_norms_before_the_loss_rose_are_too_few():
+    norm = np.concatenate([[0.4, 0.3], norms(500) * 50])
+    loss = np.concatenate([[4.8, 4.0], np.full(500, 12.0)])
+    advice = advise(norm, loss=loss)
+    assert advice.limit is None
+    assert advice.confidence == "none"
+    assert "of the 2 norms before the median says nothing" in advice.reasons[0]
+
+
+def test_a_loss_that_became_nan_is_a_lost_run_whatever_the_norms():
+    loss = np.linspace(2, 1, 2000)
+    loss[1500:] = np.nan
+    advice = advise(norms(), loss=loss)
+    assert advice.lost
+    assert advice.confidence == "low"
+
+
 def test_a_run_that_did_not_learn_lowers_the_confidence():
     advice = advise(norms(), loss=np.full(2000, 2.3))
     assert advice.confidence == "low"
-    assert any("the loss ended where it began" in note for note in advice.notes)
+    assert any("the loss ended no lower than it began" in note for note in advice.notes)
     assert advise(norms(), loss=np.linspace(2.3, 1, 2000)).confidence == "high"
 
 
@@ -280,6 +367,15 @@ def test_the_tail_index_is_that_of_the_distribution():
         assert tail_index(rng.pareto(alpha, 50_000) + 1) == pytest.approx(
             alpha, rel=0.1
         )
+
+
+def test_numbers_of_any_size_stand_apart_in_the_text():
+    for line in str(advise(norms(300) * 3e5)).splitlines():
+        assert not re.search(r"e\+\d\d\d", line)
+    table = str(advise(norms(300))).splitlines()
+    heading, row = (next(x for x in table if word in x) for word in ("norm ", " 5%"))
+    assert heading.index("norm") == row.index("0.6")
+    assert heading.index("95 %") == row.index("0.5")
 
 
 def test_scores_do_not_depend_on_the_unit():
@@ -444,7 +540,15 @@ def test_the_command_watch(log):
     assert "█" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["advise", "replay", "report", "watch"])
+@pytest.mark.parametrize("rule", ["AGC()", "Value(1.0)", "Norm(1.0, over='tensor')"])
+def test_a_rule_that_norms_cannot_try_is_a_wrong_option(log, rule):
+    result = run("replay", log, "--rule", rule)
+    assert result.exit_code == 2
+    assert "Invalid value for --rule" in result.stderr
+    assert run("replay", log.parent / "none", "--rule", rule).exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["advise", "demo", "replay", "report", "watch"])
 def test_every_command_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -53,6 +54,24 @@ MMDET = (
     "2022-01-01 00:00:00,123 - mmdet - INFO - Epoch [0][{step}/7330]\tlr: 1.9e-03, "
     "eta: 1 day, time: 0.3, loss_cls: 1.2, loss: 3.9, grad_norm: {norm}"
 )
+TQDM = (
+    "Steps:  12%|██  | {step}/2000 [00:00<1:00:00,  1.44s/it, loss=2.5, "
+    "grad_norm={norm}, lr=1e-5]"
+)
+OLMO = (
+    "2024-05-01T10:00:00Z [INFO] [olmo.train, rank 0] [step={step}/739328,epoch=0]\n"
+    "    optim/total_grad_norm={norm}\n    train/CrossEntropyLoss=2.5\n"
+    "    throughput/total_tokens=4,194,304\n    time/left=1:00:00"
+)
+OLMO_CORE = (
+    "INFO\t[step={step}/1000,epoch=1,eta=1:00:00]\n    optim/LR (group 0)=0.0004\n"
+    "    optim/total grad norm={norm}\n    train/CE loss=2.5"
+)
+COMPOSER = (
+    "[batch={step}/4800]:\n\t Train time/batch: 9\n"
+    "\t Train l2_norm/moment/global: 0.1\n\t Train l2_norm/grad/global: {norm}\n"
+    "\t Train loss/train/total: 2.5"
+)
 HF = "Hugging Face console"
 NORMS = [2.5, 1.25, 4.0]
 
@@ -83,6 +102,15 @@ def printed(form, norms=NORMS, first=1, end="\n"):
         ("step  {step} | loss: 10.9 | norm: {norm:.4f} | dt: 9ms", "nanoGPT console"),
         ("{{'grad_norm': '{norm}', 'global_step/max_steps': '{step}/294'}}", HF),
         ("grad_norm={norm} loss=2.0 step={step}", "norms console"),
+        (TQDM, "tqdm console"),
+        (
+            "Epoch 0:   3%|█ | {step}/30 [00:01, v_num=0, grad_norm={norm}]",
+            "tqdm console",
+        ),
+        ("Steps: 12.5%|█ | {step}/8 [00:01, grad_norm={norm}]", "tqdm console"),
+        (OLMO, "headed block console"),
+        (OLMO_CORE, "headed block console"),
+        (COMPOSER, "headed block console"),
         (
             "{{'grad_norm': {norm}, 'loss': nan, 'step': {step}}}",
             HF,
@@ -106,6 +134,12 @@ def test_what_trainers_print(tmp_path, form, tool):
         ("step {step} loss 2.5 grad_norm {norm}", 2.5),
         ("it {step}: train loss 3.1, val loss 2.0, grad norm {norm}", 3.1),
         ("loss=2.0 step={step} grad_norm={norm}", 2.0),
+        (TQDM, 2.5),
+        (OLMO, 2.5),
+        (OLMO_CORE, 2.5),
+        (COMPOSER, 2.5),
+        ("global_step: {step} | grad_norm: {norm} | reduced_train_loss: 2.5 |", 2.5),
+        ("2%|█ | {step}/9 [00:01, train_loss_step=2.5, grad_norm={norm}]", 2.5),
         ("step {step} - loss: 2.3 - val loss: 3.3 - grad_norm: {norm}", 2.3),
         ("step {step} val loss 2.5 grad_norm {norm}", math.nan),
         ("step {step} [eval] loss: 3.0 grad_norm: {norm}", math.nan),
@@ -119,6 +153,52 @@ def test_the_loss_of_a_step_is_read_and_no_other(tmp_path, form, loss):
     history = load(tmp_path / "out.log", printed(form))
     assert history.norm.tolist() == NORMS
     np.testing.assert_array_equal(history.recorded.loss, [loss] * 3)
+
+
+def test_the_batches_below_headings_are_counted_through_epochs(tmp_path):
+    text = "".join(
+        f"[epoch={epoch}][batch={batch}/4]:\n\t Train l2_norm/grad/global: {norm}\n"
+        for norm, (epoch, batch) in enumerate(np.ndindex(2, 4), 1)
+    )
+    history = load(tmp_path / "out.log", text)
+    assert history.norm.tolist() == list(range(1, 9))
+    assert history.step.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "step {step} grad_norm_before={norm} grad_norm_after=1",
+        "step {step} | grad_norm (pre-clip) {norm} | grad_norm (post-clip) 1",
+        "step {step} grad_norm_after=1 grad_norm/before_clip={norm}",
+        "step {step} grad norm before clipping: {norm}",
+        "step {step} grad_norm_unclipped={norm} grad_norm_clipped=1",
+        "step={step} loss=2.0 grads_norm={norm}",
+        "step={step} avg_norm=3 grad/norm={norm}",
+        "step={step} total_norm={norm}",
+        "step={step} l2_norm/grad/global: {norm}",
+    ],
+)
+def test_a_norm_has_many_names(tmp_path, form):
+    history = load(tmp_path / "out.log", printed(form))
+    assert history.norm.tolist() == NORMS
+    assert history.step.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grad_norm_clipped",
+        "grad_norm_after",
+        "grad_norm (post-clip)",
+        "clipped_grad_norm",
+        "grad norm after clipping",
+    ],
+)
+def test_printed_norms_after_clipping_are_refused_with_the_reason(tmp_path, name):
+    reason = re.escape(f"only norms after clipping ({name})")
+    with pytest.raises(LogError, match=reason):
+        load(tmp_path / "out.log", printed(f"step {{step}} {name}=1.0 loss=2"))
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -162,6 +242,49 @@ def test_an_export_of_runs_has_ranges_beside_its_columns(tmp_path):
     history = load(tmp_path / "wandb.csv", table([heads, *rows]))
     assert {history.recorded.column, *history.recorded.networks} == set(names)
     assert set(history.norm.tolist()) == {2.5}
+
+
+def export(*runs):
+    """Return the table that Weights & Biases exports for runs of these names."""
+    heads = (f"{run} - grad_norm" for run in runs)
+    names = ["Step", *(f"{x}{end}" for x in heads for end in ("", "__MIN", "__MAX"))]
+    rows = [[i, *([1 + i] * 3 * len(runs))] for i in range(30)]
+    return table([[json.dumps(name) for name in names], *rows])
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        ("lr=1e-3,wd=0.1",),
+        ("['a', 'b']",),
+        ("finetune-after-sft",),
+        ("baseline", "total-clipped"),
+        ("max-norm-1", "mean", "train"),
+        ("train", "debug", "raw"),
+        ("gnorm-of-a", "grad_norm_clipped"),
+    ],
+)
+def test_the_name_of_a_run_says_nothing_of_its_column(tmp_path, runs):
+    record = load(tmp_path / "wandb.csv", export(*runs)).recorded
+    found = [record.column, *record.networks]
+    assert found == [f"{run} - grad_norm" for run in runs]
+    assert np.isnan(record.limit).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_loss_step",
+        "Train/Samples/train_loss",
+        "learning/loss",
+        "reduced_train_loss",
+        "loss/train/total",
+    ],
+)
+def test_the_loss_has_many_names(tmp_path, name):
+    rows = [[i, 2.5 + i, 9.0 - i] for i in range(3)]
+    history = load(tmp_path / "log.csv", table([["step", "grad_norm", name], *rows]))
+    assert history.loss.tolist() == [9.0, 8.0, 7.0]
 
 
 def test_the_newest_step_may_stand_first(tmp_path):
@@ -333,12 +456,17 @@ def test_not_a_number_is_kept_in_every_spelling(tmp_path):
         (("clipped_grad_norm", "unclipped_grad_norm"), "unclipped_grad_norm"),
         (("gradNormAfterClip", "gradNormBeforeClip"), "gradNormBeforeClip"),
         (("loss", "crafter-v1 - train/grad_norm"), "crafter-v1 - train/grad_norm"),
+        (
+            ("learning/grad_norm", "learning/raw_grad_norm"),
+            "learning/raw_grad_norm",
+        ),
     ],
 )
 def test_which_column_is_the_norm_before_clipping(tmp_path, names, chosen):
     rows = "\n".join(f"{i},7.0,8.0" for i in range(3))
     history = load(tmp_path / "log.csv", f"step,{','.join(names)}\n{rows}\n")
     assert history.recorded.column == chosen
+    assert history.recorded.networks == ()
 
 
 @pytest.mark.parametrize(
@@ -521,6 +649,31 @@ def test_a_loss_in_another_file_than_its_norm_belongs_to_its_step(tmp_path):
     assert record.norm.tolist() == record.loss.tolist() == [*range(1, 1501)]
 
 
+@pytest.mark.parametrize("steps", [300, 1500])
+def test_tags_that_count_samples_move_no_steps(tmp_path, steps):
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(1, steps + 1):
+            for tag in ("lm loss", "grad-norm"):
+                writer.add_scalar(tag, step, step)
+                writer.add_scalar(f"{tag} vs samples", step, 4 * step)
+    record = gc.History.load(tmp_path).recorded
+    assert record.column == "grad-norm"
+    assert record.step.tolist() == record.norm.tolist() == [*range(1, steps + 1)]
+    assert record.loss.tolist() == record.norm.tolist()
+    assert record.notes == ()
+
+
+def test_a_loss_that_is_logged_late_belongs_to_its_step(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(50):
+            writer.add_scalar("grad_norm", 1 + step, step)
+            if step >= 5:
+                writer.add_scalar("loss", step - 4, step - 5)
+    record = gc.History.load(tmp_path).recorded
+    assert record.step.tolist() == [*range(50)]
+    assert record.loss[:45].tolist() == [*range(1, 46)]
+
+
 @pytest.mark.parametrize("name", ["grad_norm_study", "loss_ablation"])
 def test_a_folder_may_be_called_like_a_tag(tmp_path, name):
     with SummaryWriter(tmp_path / name) as writer:
@@ -543,6 +696,14 @@ def test_an_mlflow_run_that_was_started_again_is_two_runs(tmp_path):
     assert (len(first), len(second)) == (50, 20)
     (metrics / "grad_norm").write_text("\n".join([*lines, "17000 1.1"]))
     with pytest.raises(LogError, match="line 71: not 'time value step'"):
+        gc.History.load(tmp_path / "mlruns")
+
+
+def test_a_damaged_metric_of_mlflow_is_named_with_its_line(tmp_path):
+    metrics = tmp_path / "mlruns" / "0" / "abc" / "metrics"
+    metrics.mkdir(parents=True)
+    (metrics / "grad_norm").write_bytes(b"17000 1.0 0\n17000 \xff 1\n")
+    with pytest.raises(LogError, match=r"grad_norm, line 2: not 'time value step'"):
         gc.History.load(tmp_path / "mlruns")
 
 
@@ -576,6 +737,11 @@ REFUSED = {
     "quartiles of its norms": "Clipping_scale=2.0, grad-norm quartiles 1 2 3 4 5, x\n",
     r"line 3: .*cut off": '{\n "log_history": [\n  {"grad_norm": 1.0, "step',
     "holds no list of steps; it has a": '{"a": 1}',
+    r"holds no list of steps; it has \{\}": "{}",
+    "holds no list of steps; it has null": "null\n",
+    'holds no list of steps; it has "text"': '"text"',
+    "a table without a row; its heading is step, loss": "step,loss\n",
+    "a table without a row; its heading is time, grad_norm": "\ntime;grad_norm\n",
     "without steps": '{"gradclip": 1, "rule": "Norm(1.0)", "run": {}}\n',
 }
 

@@ -168,6 +168,27 @@ def test_a_page_without_a_recommendation_offers_no_limit(tmp_path):
     assert "Norm(1" not in text
 
 
+def of_order(p):
+    """Return a history that says which norms it holds."""
+    record = replace(gc.History.of(norms(300)).recorded, rule=repr(gc.Norm(1.0, p=p)))
+    return gc.History.from_record(record, None)
+
+
+@pytest.mark.parametrize(("p", "order"), [(2.0, ""), (1.0, ", p=1.0")])
+def test_the_page_knows_the_order_of_the_norm(tmp_path, p, order):
+    run, _ = page_of(of_order(p), tmp_path)
+    assert run["order"] == order
+
+
+def test_the_slider_writes_the_norm_that_is_recommended(browser, tmp_path):
+    page_of(of_order(1.0), tmp_path)
+    tab, wrong = opened(browser, tmp_path / "page.html")
+    code = tab.locator("#code-0").inner_text()
+    assert code == tab.locator("#run-0 .lead code").inner_text()
+    assert code.endswith(", p=1.0))")
+    assert wrong == []
+
+
 def test_a_page_is_about_the_steps_that_the_advice_is_about(tmp_path):
     rng = np.random.default_rng(0)
     norm = np.concatenate([rng.lognormal(3, 0.3, 400), rng.lognormal(0, 0.3, 400)])

@@ -85,6 +85,8 @@ def demo(
 ) -> None:
     """Train one network without clipping and under four rules, and compare.
 
+    Example: gradclip demo --steps 200 --out DIR
+
     Ctrl-C ends it early and keeps what is done.
     """
     _require("demo", "demo", "torch", "matplotlib", "rich")

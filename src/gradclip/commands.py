@@ -116,7 +116,8 @@ def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
     rows = []
     with progress(len(rules) * len(history), "replaying") as advance:
         for rule in rules:
-            again = replay_on(history, rule, advance)
+            with refused_rules():
+                again = replay_on(history, rule, advance)
             limits = again.limit[np.isfinite(again.limit)]
             passed = again.norm_after[at & np.isfinite(again.norm)]
             rows.append(
@@ -241,8 +242,15 @@ def read_as(history: History) -> str:
 def _rule(text: str) -> Rule:
     from gradclip.ruletext import rule_from
 
-    try:
+    with refused_rules():
         return rule_from(text)
+
+
+@contextmanager
+def refused_rules() -> Iterator[None]:
+    """Turn what is wrong with a rule, or with it on a log, into a wrong option."""
+    try:
+        yield
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--rule") from None
 

@@ -18,13 +18,15 @@ SPIKE = 6.0
 WIDTH = 50
 RESAMPLES = 300
 BINS = 2000
+LEAST = 10
+"""Fewer norms than this are no level of their own."""
 
 
 def transient_length(norm: Floats) -> int:
     r"""Return how many norms at the start belong to a phase of their own.
 
-    The cut that explains most of the variance of $\log \lVert g \rVert$ counts if it
-    lies in the first fifth and the levels on its sides differ by a factor above 1.5.
+    They end where the level of $\log \lVert g \rVert$ changes in the first fifth, by a
+    factor above 1.5. If it changes more behind that, what lies before is looked at.
 
     Args:
         norm: Finite norms above 0, in order.
@@ -37,20 +39,69 @@ def transient_length(norm: Floats) -> int:
         >>> transient_length(np.array([9.0] * 12 + [1.0, 1.1, 0.9, 1.0] * 30))
         12
     """
-    size = norm.size
+    logs, end = _logs(norm), norm.size
+    while cut := _largest_change(logs[:end]):
+        if cut < norm.size // 5 and _is_step(logs[:end], cut):
+            return cut
+        end = cut
+    return 0
+
+
+def level_change(norm: Floats) -> int:
+    r"""Return after how many norms their level changes most.
+
+    Args:
+        norm: Finite norms above 0, in order.
+
+    Returns:
+        The number of norms before the change; 0 where no cut beats chance, the levels
+        differ by a factor of at most 1.5, or a steady drift explains more.
+
+    Example:
+        >>> import numpy as np
+        >>> level_change(np.array([1.0, 1.1, 0.9, 1.0] * 30 + [2.0, 2.2, 1.8] * 40))
+        120
+        >>> level_change(np.linspace(1.0, 9.0, 500))
+        0
+    """
+    logs = _logs(norm)
+    cut = _largest_change(logs)
+    return cut if cut and _is_step(logs, cut) else 0
+
+
+def _logs(norm: Floats) -> Floats:
+    """Return logarithms in which one norm of 1e7 is no level of its own."""
+    if not norm.size:
+        return norm.copy()
+    logs = np.log(norm)
+    return np.clip(logs, *np.quantile(logs, [0.005, 0.995]))
+
+
+def _largest_change(logs: Floats) -> int:
+    """Return the cut that explains most of the variance; 0 where chance explains it."""
+    size = logs.size
     if size < 50:
         return 0
-    logs = np.log(norm)
-    # One norm of 1e7 would otherwise be a phase of its own.
-    logs = np.clip(logs, *np.quantile(logs, [0.005, 0.995]))
-    cut = np.arange(1, size // 5)
-    total = np.cumsum(logs)
-    before = total[cut - 1] / cut
-    after = (total[-1] - total[cut - 1]) / (size - cut)
-    gain = cut * (size - cut) / size * (before - after) ** 2
-    best = int(np.argmax(gain))
-    different = abs(before[best] - after[best]) > math.log(1.5)
-    return int(cut[best]) if different else 0
+    cut = np.arange(LEAST, size - LEAST + 1)
+    rest = logs - logs.mean()
+    gain = np.cumsum(rest)[cut - 1] ** 2 * size / (cut * (size - cut))
+    best, spread = int(np.argmax(gain)), float(rest @ rest)
+    # Schwarz's criterion: the place and the height of a cut cost log(size) each. Of
+    # noise, the best of all cuts passes it in few logs, and the fewer the longer.
+    certain = spread - gain[best] < spread * size ** (-2 / size)
+    return int(cut[best]) if certain else 0
+
+
+def _is_step(logs: Floats, cut: int) -> bool:
+    """Return whether levels differ at a cut, and are not two halves of a slope."""
+    size, before, after = logs.size, logs[:cut], logs[cut:]
+    # A few spikes in a short part move its mean, and not its median.
+    if abs(np.median(before) - np.median(after)) <= math.log(1.5):
+        return False
+    place = np.arange(size) - (size - 1) / 2
+    slope = (place @ logs) ** 2 / (place @ place)
+    step = cut * (size - cut) / size * (before.mean() - after.mean()) ** 2
+    return bool(step > slope)
 
 
 def spike_scores(norm: Floats) -> Floats:

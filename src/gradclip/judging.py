@@ -9,6 +9,7 @@ import numpy as np
 from gradclip.evidence import (
     SPIKE,
     drift_factor,
+    level_change,
     lost_from,
     pile_up,
     quantile_intervals,
@@ -24,6 +25,10 @@ from gradclip.ruletext import recorded_rule
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 FEWEST = 20
+FEWEST_BEFORE = 3
+"""Norms before a loss that rose; of fewer, the median is but one of them."""
+ALIKE = 2
+"""Medians that differ by a factor above this are those of different norms."""
 INSURANCE, ALWAYS_ON = 0.1, 0.5
 NOT_TAKEN = -1
 """What loggers write for a norm that was not taken, as at a step that was skipped."""
@@ -75,7 +80,7 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
             f"{short} of {names.size} runs have fewer than {FEWEST} usable norms, and "
             "do not count."
         )
-    if max(medians.values()) <= 2 * min(medians.values()):
+    if max(medians.values()) <= ALIKE * min(medians.values()):
         if len(medians) > 1:
             alike = f"the runs are alike (median norms {told}) and count together."
             notes.append(alike)
@@ -108,6 +113,7 @@ class Facts:
     def __post_init__(self) -> None:
         """Gather the evidence."""
         self.drift = drift_factor(self.steady)
+        self.change = self._change()
         self.quantiles = dict(
             zip(SHARES, quantile_intervals(self.steady, SHARES), strict=True)
             if self.steady.size
@@ -121,6 +127,14 @@ class Facts:
         self.spikes = find_spikes(self.record)
         self._note_gaps()
         self._note_oddities()
+        self._note_phases()
+
+    def _change(self) -> int:
+        """Return after how many steady norms, behind the start, their level changes."""
+        # Between runs, the level may differ.
+        several = np.unique(self.record.run).size > 1
+        change = 0 if several else level_change(self.steady)
+        return change if self.warmup + change >= self.norm.size // 5 else 0
 
     def _note_gaps(self) -> None:
         gaps = np.diff(self.record.step)
@@ -148,15 +162,26 @@ class Facts:
             self.notes.append(f"{bad} of {size} norms are NaN or infinite.")
         if self.still:
             self.notes.append(
-                "the loss ended where it began: the norms of a run that does not learn "
-                "say little about one that does."
+                "the loss ended no lower than it began: the norms of a run that does "
+                "not learn say little about one that does."
             )
+
+    def _note_phases(self) -> None:
         if self.warmup:
-            before = np.median(self.norm[: self.warmup])
+            first = np.median(self.norm[: self.warmup])
             self.notes.append(
-                f"the first {self.warmup} norms (median {before:.3g}) are a phase of "
+                f"the first {self.warmup} norms (median {first:.3g}) are a phase of "
                 f"their own and are set apart from the rest "
                 f"(median {np.median(self.steady):.3g})."
+            )
+        if self.change:
+            steps = self.record.step[is_finite(self.record.norm)]
+            before, after = self.steady[: self.change], self.steady[self.change :]
+            self.notes.append(
+                f"the level of the norms changes at step "
+                f"{steps[self.warmup + self.change]} (median {np.median(before):.3g} "
+                f"before, {np.median(after):.3g} after): one limit for both may fit "
+                "neither."
             )
 
     @property
@@ -165,8 +190,12 @@ class Facts:
         cut = lost_from(self.record.loss)
         if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
             return self.norm[:0]
-        before = self.record.norm[:cut]
-        return before[is_finite(before)]
+        usable = is_finite(self.record.norm)
+        before = self.record.norm[:cut][usable[:cut]]
+        after = self.record.norm[cut:][usable[cut:]]
+        # A loss that begins near 0, as that of GRPO, soon rises in a sound run as well.
+        sound = self.still and before.size < FEWEST and _alike(before, after)
+        return before[:0] if sound else before
 
     def refusal(self) -> str:
         """Return why the log supports no limit; empty if it does."""
@@ -210,13 +239,24 @@ class Facts:
             )
         return ""
 
+    def _too_few_before(self) -> str:
+        """Return why the norms before the loss rose say nothing; empty if they do."""
+        if self.healthy.size >= FEWEST_BEFORE:
+            return ""
+        return (
+            f"the loss rose for good, and of the {self.healthy.size} norms before the "
+            f"median says nothing; at least {FEWEST_BEFORE} are needed. Lower the "
+            "learning rate until the loss falls, and ask again."
+        )
+
     def _varies(self) -> bool:
         return bool(self.norm.max() > self.norm.min() * (1 + 1e-6))
 
     def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
         """Return limit, rule, confidence and the reasons."""
         lost = bool(self.healthy.size)
-        if why := self._no_norms() if lost else self.refusal():
+        why = self._no_norms() or self._too_few_before() if lost else self.refusal()
+        if why:
             return None, None, "none", [why]
         if lost:
             return self._before_the_loss()
@@ -282,7 +322,7 @@ class Facts:
         if self.still:
             return "low"
         _, low, high = self.quantiles[0.9]
-        sure = high / low < 1.15 and 1 / 3 < self.drift < 3
+        sure = high / low < 1.15 and 1 / 3 < self.drift < 3 and not self.change
         # Runs that repeat each other do not add up to a longer one.
         longest = int(np.bincount(self.record.run).max()) - self.warmup
         if longest >= 1000 and sure:
@@ -306,6 +346,14 @@ class Facts:
             Expert(name, limit, float(share_above(ordered, limit)), source)
             for name, limit, source in rows
         )
+
+
+def _alike(before: Floats, after: Floats) -> bool:
+    """Return whether norms are about as large after something as before it."""
+    if not before.size or not after.size:
+        return False
+    medians = float(np.median(before)), float(np.median(after))
+    return max(medians) <= ALIKE * min(medians)
 
 
 def _in_force(limit: Floats) -> float:

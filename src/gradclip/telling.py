@@ -50,14 +50,14 @@ def sentence(text: str) -> str:
 def _numbers(advice: "Advice") -> Iterator[str]:
     if not advice.quantiles:
         return
-    yield "  percentile   norm    95 % interval"
+    yield "  percentile   norm       95 % interval"
     for share, (value, low, high) in advice.quantiles.items():
-        yield f"  {share:>10.0%}   {value:<8.4g}{low:.4g} to {high:.4g}"
+        yield f"  {share:>10.0%}   {value:<10.4g} {low:.4g} to {high:.4g}"
     drift = f"drift: last fifth / first fifth = {advice.drift:.2f}"
     yield f"  {drift}; {_tail(advice.tail)}"
-    yield "Rules of thumb        limit     clips"
+    yield "Rules of thumb        limit      clips"
     for expert in advice.experts:
-        row = f"  {expert.name:<20}{expert.limit:<10.4g}{expert.clip_rate:<7.1%}"
+        row = f"  {expert.name:<20}{expert.limit:<10.4g} {expert.clip_rate:<7.1%}"
         yield f"{row} {expert.source}"
 
 

@@ -147,9 +147,12 @@ def _guess_text(head: str) -> str:
         if isinstance(first, dict) and len(lines) > 1:
             return "jsonl"
         return "json"
+    if len(lines) == 1 and (text.strip() == "null" or parsed(text) is not None):
+        return "json"
     if text[0] in "{[" and text[1:].lstrip()[:1] in ("", '"', "{", "[", "]", "}"):
         return "json" if not _lines_of_json(lines) else "jsonl"
-    return "csv" if tabular.delimiter_of(head) else "console"
+    table = tabular.delimiter_of(head) or tabular.is_heading(text)
+    return "csv" if table else "console"
 
 
 def _lines_of_json(lines: list[str]) -> bool:

@@ -29,7 +29,10 @@ EXTREME = re.compile(r"__(?:MIN|MAX)$")
 RUN = re.compile(r"^.+ - ")
 """What it puts before a column: the name of the run."""
 AVERAGE = re.compile(r"avg|average|mean|(?:^|[\W_])ema", re.IGNORECASE)
-FIRST = re.compile(r"before|pre[\W_]*clip|unclipped|total|global|val$", re.IGNORECASE)
+FIRST = re.compile(
+    r"before|pre[\W_]*clip|unclipped|(?<![a-z])raw(?![a-z])|total|global|val$",
+    re.IGNORECASE,
+)
 STEPS = (
     "step",
     "global_step",
@@ -48,7 +51,21 @@ STEPS = (
     "train/global_step",
     "epoch",
 )
-LOSSES = ("loss", "train_loss", "train/loss", "lm loss", "training_loss", "loss_step")
+LOSSES = (
+    "loss",
+    "train_loss",
+    "train/loss",
+    "lm loss",
+    "training_loss",
+    "loss_step",
+    "train_loss_step",
+    "train/samples/train_loss",
+    "learning/loss",
+    "reduced_train_loss",
+    "train/crossentropyloss",
+    "train/ce loss",
+    "loss/train/total",
+)
 MOST = 3
 """More columns than this without a total are the norms of modules."""
 
@@ -62,7 +79,7 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     if columns.wanted is not None:
         return _wanted(columns, source), ()
     # The bare word may be a norm of anything, where a gradient's has its name.
-    found = [name for name in columns.found if NORM.search(name)]
+    found = [name for name in columns.found if NORM.search(_own(name))]
     found = found or [name for name in columns.found if name == "norm"]
     found = [x for x in found if not (_is_limit(x) or EXTREME.search(x))]
     found = [name for name in found if len(columns.found[name].values)]
@@ -72,7 +89,7 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
             f"{source}: no gradient norm in it; it has {shown}. If one of them is the "
             "norm before clipping, name it with column=… (--column)."
         )
-    before = [name for name in found if not AFTER.search(name)]
+    before = [name for name in found if not AFTER.search(_own(name))]
     if not before:
         raise LogError(
             f"{source}: only norms after clipping ({', '.join(found)}), which never "
@@ -87,6 +104,11 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     return best[0], tuple(best[1:])
 
 
+def _own(name: str) -> str:
+    """Return a name without that of its run, which says nothing about the column."""
+    return RUN.sub("", name)
+
+
 def _wanted(columns: Columns, source: str) -> str:
     wanted = columns.wanted or ""
     if wanted not in columns.found or not len(columns.found[wanted].values):
@@ -98,14 +120,13 @@ def _wanted(columns: Columns, source: str) -> str:
 
 
 def _is_limit(name: str) -> bool:
-    return bool(LIMIT.search(name)) and not re.search(
-        "before|after|pre|post", name, re.I
-    )
+    own = _own(name)
+    return bool(LIMIT.search(own)) and not re.search("before|after|pre|post", own, re.I)
 
 
 def is_before_clipping(name: str) -> bool:
     """Return whether a name is not that of a limit, nor of what clipping left."""
-    return not (_is_limit(name) or AFTER.search(name))
+    return not (_is_limit(name) or AFTER.search(_own(name)))
 
 
 def _best(names: Sequence[str], columns: Columns) -> list[str]:
@@ -113,9 +134,9 @@ def _best(names: Sequence[str], columns: Columns) -> list[str]:
 
     def rank(name: str) -> tuple[bool, bool, bool, int]:
         values = np.frombuffer(columns.found[name].values)
-        first = bool(FIRST.search(name))
+        first = bool(FIRST.search(_own(name)))
         broken = not np.isfinite(values).any()
-        return broken, bool(AVERAGE.search(name)), not first, -len(values)
+        return broken, bool(AVERAGE.search(_own(name))), not first, -len(values)
 
     networks: dict[str, list[str]] = {}
     for name in names:
@@ -125,24 +146,24 @@ def _best(names: Sequence[str], columns: Columns) -> list[str]:
 
 def network_of(name: str) -> str:
     """Return what stands before the norm in a name: `actor` in `actor/grad_norm`."""
-    found = NORM.search(name)
-    prefix = name[: found.start()] if found else ""
+    own = _own(name)
+    found = NORM.search(own)
     prefix = re.sub(
-        r"(?i)(?<![a-z])(train(ing)?|debug|metrics?|optim(izer)?|grads?)(?![a-z])",
+        r"(?i)(?<![a-z])(train(ing)?|debug|metrics?|optim(izer)?|grads?|raw)(?![a-z])",
         "",
-        prefix,
+        own[: found.start()] if found else "",
     )
-    return prefix.strip("/._- ").lower()
+    return f"{name.removesuffix(own)}{prefix}".strip("/._- ").lower()
 
 
 def _only_modules(names: Sequence[str], best: Sequence[str]) -> bool:
-    whole = [n for n in names if FIRST.search(n) or not _inside(n)]
+    whole = [n for n in names if FIRST.search(_own(n)) or not _inside(n)]
     return len(best) + len(names) > 2 * MOST and not whole
 
 
 def _inside(name: str) -> bool:
     """Return whether a name says more than that it is a gradient norm."""
-    rest = RUN.sub("", NORM.sub("", name))
+    rest = NORM.sub("", _own(name))
     return bool(re.sub(r"(?i)^(train(ing)?|metrics?)[/._]", "", rest).strip("/._- "))
 
 

@@ -29,6 +29,20 @@ BEFORE = (
 """Not behind what makes it a limit, or the norm after clipping."""
 APART = r"(?<![a-zA-Z])(?<!s/)(?<!sec/)(?<!per[ _])"
 """Not the end of another word, nor of a time per step."""
+WORD = (
+    r"(?i:grad(?:ient)?s?[ _/-]?norm|(?<![a-z])g[ _]?norm|(?<![\w/.])total_norm"
+    r"|l2_norm/grad/global)"
+)
+NORM = (
+    rf"{BEFORE}{WORD}(?i:[ _/]*\(?(?:before|pre|un)[ _-]?clip(?:ping|ped)?\)?|_before)?"
+)
+"""A norm, and whatever says that it is the one before clipping."""
+AFTER = re.compile(
+    rf"(?P<name>(?i:(?<!un)clipped|(?:after|post)[ _-]?clip(?:ping)?)[ _/-]+{WORD}"
+    rf"|{WORD}(?i:[ _/]*\(?(?:after|post|clipped)(?:[ _-]?clip(?:ping)?)?\)?))"
+    rf"['\"]?\s*[=:|]?\s*['\"]?(?P<norm>{NUMBER})"
+)
+EPOCH = r"(?:(?i:\bepoch)[\s=:#\[(|]*(?P<epoch>\d+)\b.*?)?"
 
 
 class Pattern(NamedTuple):
@@ -70,11 +84,11 @@ PATTERNS = (
     ),
     _pattern(
         "steps",
-        r"(?:(?i:\bepoch)[\s=:#\[(|]*(?P<epoch>\d+)\b.*?)?"
-        rf"{APART}(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|it)"
-        r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b.*?"
-        rf"{BEFORE}(?i:g(?:rad(?:ient)?)?[ _]?norm)['\"]?"
-        r"\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
+        rf"{EPOCH}{APART}"
+        r"(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|it)"
+        # What comes to percent is how far a progress bar has come.
+        r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b(?![\d.]*\s*%).*?"
+        rf"{NORM}['\"]?\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
         "fairseq",
@@ -82,14 +96,19 @@ PATTERNS = (
         r"(?:.*?num_updates[=: ]+(?P<step>\d+))?",
     ),
     _pattern(
+        "tqdm",
+        rf"{EPOCH}\d%\|[^|]*\|\s*(?P<step>\d+)/\d+ \[.*?"
+        rf"{NORM}['\"]?\s*[=:]\s*['\"]?(?P<norm>NUMBER)",
+    ),
+    _pattern(
         "norms",
-        rf"{BEFORE}(?i:grad(?:ient)?[ _-]?norm)['\"]?\s*[=:]\s*"
+        rf"{NORM}['\"]?\s*[=:]\s*"
         r"['\"]?(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
     ),
 )
 LOSS = re.compile(
-    r"(?:^|[^a-zA-Z_\s/.-]\s*|-\s+)(?i:(?:train(?:ing)?|total|lm)[ _/])?[lL]oss['\"]?"
-    rf"\s*[=:|]?\s*['\"]?(?P<loss>{NUMBER})(?!\w)"
+    r"(?:^|[^a-zA-Z_\s/.-]\s*|-\s+)(?i:(?:(?:reduced_)?train(?:ing)?|total|lm)[ _/])?"
+    rf"[lL]oss(?:_step)?['\"]?\s*[=:|]?\s*['\"]?(?P<loss>{NUMBER})(?!\w)"
 )
 """The loss of a step, and not a part of it."""
 EVALUATION = re.compile(r"(?i)\b(?:eval|val|valid|validation|evaluation|test|dev)\b")
@@ -99,6 +118,12 @@ NETWORKS = re.compile(
     rf"(?P<norm>{NUMBER})"
 )
 BOX = re.compile(r"^\s*\|\s*(?P<name>[^|]+?)\s*\|\s*(?P<value>[^|]*?)\s*\|\s*$")
+HEADER = re.compile(
+    r"^(?!.*norm).*?(?:\[epoch=(?P<epoch>\d+)\])?\[(?:step|batch)=(?P<step>\d+)/[^\]]*"
+    r"\]:?\s*$"
+)
+"""What OLMo and Composer print above the numbers of a step."""
+BELOW = re.compile(r"^\s+(?:Train )?(?P<name>\S.*?)\s*[=:]\s*(?P<value>\S+)\s*$")
 QUARTILES = re.compile(r"grad-norm quartiles")
 SUMMARY = re.compile(r"\|\s*train\s*\|")
 """fairseq ends an epoch with the average of its norms."""
@@ -143,21 +168,23 @@ def _nothing(source: str, quartiles: bool) -> str:
 def _rows(
     lines: Iterable[str], columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    box: dict[str, Any] = {}
+    tool, box = "boxed table", dict[str, Any]()
     # A box ends with the first line that is no row of it; its rows are one step.
     for raw in lines:
         line = COLOURS.sub("", raw).replace("\u3000", " ")
-        if cell := BOX.match(line):
+        if cell := BOX.match(line) or (box and BELOW.match(line)):
             box[cell["name"]] = cell["value"]
             continue
-        if box:
-            yield "boxed table", box
-            box = {}
+        if box.keys() - {"step", "epoch"}:
+            yield tool, box
+        tool, box = "boxed table", {}
+        if header := HEADER.match(line):
+            tool, box = "headed block", header.groupdict()
         _mind_limit(line, columns)
         if "norm" in line.lower() and not SUMMARY.search(line):
             yield from _from_line(line)
-    if box:
-        yield "boxed table", box
+    if box.keys() - {"step", "epoch"}:
+        yield tool, box
 
 
 def _mind_limit(line: str, columns: Columns) -> None:
@@ -179,6 +206,9 @@ def _from_line(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if found := pattern.line.search(line):
                 yield pattern.tool, _named(found, line)
                 return
+        if found := AFTER.search(line):
+            # Under this name it is refused with the reason.
+            yield "norms", {found["name"]: found["norm"]}
 
 
 def _dictionary(line: str) -> dict[str, Any]:

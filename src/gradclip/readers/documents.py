@@ -41,9 +41,10 @@ def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, 
         return columns, "JSON list"
     lists = _lists(document)
     if not lists:
-        names = ", ".join(document) if isinstance(document, dict) else repr(document)
+        names = ", ".join(document) if isinstance(document, dict) else ""
+        held = names or json.dumps(document)
         raise LogError(
-            f"{path}: JSON that holds no list of steps; it has {names[:200]}."
+            f"{path}: JSON that holds no list of steps; it has {held[:200]}."
         )
     for values in zip(*lists.values(), strict=True):
         columns.add(dict(zip(lists, values, strict=True)))

@@ -1,6 +1,7 @@
 """TensorBoard event folders, through the tensorboard package."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,42 @@ from gradclip.record import LogError
 
 PATTERN = "*tfevents*"
 MOST = 1000
-"""Steps that are gathered before they are kept, to spare memory."""
+"""Steps that are gathered before the oldest is kept, to spare memory."""
 FRAME = 16
 """Bytes around each record: its length, and two checksums."""
+
+
+class Gathered:
+    """The rows of the steps that came last, before they are kept in columns."""
+
+    def __init__(self, columns: Columns, most: float) -> None:
+        """Start without a row."""
+        self.columns, self.most = columns, most
+        self.rows: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self.places: dict[int, int] = {}
+        self.last: dict[str, int] = {}
+        """In which row of the columns each name came last."""
+
+    def put(self, step: int, name: str, number: float) -> None:
+        """Take in a scalar; a step that comes again begins a new row."""
+        # A resumed run repeats its steps, and which of them count is decided later.
+        # Where some tags count samples, as Megatron-LM's do, a step may be there long
+        # before its turn: no column may go backwards in the rows.
+        if step in self.rows and self.places[step] <= self.last.get(name, -1):
+            self.keep(0)
+        if step not in self.rows:
+            self.keep(self.most - 1)
+            self.places[step] = self.columns.count + len(self.rows)
+            self.rows[step] = {"step": step}
+        self.last[name] = self.places[step]
+        self.rows[step][name] = number
+
+    def keep(self, rest: float) -> None:
+        """Hand the oldest rows over, until so many are left."""
+        while len(self.rows) > rest:
+            step, row = self.rows.popitem(last=False)
+            del self.places[step]
+            self.columns.add(row)
 
 
 def read(path: Path, column: str | None) -> Columns:
@@ -25,19 +59,17 @@ def read(path: Path, column: str | None) -> Columns:
         LogError: If nothing in a file can be read.
         ModuleNotFoundError: If tensorboard is not installed.
     """
-    columns = Columns(column)
-    rows: dict[int, dict[str, Any]] = {}
-    files = event_files(path)
+    columns, files = Columns(column), event_files(path)
     # The loss of a step may be in another file than its norm.
-    most = MOST if len(files) == 1 else math.inf
+    gathered = Gathered(columns, MOST if len(files) == 1 else math.inf)
     for file in files:
         if path.is_dir() and not file.stat().st_size:
             columns.notes.append(f"{file.name} is empty.")
             continue
         folder = file.parent.name if _is_of_one_name(file, path, columns) else ""
         for event in _events(file, columns):
-            _take(event, rows, columns, folder, most)
-    _finish(rows, columns)
+            _take(event, gathered, folder)
+    gathered.keep(0)
     if not columns.count:
         raise LogError(f"{path}: the event files hold no scalars.")
     return columns
@@ -75,25 +107,12 @@ def event_files(path: Path) -> list[Path]:
     return sorted(files, key=lambda file: begun[file.parent])
 
 
-def _take(
-    event: Any,
-    rows: dict[int, dict[str, Any]],
-    columns: Columns,
-    folder: str,
-    most: float,
-) -> None:
-    """Gather the scalars of a step; a step that comes again begins a new row."""
+def _take(event: Any, gathered: Gathered, folder: str) -> None:
+    """Gather the scalars of a step."""
     for value in event.summary.value:
         number = _scalar(value)
-        if number is None:
-            continue
-        row = rows.setdefault(event.step, {"step": event.step})
-        name = _named(value.tag, folder)
-        # A resumed run repeats its steps, and which of them count is decided later.
-        if name in row or len(rows) > most:
-            _finish(rows, columns)
-            row = rows.setdefault(event.step, {"step": event.step})
-        row[name] = number
+        if number is not None:
+            gathered.put(event.step, _named(value.tag, folder), number)
 
 
 def _is_of_one_name(file: Path, path: Path, columns: Columns) -> bool:
@@ -112,12 +131,6 @@ def _named(tag: str, folder: str) -> str:
     """Return the column of a tag; `add_scalars` has a folder for each of its names."""
     prefix = f"{tag.replace('/', '_')}_"
     return f"{folder.removeprefix(prefix)}/{tag}" if folder.startswith(prefix) else tag
-
-
-def _finish(rows: dict[int, dict[str, Any]], columns: Columns) -> None:
-    for row in rows.values():
-        columns.add(row)
-    rows.clear()
 
 
 def _scalar(value: Any) -> float | None:

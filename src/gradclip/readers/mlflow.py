@@ -31,7 +31,8 @@ def read(path: Path, column: str | None) -> Columns:
         name = file.relative_to(runs[-1]).as_posix()
         # A run that was started again logs its steps a second time.
         times: Counter[int] = Counter()
-        for at, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        text = file.read_text("utf-8", errors="replace")
+        for at, line in enumerate(text.splitlines(), 1):
             step, value = _values(line, file, at)
             place = times[step], step
             rows.setdefault(place, {"step": step})[name] = value

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
+from gradclip.readers.choice import NORM, STEPS
 from gradclip.readers.columns import GROUPED, Columns, number
 from gradclip.record import LogError
 
@@ -34,14 +35,24 @@ def delimiter_of(head: str) -> str | None:
 def _is_name(text: str) -> bool:
     """Return whether a cell may head a column: a word, not a piece of a dictionary."""
     worded = any(c.isalpha() for c in text) or not text.strip()
-    return worded and not any(c in text for c in "{}[]='\x1b")
+    return worded and not any(c in text for c in "{}\x1b")
+
+
+def is_heading(text: str) -> bool:
+    """Return whether a text is a line with the names of columns, and no more."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    rows = (next(csv.reader(lines, delimiter=sign)) for sign in DELIMITERS)
+    tables = ([name.strip().lower() for name in row] for row in rows if len(row) > 1)
+    return len(lines) == 1 and any(
+        name in STEPS or NORM.fullmatch(name) for names in tables for name in names
+    )
 
 
 def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     """Return the columns of a table; rows of another width are left out and counted.
 
     Raises:
-        LogError: If it has no line with names, or a cell beyond any measure.
+        LogError: If it has no row below the names, or a cell beyond any measure.
     """
     lines = iter(lines)
     # Those above the heading are empty, and count where a line is named.
@@ -67,6 +78,9 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
             bad.append(rows.line_num + above)
+    if not (columns.count or bad):
+        heading = ", ".join(names)[:200] or "empty"
+        raise LogError(f"{source}: a table without a row; its heading is {heading}.")
     if bad:
         columns.notes.append(
             f"{len(bad)} rows have another number of cells than the heading and were "

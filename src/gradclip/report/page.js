@@ -46,7 +46,7 @@ function connect(slider) {
   const show = (limit) => {
     const rate = rateAbove(run, limit);
     const told = `${limit} clips ${(100 * rate).toFixed(1)} % of the steps`;
-    document.getElementById(`code-${i}`).textContent = `attach(optimizer, Norm(${limit}))`;
+    document.getElementById(`code-${i}`).textContent = `attach(optimizer, Norm(${limit}${run.order}))`;
     document.getElementById(`rate-${i}`).textContent = told;
     slider.setAttribute("aria-valuetext", told);
     mark(`curve-${i}`, limit);

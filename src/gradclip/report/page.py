@@ -90,6 +90,7 @@ def _median(record: Record) -> float:
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
     norm = np.sort(record.norm[is_finite(record.norm)])
     few, tensors = norm.size <= FEW, record.tensors
+    p = stages(recorded_rule(record.rule))[0].p
     return {
         "histogram": figures.histogram(norm),
         "curve": figures.clip_curve(record.norm),
@@ -98,6 +99,7 @@ def _data(record: Record, advice: Advice) -> dict[str, Any]:
         "all": few,
         "share": norm.size / max(record.norm.size, 1),
         "limit": advice.limit,
+        "order": "" if p == 2 else f", p={p!r}",
     }
 
 
