@@ -71,3 +71,21 @@ def engine(clip=0.0, stage=2):
 def test_what_cannot_be_done_is_refused(engine, rule, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         attach(engine, rule)
+
+
+def test_the_step_after_a_loaded_one_is_decided():
+    """The engine goes back to the number of a step that was decided before."""
+    going = engine()
+    going.global_steps = 5
+    going.optimizer = SimpleNamespace(
+        loss_scale=1.0, unscale_and_clip_grads=lambda group, norm: None
+    )
+    clipper = attach(going, gc.Percentile(50.0))
+    going.optimizer.unscale_and_clip_grads([], 1.0)
+    saved = clipper.state_dict()
+    going.optimizer.unscale_and_clip_grads([], 1.0)
+    assert int(clipper.state_dict()["step"]) == 1  # another group of the same step
+    clipper.load_state_dict(saved)
+    going.optimizer.unscale_and_clip_grads([], 3.0)
+    assert int(clipper.state_dict()["step"]) == 2
+    assert float(clipper.info.norm) == 3.0

@@ -62,3 +62,30 @@ def test_an_adapter_names_no_other_trainer(extra):
     imported |= set(re.findall(r'needed\("\w+", "(\w+)', source))
     assert imported & TRAINERS <= {extra}
     assert extra in imported
+
+
+@pytest.mark.parametrize(
+    ("module", "hidden", "extra"),
+    [
+        ("gradclip.torch", "torch", "torch"),
+        ("gradclip.jax", "jax", "jax"),
+        ("gradclip.jax", "optax", "jax"),
+        ("gradclip.integrations.transformers", "torch", "torch"),
+        ("gradclip.integrations.accelerate", "torch", "torch"),
+    ],
+)
+def test_a_missing_framework_is_named_with_its_install_line(module, hidden, extra):
+    program = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name.partition('.')[0] == {hidden!r}:\n"
+        f"            raise ModuleNotFoundError('none', name={hidden!r})\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        f"import {module}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    message = done.stderr.splitlines()[-1]
+    assert message.endswith(f"pip install 'gradclip[{extra}]'"), done.stderr[-900:]

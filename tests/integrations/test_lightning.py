@@ -257,3 +257,13 @@ def test_a_plugin_can_be_pickled_while_it_is_watched():
             pickle.loads(pickle.dumps(trainer.precision_plugin))
 
     fit(module_for(lightning.pytorch), [GradientClipping(RULE), Sent()])
+
+
+def test_it_is_a_callback_of_both_packages_whichever_comes_first():
+    program = (
+        "from gradclip.integrations.lightning import GradientClipping\n"
+        "import lightning.pytorch, pytorch_lightning\n"
+        "for package in (lightning.pytorch, pytorch_lightning):\n"
+        "    assert issubclass(GradientClipping, package.Callback)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,3 +293,14 @@ def test_a_checkpoint_holds_whatever_a_history_was_told(tmp_path):
     kept = saved["stateful_callbacks"]["GradientClippingCallback"]["args"]["history"]
     assert kept["run"] == {"data": str(tmp_path), "rate": 0.5}
     assert kept["flush_every"] == 10
+
+
+def test_deepspeed_that_accelerate_brings_in_is_refused():
+    class DeepSpeedZeroOptimizer:
+        pass
+
+    wrapper = SimpleNamespace(optimizer=DeepSpeedZeroOptimizer())
+    args = SimpleNamespace(max_grad_norm=0, deepspeed=None)
+    callback = GradientClippingCallback(gc.Norm(1.0))
+    with pytest.raises(ValueError, match=r"use gradclip\.integrations\.deepspeed"):
+        callback.on_train_begin(args, None, None, optimizer=wrapper)

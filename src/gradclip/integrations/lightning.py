@@ -1,5 +1,6 @@
 """Lightning: a callback that clips inside the step of each optimizer of a trainer."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,10 @@ from gradclip.torch.doctor import CHECKS
 if TYPE_CHECKING:
     from gradclip.history import History
 
-NAMES = "lightning.pytorch", "pytorch_lightning"
-needed("lightning", *NAMES)
+needed("lightning", "lightning.pytorch", "pytorch_lightning")
 # It goes by two names, and before 2.6 either trainer asks for a callback of its own.
-FOUND = [needed("lightning", name) for name in NAMES if find_spec(name.split(".")[0])]
+NAMES = "lightning.pytorch", "pytorch_lightning"
+FOUND = [import_module(name) for name in NAMES if find_spec(name.split(".")[0])]
 Callback: Any = type("Callback", tuple(x.Callback for x in FOUND), {})
 
 

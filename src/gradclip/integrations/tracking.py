@@ -4,6 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradclip.extras import needed
+
+# ruff: noqa: E402 - a trainer may be there without it.
+needed("torch", "torch")
+
 import torch
 from torch import Tensor
 
