@@ -10,17 +10,18 @@ import torch
 import gradclip as gc
 from accelerator import DEVICE, Accelerator, Far, WaitError, far, near
 from fronts import FRONTS, Torch, reported
+from gradclip.backends import narrow as narrowed
 from gradclip.torch import attach, clip_grad_norm_, clip_grad_value_, clipper, layout
 from gradclip.torch import get_total_norm as total_norm
 from gradclip.torch.constants import sent
 from gradclip.torch.sharded import Sharded
 from gradclip.torch.verbs import InPlace
 from table import ROWS
-from test_twins import Pairs, compare_state, steps
+from test_twins import ONE_EACH, Pairs, compare_state, steps
 from test_twins import params as weights
 
 STEPS = 14
-IN_GRAPHS = [name for name in ROWS if not ROWS[name].make().grows]
+IN_GRAPHS = [name for name in ONE_EACH if not ROWS[name].make().grows]
 
 
 class Accelerated(Torch):
@@ -40,7 +41,11 @@ class Accelerated(Torch):
             p.grad = held
         with self.device:
             info = self.step()
-        clipped = [p.grad.near.numpy() for p in self.named.values()]
+        # Where the host knows that a step is dropped, nothing is left of it.
+        clipped = [
+            np.zeros_like(g) if p.grad is None else p.grad.near.numpy()
+            for p, g in zip(self.named.values(), grads, strict=True)
+        ]
         return clipped, reported(map(near, info))
 
     def step(self):
@@ -76,11 +81,9 @@ class Graphed(Accelerated):
         return super().state_dict() | {"step": np.array(self.steps)}
 
 
-def follow(front, name):
+def follow(front, name, host=FRONTS["torch"]):
     """Take a rule through the first steps of the run, beside a clipper on the host."""
-    here, there = (
-        make(ROWS[name].make(), weights()) for make in (FRONTS["torch"], front)
-    )
+    here, there = (make(ROWS[name].make(), weights()) for make in (host, front))
     pairs = Pairs()
     for step, grads in enumerate(itertools.islice(steps(), STEPS)):
         (want, info), (got, told) = here.clip(grads), there.clip(grads)
@@ -316,3 +319,71 @@ def test_constants_are_the_same_on_the_accelerator(device, values):
     assert isinstance(got, Far)
     assert got.near.tolist() == values
     assert got.dtype == torch.tensor(np.array(values)).dtype
+
+
+class Narrow(Accelerated):
+    """The clipper on an accelerator without float64, through the host."""
+
+    def __init__(self, rule, weights):
+        self.device = Accelerator(float64=False)
+        with self.device, self.device.waiting():
+            Torch.__init__(self, rule, weights, torch.float32)
+
+    def step(self):
+        with self.device.waiting():
+            return self.clip_()
+
+
+@pytest.fixture
+def narrow():
+    narrowed._tried.cache_clear()
+    with Accelerator(float64=False) as device, device.waiting():
+        yield device
+    narrowed._tried.cache_clear()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_rule_clips_where_there_is_no_float64(name):
+    """As on the host in float32: `Far` refuses to make any float64."""
+    follow(Narrow, name, FRONTS["torch-float32"])
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_functions_clip_where_there_is_no_float64(name):
+    there, here = parameters()
+    got, want = FUNCTIONS[name](there), FUNCTIONS[name](here)
+    if want is not None:
+        same([got], [want])
+    same([p.grad for p in there], [p.grad for p in here])
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_a_step_clips_where_there_is_no_float64(options):
+    sides = list(parameters())
+    for side in sides:
+        optimizer = torch.optim.AdamW(side, lr=0.1, **options)
+        attach(optimizer, gc.Norm(0.5))
+        optimizer.step()
+        side[0].grad = side[0].grad * torch.nan
+        optimizer.step()
+    same(*sides)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_arrays_are_clipped_where_there_is_no_float64():
+    (there, *_), (here, *_) = parameters()
+    got, info = gc.clip({"w": there.grad}, gc.Norm(0.5))
+    want, _ = gc.clip({"w": here.grad}, gc.Norm(0.5))
+    assert isinstance(got["w"], Far)
+    assert bool(info.clipped)
+    same([got["w"]], [want["w"]])
+
+
+@pytest.mark.usefixtures("narrow")
+def test_backward_is_no_place_for_the_host():
+    params, _ = parameters()
+    with pytest.raises(ValueError, match=r"has no float64.*without in_backward"):
+        attach(torch.optim.SGD(params), gc.Norm(0.5), in_backward=True)

@@ -27,10 +27,14 @@ class TorchArrays(Backend):
                 f"gradients{where} has layout {name}; gradients may be dense or sparse "
                 "COO."
             )
-        return super().prepare(x if name == "strided" else x.coalesce().values(), where)
+        from gradclip.backends.narrow import home
+
+        values = x if name == "strided" else x.coalesce().values()
+        return super().prepare(values.to(home(x.device)), where)
 
     def shaped_like(self, result: Array, given: Any) -> Any:
-        """Return a result as a sparse tensor, where the gradient was one."""
+        """Return a result where the gradient was; as a sparse tensor, if it was one."""
+        result = result.to(given.device)
         if not given.is_sparse:
             return result
         import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.backends.narrow import at_home
 from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.clipper import Clipper
@@ -305,6 +306,8 @@ class Attached(Clipper):
             return
         found = self._collect()
         scale, found_inf = (getattr(self.optimizer, flag, None) for flag in _FLAGS)
+        if scale is not None:
+            (scale,) = at_home([scale])
         policy = self.on_nonfinite
         if policy == "raise" and found_inf is not None and bool(found_inf):
             # A loss scaler finds its scale by overflowing, and skips such a step.
@@ -367,7 +370,8 @@ class Attached(Clipper):
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
         bad = zero if kept is None else (~kept).float()
         self._flags = {flag: getattr(self.optimizer, flag, _NOTHING) for flag in _FLAGS}
-        scale = one if amplified is None else amplified.float()
+        # What was decided on the host has to be where the step is.
+        scale = one if amplified is None else amplified.float().to(device)
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = (  # type: ignore[attr-defined]
             bad if found_inf is None else torch.maximum(bad, found_inf)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
+from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
 from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import empty, run
@@ -112,7 +113,7 @@ class Clipper:
         if isinstance(params, torch.nn.Module):
             self._module = params
         self._doctor = Doctor(doctor, self.params, rule)
-        device = self.params[0].device
+        device = home(self.params[0].device)
         if device.type == "meta":
             raise ValueError(
                 "the parameters are on the meta device, and have no values yet; make "
@@ -168,7 +169,7 @@ class Clipper:
                 parameters; nothing is changed then.
         """
         self._take_up_new_parameters()
-        device = self.params[0].device
+        device = home(self.params[0].device)
         here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
             here,
@@ -221,8 +222,8 @@ class Clipper:
 
     def _empty(self, stage: Rule) -> State:
         """Return the memory of a stage before the first step."""
-        leaves = [local_of(p.detach()) for p in self.params]
-        return empty(InPlace(), stage, leaves, self.params[0].device)
+        leaves = at_home([local_of(p.detach()) for p in self.params])
+        return empty(InPlace(), stage, leaves, home(self.params[0].device))
 
     def _verify_gradients(self) -> None:
         """Compare gradients with those of other processes, where that was asked."""
@@ -278,7 +279,7 @@ class Clipper:
             policy=policy,
             weights=found.weights,
             name_of=lambda i: self.names[found.present[i]],
-            absent=verbs.absent(self.params[0].device),
+            absent=verbs.absent(home(self.params[0].device)),
         )
         with verbs.quiet():
             if self._verifier is None:
@@ -286,6 +287,7 @@ class Clipper:
             else:
                 units = any(stage.over == "unit" for stage in stages(self.rule))
                 outcome = self._verifier.compare(clip, units)
+        bring_back(found.leaves, found.origins)
         _, info, states = outcome
         before = memory.states, memory.skipped, memory.in_a_row
         info, memory.states = verbs.reported(info), verbs.lasting(states)

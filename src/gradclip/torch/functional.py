@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import without_memory
+from gradclip.backends.narrow import at_home, bring_back
 from gradclip.decision import clip_scale
 from gradclip.pipeline import run
 from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
@@ -177,7 +178,7 @@ def get_total_norm(
         # The others of the group wait for what this process has, also for nothing.
         leaves = [torch.zeros(0)]
     verbs, layout = _VERBS, _layout(leaves, split_over)
-    leaves = list(map(_dense, leaves))
+    leaves = at_home(list(map(_dense, leaves)))
     if layout is not None:
         verbs = Sharded(layout, rule, list(range(len(leaves))))
         leaves = [part_of(t) for t in leaves]
@@ -234,17 +235,19 @@ def clip_grads_with_norm_(
     """
     rule = Norm(max_norm)
     _refuse_schedules(rule)
-    norm = full_of(torch.as_tensor(total_norm)).double()
+    (norm,) = at_home([full_of(torch.as_tensor(total_norm))])
+    norm = norm.double()
     # A number by a tensor would be its inverse times the number, which may overflow.
     limit = torch.as_tensor(rule.limit, dtype=torch.float64)
     if norm.dim() or (on_host([norm]) and bool(norm < 0)):
         raise ValueError(
             f"total_norm={total_norm!r}: it is a number at least 0, or a 0-d tensor."
         )
-    leaves = collect(distinct(parameters)).leaves
+    found = collect(distinct(parameters))
     scale = clip_scale(norm, limit, torch)
     if _VERBS.known(scale == 1) is not True:
-        _VERBS.multiply(leaves, scale, "all")
+        _VERBS.multiply(found.leaves, scale, "all")
+        bring_back(found.leaves, found.origins)
 
 
 @torch.no_grad()
@@ -283,6 +286,7 @@ def _clip_parameters(
     )
     with verbs.quiet():
         _, info, _ = clip() if verifier is None else verifier.compare(clip)
+    bring_back(found.leaves, found.origins)
     if policy == "skip" and not only_records(rule):
         drop(params, _tensor(info.kept))
     return _reported(_tensor(info.norm), found.dtypes)

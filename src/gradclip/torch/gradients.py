@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.backends.narrow import at_home
 from gradclip.torch.dtensors import holds_dtensor, local_grad, local_of
 from gradclip.torch.exact import on_host
 
@@ -152,6 +153,8 @@ class Gradients:
     """Those parameters; where units count, cut to the rows of a sparse gradient."""
     dtypes: set[torch.dtype]
     """Their types: asked for once, since each pass over many takes time."""
+    origins: list[Tensor]
+    """What the leaves are copies of, on a device without float64; else themselves."""
 
 
 def collect(
@@ -187,7 +190,7 @@ def collect(
         here = []
     elif not whole or holds_dtensor(here):
         here = [_weight(p, units) for p in here]
-    return Gradients(leaves, present, list(here), dtypes)
+    return Gradients(at_home(leaves), present, at_home(list(here)), dtypes, leaves)
 
 
 def _all_plain(leaves: list[Tensor], complex_ones: bool) -> bool:

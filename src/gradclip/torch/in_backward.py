@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
+from gradclip.backends.narrow import lacks_float64
 from gradclip.decision import Info, clip_scale, decide
 from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
@@ -53,6 +54,11 @@ class InBackward(Clipper):
             )
         self._index = {id(p): i for i, p in enumerate(self.params)}
         device = self.params[0].device
+        if lacks_float64(device):
+            raise ValueError(
+                f"a device of kind {device.type!r} has no float64, so that norms have "
+                "to go through the host; attach without in_backward=True."
+            )
         self._previous = torch.zeros((), dtype=torch.float64, device=device)
         self._pass: _Pass | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -67,6 +73,7 @@ class InBackward(Clipper):
 
     def detach(self) -> None:
         """Take the clipping out of the optimizers again."""
+        self._doctor.unwatch()
         for hook in self._hooks:
             hook.remove()
 
