@@ -387,3 +387,26 @@ def test_backward_is_no_place_for_the_host():
     params, _ = parameters()
     with pytest.raises(ValueError, match=r"has no float64.*without in_backward"):
         attach(torch.optim.SGD(params), gc.Norm(0.5), in_backward=True)
+
+
+@pytest.mark.usefixtures("_graphs")
+@pytest.mark.parametrize("rule", [gc.Norm(0.5), gc.EMA(warmup=2, over="all")])
+def test_a_fused_step_inside_of_a_graph(device, rule):
+    there, here = parameters()
+    optimizers = [torch.optim.AdamW(ps, lr=0.1, fused=True) for ps in (there, here)]
+    clippers = [attach(optimizer, rule, doctor=()) for optimizer in optimizers]
+    given = [p.grad.clone() for p in here]
+    for step, size in enumerate([1.0, 2.0, 0.5, math.nan, 40.0, 1.0]):
+        for p, q, g in zip(there, here, given, strict=True):
+            p.grad.near.copy_(g * size)
+            q.grad = g * size
+        optimizers[1].step()
+        if step == 1:
+            with device.capture() as replay:
+                optimizers[0].step()
+        elif step > 1:
+            replay()
+        else:
+            optimizers[0].step()
+        same(there, here)
+        assert near(clippers[0].info.skipped) == clippers[1].info.skipped

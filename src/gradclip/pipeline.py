@@ -14,6 +14,7 @@ from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked, at_home
+from gradclip.rules.parts import beside
 
 
 def run(
@@ -279,9 +280,7 @@ def _least(scale: Array, xp: Any) -> Array:
     """
     if scale.ndim == 0:
         return scale
-    device = getattr(scale, "device", None)
-    largest = xp.full((1,), math.inf, dtype=scale.dtype, device=device)
-    least = xp.min(xp.concat([scale, largest]))
+    least = xp.min(xp.concat([scale, beside([math.inf], scale, xp)]))
     return xp.where(xp.isinf(least), 1.0, least)
 
 
