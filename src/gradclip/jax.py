@@ -7,11 +7,11 @@ dropped becomes zeros.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradclip.extras import needed
+from gradclip.extras import needed as _needed
 
 # ruff: noqa: E402 - what is missing is named before it is needed.
-needed("jax", "jax")
-needed("jax", "optax")
+_needed("jax", "jax")
+_needed("jax", "optax")
 
 import jax
 import jax.numpy as jnp

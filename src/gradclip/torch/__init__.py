@@ -1,9 +1,9 @@
 """Gradient clipping for PyTorch: torch's own functions, a clipper, and attach."""
 
-from gradclip.extras import needed
+from gradclip.extras import needed as _needed
 
 # ruff: noqa: E402 - what is missing is named before it is needed.
-needed("torch", "torch")
+_needed("torch", "torch")
 
 from gradclip.torch.attach import attach as attach
 from gradclip.torch.clipper import Clipper as Clipper
