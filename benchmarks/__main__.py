@@ -31,7 +31,8 @@ from benchmarks.timing import alternate
 from gradclip.torch import Clipper, attach, clip_grad_norm_
 
 reference = torch.nn.utils.clip_grad_norm_
-MARKS = "<!-- written by make bench -->", "<!-- end -->"
+VECTORS = torch.backends.cpu.get_cpu_capability()
+MARKS = f"<!-- written by make bench, {VECTORS} -->", "<!-- end -->"
 TARGETS = {
     "free: gpt2": 3.0,
     "free: 2000 of 64": 3.5,
@@ -284,7 +285,8 @@ def write_table(page, facts, results):
     """Put the results between the marks of a page."""
     lines = [
         f"One run of {facts['date']}: torch {facts['torch']}, NumPy {facts['numpy']}, "
-        f"{facts['cpus']} CPU cores, {facts['machine']}.",
+        f"{facts['cpus']} CPU cores, {facts['machine']} with {facts['vectors']}, "
+        f"medians of {facts['rounds']} rounds.",
         "",
         "| what | ratio | bound | wanted | reached | medians |",
         "|---|---|---|---|---|---|",
@@ -330,6 +332,8 @@ def main():
         "numpy": np.__version__,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
+        "vectors": VECTORS,
+        "rounds": asked.rounds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)

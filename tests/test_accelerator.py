@@ -20,7 +20,7 @@ from table import ROWS
 from test_twins import ONE_EACH, Pairs, compare_state, steps
 from test_twins import params as weights
 
-STEPS = 14
+STEPS = 8
 IN_GRAPHS = [name for name in ONE_EACH if not ROWS[name].make().grows]
 
 

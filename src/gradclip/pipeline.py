@@ -13,7 +13,7 @@ from gradclip.decision import Info, clip_scale, decide
 from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
-from gradclip.rules.limits import asked, at_home
+from gradclip.rules.limits import asked, native
 from gradclip.rules.parts import beside
 
 
@@ -94,7 +94,7 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
         if callable(given):
             value = engine.number(asked(given, step, engine.xp.asarray(0.0)))
         elif hasattr(given, "shape"):
-            value = at_home(given, engine.xp.asarray(0.0))
+            value = native(given, engine.xp.asarray(0.0))
         else:
             continue
         fits = value >= 0 if name == "low" else value > 0

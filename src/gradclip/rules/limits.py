@@ -93,10 +93,10 @@ def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
             f"the schedule {schedule!r} gives {value!r} at step {step}; a limit is a "
             "number or a 0-d array. Nothing was changed."
         )
-    return at_home(value, like)
+    return native(value, like)
 
 
-def at_home(value: Any, like: Array) -> Any:
+def native(value: Any, like: Array) -> Any:
     """Return a number; one in an array of another library, as optax gives, is read."""
     foreign = hasattr(value, "shape") and _library(value) != _library(like)
     return float(value) if foreign else value

@@ -117,6 +117,7 @@ class Doctor:
 
         hook = witness.register_post_accumulate_grad_hook(note)
         self._unwatch = weakref.finalize(self, hook.remove)
+        self._unwatch.atexit = False
 
     def unwatch(self) -> None:
         """Take the hook off the parameter, as happens when the doctor is gone."""
