@@ -288,13 +288,8 @@ def _clip_parameters(
         _, info, _ = clip() if verifier is None else verifier.compare(clip)
     bring_back(found.leaves, found.origins)
     if policy == "skip" and not only_records(rule):
-        drop(params, _tensor(info.kept))
-    return _reported(_tensor(info.norm), found.dtypes)
-
-
-def _tensor(x: Any) -> Tensor:
-    """Return a number of a report as a tensor: of NumPy, it stays on the host."""
-    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
+        drop(params, info.kept)
+    return _reported(info.norm, found.dtypes)
 
 
 def _order(norm_type: Any) -> float:
@@ -325,11 +320,16 @@ def _names(tensors: list[Tensor]) -> list[str]:
     return [f"[{i}]" for i in range(len(tensors))]
 
 
-def _reported(norm: Tensor, dtypes: set[torch.dtype]) -> Tensor:
+def _reported(norm: Any, dtypes: set[torch.dtype]) -> Tensor:
     """Return a norm in float32, in which those of half precision keep their digits.
 
     It stays in float64 for gradients of that type, and where float32 cannot hold it.
     """
-    beyond = on_host([norm]) and FLOAT32 < norm.item() < math.inf
+    known = not isinstance(norm, Tensor) or on_host([norm])
+    beyond = known and FLOAT32 < float(norm) < math.inf
     narrow = dtypes.isdisjoint(WIDE) and not beyond
-    return norm.to(torch.float32 if narrow else torch.float64)
+    dtype = torch.float32 if narrow else torch.float64
+    if isinstance(norm, Tensor):
+        return norm.to(dtype)
+    # A number of NumPy stays on the host, whatever torch's default device is.
+    return torch.tensor(float(norm), dtype=dtype, device="cpu")

@@ -248,13 +248,13 @@ def _weight(p: Tensor, units: bool) -> Tensor:
     return local_of(p.detach())
 
 
-def drop(params: Iterable[Tensor], finite: Tensor) -> None:
+def drop(params: Iterable[Tensor], finite: Any) -> None:
     """Take the gradients of a step that is not finite away from the optimizer.
 
     Without gradients no optimizer touches parameters or state. Where the flag would
     have to be waited for, they become 0 instead, as far as that protects.
     """
-    if on_host([finite]):
+    if not isinstance(finite, Tensor) or on_host([finite]):
         for p in params if not finite else ():
             p.grad = None
         return
