@@ -68,6 +68,7 @@ def clip_scale(norm: Array, limit: Array, xp: Any, most: Array | float = 1.0) ->
 
     `most` takes the place of the 1 in it for rules that may stretch.
     """
+    # Infinity through infinity would be NaN for everything (optax#1752).
     known = usable(norm, xp)
     ratio = limit / xp.where(known, norm, 1.0)
     return xp.where(known, xp.clip(ratio, None, most), 1.0)

@@ -40,7 +40,10 @@ def part_of(g: Tensor) -> Tensor:
 
 
 def full_of(t: Tensor) -> Tensor:
-    """Return a DTensor, such as a norm of torch's own function, as a plain tensor."""
+    """Return a DTensor, such as a norm of torch's own function, as a plain tensor.
+
+    Read as it is, it is the part of one process (pytorch#170862).
+    """
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
 
 

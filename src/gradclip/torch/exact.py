@@ -82,6 +82,8 @@ def safe_norm(t: Tensor, p: float, dim: int | None = None) -> Tensor:
     if moduli.numel() == 0:
         return moduli.sum(dim)
     largest = moduli.amax() if dim is None else moduli.amax(dim, keepdim=True)
+    # Squares of finite numbers may be infinite, and what is divided by that becomes 0
+    # (pytorch#46849).
     usable = largest.isfinite() & (largest > 0)
     unit = torch.where(usable, largest, 1.0)
     norm = unit * torch.linalg.vector_norm(

@@ -325,6 +325,7 @@ def _reported(norm: Any, dtypes: set[torch.dtype]) -> Tensor:
 
     It stays in float64 for gradients of that type, and where float32 cannot hold it.
     """
+    # In the type of the gradients, a split would change the norm (pytorch#194033).
     known = not isinstance(norm, Tensor) or on_host([norm])
     beyond = known and FLOAT32 < float(norm) < math.inf
     narrow = dtypes.isdisjoint(WIDE) and not beyond

@@ -43,6 +43,7 @@ def named_parameters(params: Params) -> list[tuple[str, Tensor]]:
         named = _enumerated(params)
     found = {id(p): (name, p) for name, p in named}
     if not found:
+        # Nothing would be clipped, and nothing said (pytorch#148259).
         used_up = isinstance(params, Iterator)
         raise ValueError(
             "there are no parameters to clip"

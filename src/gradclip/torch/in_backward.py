@@ -100,6 +100,7 @@ class InBackward(Clipper):
         super().load_state_dict(rest)
         self._previous = torch.as_tensor(state["previous"]).to(self._previous)
 
+    # After the pass they are gone, and nothing is left to clip (torchtitan#990).
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip what this optimizer is about to use."""

@@ -50,7 +50,10 @@ class Group:
         return seen.view(self.size, -1).to(row.device)
 
     def _device(self, row: Tensor) -> torch.device:
-        """Return where the group can communicate: offloaded gradients lie elsewhere."""
+        """Return where the group can communicate: offloaded gradients lie elsewhere.
+
+        Otherwise gloo or NCCL has no backend for them (pytorch#148532).
+        """
         kinds = [device.type for device in self.handle._device_types]
         known = row.device.type in kinds or not kinds
         return row.device if known else torch.device(kinds[0])
@@ -88,7 +91,8 @@ class Layout:
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
         """Return the norm of everything from the norms of what lies alike here."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        # A gradient may be missing here, and be there elsewhere.
+        # A gradient may be missing here, and be there elsewhere: who returned early
+        # would leave the others waiting (areal-project/AReaL#1139).
         parts = {key: parts.get(key, zero).to(self.device) for key in self.keys}
         unheard: list[Group] = []
         for g, group in enumerate(self.groups):
@@ -98,6 +102,8 @@ class Layout:
             if any(g not in k[0] | k[1] for k in keys if k != _WHOLE):
                 unheard.append(group)
             row = torch.stack([parts.get(key, zero) for key in keys])
+            # One vector for all: stacked DTensors of two meshes raise, and take hours
+            # (pytorch#180346, pytorch#169445).
             columns = group.gather(row).unbind(1)
             merged: dict[Key, list[Tensor]] = {}
             for key, column, mine in zip(keys, columns, row, strict=True):

@@ -143,7 +143,10 @@ def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:
 
 
 def _check_whole(named: list[tuple[str, Tensor]], known: Mapping[int, Any]) -> None:
-    """Refuse parameters that FSDP1 has cut, if it is not known over which group."""
+    """Refuse parameters that FSDP1 has cut, if it is not known over which group.
+
+    Each process would have a norm and a factor of its own (pytorch#88621).
+    """
     lost = [
         name
         for name, p in named
