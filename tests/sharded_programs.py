@@ -261,7 +261,8 @@ def extremes(rank, world):
             params = [placed(full, line, [Shard(0)])]
             norm = clip_grad_norm_(params, math.inf, order)
             true = torch.linalg.vector_norm(full.double(), order)
-            found[str(value), order] = norm, true.float()
+            # In float64, where float32 cannot hold it.
+            found[str(value), order] = norm.double(), true
     return found
 
 
