@@ -131,8 +131,10 @@ class Accelerator(TorchDispatchMode):
     def waiting(self):
         """Allow the host to wait."""
         self._may_wait = True
-        yield
-        self._may_wait = False
+        try:
+            yield
+        finally:
+            self._may_wait = False
 
     @contextlib.contextmanager
     def capture(self):
