@@ -11,7 +11,14 @@ import gradclip as gc
 from accelerator import DEVICE, Accelerator, Far, WaitError, far, near
 from fronts import FRONTS, Torch, reported
 from gradclip.backends import narrow as narrowed
-from gradclip.torch import attach, clip_grad_norm_, clip_grad_value_, clipper, layout
+from gradclip.torch import (
+    attach,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    clipper,
+    layout,
+)
 from gradclip.torch import get_total_norm as total_norm
 from gradclip.torch.constants import sent
 from gradclip.torch.sharded import Sharded
@@ -148,6 +155,7 @@ FUNCTIONS = {
     "norm-p1": lambda ps: clip_grad_norm_(ps, 0.5, norm_type=1.0),
     "value": lambda ps: clip_grad_value_(ps, 0.5),
     "total": lambda ps: total_norm([p.grad for p in ps]),
+    "known": lambda ps: clip_grads_with_norm_(ps, 0.5, ps[0].grad.abs().sum()),
 }
 
 

@@ -238,7 +238,9 @@ def clip_grads_with_norm_(
     (norm,) = at_home([full_of(torch.as_tensor(total_norm))])
     norm = norm.double()
     # A number by a tensor would be its inverse times the number, which may overflow.
-    limit = torch.as_tensor(rule.limit, dtype=torch.float64)
+    limit = rule.limit
+    if isinstance(limit, int | float):
+        limit = norm.new_full((), limit)
     if norm.dim() or (on_host([norm]) and bool(norm < 0)):
         raise ValueError(
             f"total_norm={total_norm!r}: it is a number at least 0, or a 0-d tensor."
