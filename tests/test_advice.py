@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -157,6 +158,23 @@ def test_noise_is_no_phase_and_no_change(sigma):
     logs = [norms(500, seed, sigma) for seed in range(300)]
     assert np.mean([transient_length(norm) > 0 for norm in logs]) <= 0.05
     assert np.mean([level_change(norm) > 0 for norm in logs]) <= 0.05
+
+
+def remembering(seed, stays, size=2000):
+    """Return norms whose logarithms keep a part of their deviation at each step."""
+    fresh = np.random.default_rng(seed).normal(size=size) * math.sqrt(1 - stays**2)
+    return np.exp(0.4 * np.array(list(accumulate(fresh, lambda x, e: stays * x + e))))
+
+
+@pytest.mark.parametrize("stays", [0.6, 0.8, 0.95])
+def test_noise_that_remembers_is_no_phase_and_hides_none(stays):
+    logs = [remembering(seed, stays) for seed in range(100)]
+    assert np.mean([transient_length(norm) > 0 for norm in logs]) <= 0.05
+    assert np.mean([level_change(norm) > 0 for norm in logs]) <= 0.05
+    for norm in logs:
+        norm[:200] *= 4
+    found = [150 < transient_length(norm) < 250 for norm in logs]
+    assert np.mean(found) >= 0.95
 
 
 def test_a_few_norms_are_no_phase():

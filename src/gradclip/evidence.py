@@ -86,10 +86,27 @@ def _largest_change(logs: Floats) -> int:
     rest = logs - logs.mean()
     gain = np.cumsum(rest)[cut - 1] ** 2 * size / (cut * (size - cut))
     best, spread = int(np.argmax(gain)), float(rest @ rest)
+    place = int(cut[best])
+    # A short part does not tell, and one in which the level changes again tells wrong.
+    parts = [x for x in (logs[:place], logs[place:]) if x.size >= size // 5]
+    worth = max(size / min(map(_repeats, parts)), math.e)
     # Schwarz's criterion: the place and the height of a cut cost log(size) each. Of
     # noise, the best of all cuts passes it in few logs, and the fewer the longer.
-    certain = spread - gain[best] < spread * size ** (-2 / size)
-    return int(cut[best]) if certain else 0
+    certain = spread - gain[best] < spread * worth ** (-2 / worth)
+    return place if certain else 0
+
+
+def _repeats(logs: Floats) -> float:
+    """Return as how many steps one counts, since each resembles the one before.
+
+    Of noise with a memory, cuts explain more than of noise without: a log of 2000
+    steps in which 0.9 of a deviation stays has no more than 105 of them to tell.
+    """
+    rest = logs - logs.mean()
+    spread = float(rest @ rest)
+    stays = float(rest[1:] @ rest[:-1]) / spread if spread > 0 else 0.0
+    stays = min(max(stays, 0.0), 0.99)
+    return (1 + stays) / (1 - stays)
 
 
 def _is_step(logs: Floats, cut: int) -> bool:
