@@ -669,6 +669,32 @@ def test_a_rule_of_ones_own_may_remember_units():
     assert np.linalg.norm(want[0]) == pytest.approx(2 * math.sqrt(5))
 
 
+class Fading(Doubling):
+    """A rule of one's own that bends elements by the largest one of the last step."""
+
+    scopes = ("element",)
+    bends = True
+
+    def __init__(self):
+        object.__setattr__(self, "over", "element")
+
+    def update(self, seen, state):
+        last = seen.xp.where(state["last"] > 0, state["last"], math.inf)
+        return seen.norm / (1 + seen.norm / last), {"last": seen.norm}
+
+
+def test_a_rule_of_ones_own_may_remember_what_bends_its_elements():
+    arrays, w = gc.Clipper(Fading()), torch.nn.Parameter(torch.zeros(2).double())
+    clipper, transform = Clipper([w], Fading()), gradclip.jax.as_optax(Fading())
+    state = transform.init(jnp.zeros(2))
+    for grad, want in (([1.0, -3.0], [1.0, -3.0]), ([3.0, -1.0], [1.5, -0.75])):
+        w.grad = torch.tensor(grad).double()
+        clipper.clip_()
+        updates, state = transform.update(jnp.array(grad), state)
+        for got in (arrays.clip(np.array(grad))[0], w.grad, updates):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_what_u_clip_carries_waits_for_a_bad_element():
     clipper = gc.UClip(gc.Value(1.0), on_nonfinite="zero")
     given = [2.5, 0.0], [math.nan, 1.0], [0.0, 0.0], [0.0, 0.0]

@@ -66,7 +66,7 @@ def run(
         if engine.known(info.kept) is False:
             break
         if not (stage.drops or stage.by_part):
-            parts, infos[-1] = apply(engine, parts, stage, info, seen)
+            parts, infos[-1] = apply(engine, parts, stage, info, seen, old[i])
         if parts is not given:
             leaves = turned(parts, stage, engine.xp, back=True)
     total = summary(infos, engine.xp)
@@ -240,7 +240,12 @@ def describe_nonfinite(
 
 
 def apply(
-    engine: Backend, leaves: list[Array], stage: Rule, info: Info, seen: Measured
+    engine: Backend,
+    leaves: list[Array],
+    stage: Rule,
+    info: Info,
+    seen: Measured,
+    state: State,
 ) -> tuple[list[Array], Info]:
     """Multiply by the scale, unless it is known that nothing is to be done."""
     if stage.over != "element":
@@ -262,7 +267,7 @@ def apply(
 
     def scale(norm: Array) -> Array:
         now = seen._replace(norm=norm)
-        limit, _ = stage.update(now, {})
+        limit, _ = stage.update(now, state)
         found = clip_scale(norm, limit, seen.xp, stage.most(now))
         # Small elements may be stretched where the largest is left alone.
         moved.append(engine.here.any(found != 1))

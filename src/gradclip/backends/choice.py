@@ -19,10 +19,13 @@ from gradclip.rules import Array
 def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
     """Return the one backend of all gradients; refuse other things, and mixtures."""
     found: dict[Any, tuple[str, Any, Backend]] = {}
+    known: dict[type, Backend | None] = {}
     for where, x in leaves:
-        # Parameters and tracers are subclasses, so the type is asked, not its name.
-        known = next(filter(None, map(backend_of, type(x).__mro__)), None)
-        backend = known or conforming(x)
+        kind = type(x)
+        if kind not in known:
+            # Parameters and tracers are subclasses, so the type is asked, not its name.
+            known[kind] = next(filter(None, map(backend_of, kind.__mro__)), None)
+        backend = known[kind] or conforming(x)
         if backend is None:
             raise TypeError(
                 f"gradients{where} is {type(x).__name__}, not an array; hand over "
@@ -39,7 +42,6 @@ def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
     return next(iter(found.values()))[2]
 
 
-@functools.cache
 def backend_of(kind: type) -> Backend | None:
     """Return the backend for arrays of a type, or None for what is not an array."""
     if issubclass(kind, (np.ndarray, np.generic)):
