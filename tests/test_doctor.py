@@ -61,6 +61,21 @@ def test_clipping_after_the_step():
         clipper.clip_()
 
 
+def test_gradients_made_beside_the_parameters_are_no_misuse_where_the_step_clips():
+    net, optimizer, _ = setting()
+    clipper = attach(optimizer, gc.Norm(1e-3))
+    backward(net)
+    kept = [p.detach().clone() for p in net.parameters()]
+    with torch.no_grad():
+        torch._foreach_add_(list(net.parameters()), 0.1)
+    net.zero_grad()
+    backward(net)
+    with torch.no_grad():
+        torch._foreach_copy_(list(net.parameters()), kept)
+    optimizer.step()
+    assert clipper.info.clipped
+
+
 @pytest.mark.parametrize("unscales", [False, True])
 def test_gradients_that_are_still_scaled(unscales):
     net, optimizer, clipper = setting(gc.Norm(0.5))

@@ -197,8 +197,10 @@ class Attached(Clipper):
         """Find the names and register the hooks; the options are those of `Clipper`."""
         self.optimizer, self._module = optimizer, model
         super().__init__(named_by_optimizers([optimizer], model), rule, **options)
-        # Here the scale is known, and part of the step.
-        self._doctor.checks.discard("scaled")
+        # Here the scale is known, and part of the step; and no step comes before its
+        # own clip: parameters that have moved are those of sharpness-aware steps.
+        self._doctor.checks -= {"scaled", "consumed"}
+        self._doctor.unwatch()
         if model is not None and (names := unheld(model, self.params)):
             self._doctor.tell(
                 "unheld",
