@@ -32,6 +32,7 @@ test-published: .venv-published/ready
 # As in the tests, and with every rule compiled by inductor and by JAX: some minutes.
 golden: .venv/ready
 	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py tests/test_jax.py $(ARGS)
+	GRADCLIP_GOLDEN=1 $(PYTEST) tests/test_sharded.py
 
 fuzz: .venv/ready
 	GRADCLIP_FUZZ_EXAMPLES=7000 $(PYTEST) -n 2 tests/test_fuzz.py $(ARGS)

@@ -56,6 +56,7 @@ from gradclip.torch import (
     layout,
     placement,
 )
+from table import EVERYWHERE
 
 TIMEOUT = 480
 GROUP_TIMEOUT = 90
@@ -266,10 +267,13 @@ def extremes(rank, world):
     return found
 
 
+COUNTS = {4: (10, 100), 2: (10, 100, 1000)}
+
+
 def messages_by_count(rank, world):
     """Count messages for more and more tensors."""
     grid, found = meshes(world)["grid"], {}
-    for count in (10, 100, 1000):
+    for count in COUNTS[world]:
         params = [piece(i + 1.0, grid) for i in range(count)]
         for scope in ("all", "tensor", "unit", "element", "moment", "verify"):
             verify = scope == "verify"
@@ -1293,7 +1297,7 @@ def deterministic(rank, world):
             for ps in (params, alone)
         )
         generator, differ = torch.Generator().manual_seed(5), 0
-        for _ in range(1000 if world == 4 else 300):
+        for _ in range(1000 if EVERYWHERE and world == 4 else 250):
             for p, q in zip(params, alone, strict=True):
                 q.grad = torch.randn(q.shape, generator=generator)
                 p.grad.to_local().copy_(q.grad.chunk(world, dim)[rank])

@@ -15,8 +15,8 @@ import gradclip as gc
 import gradclip.jax
 from gradclip.backends import Jax
 from gradclip.jax import as_optax
-from table import ROWS, STATELESS
-from test_twins import EVERYWHERE, ONE_EACH, params, steps
+from table import EVERYWHERE, ROWS, STATELESS
+from test_twins import ONE_EACH, params, steps
 
 GROWING = [name for name in ROWS if ROWS[name].make().grows]
 

@@ -271,6 +271,19 @@ def test_the_name_of_a_run_says_nothing_of_its_column(tmp_path, runs):
     assert np.isnan(record.limit).all()
 
 
+@pytest.mark.parametrize("run", ["a", "b"])
+def test_the_loss_and_the_limit_of_an_export_are_those_of_the_run(tmp_path, run):
+    kinds = ["grad_norm", "train/loss", "max_grad_norm"]
+    heads = ["Step", *(f"{name} - {kind}" for name in "ab" for kind in kinds)]
+    rows = [[i, 1 + i, 9 - i, 5, 2 + i, 7 - i, 3] for i in range(4)]
+    path = tmp_path / "wandb.csv"
+    path.write_text(table([heads, *rows]))
+    record = gc.History.load(path, column=f"{run} - grad_norm").recorded
+    first = {"a": 9, "b": 7}[run]
+    assert record.loss.tolist() == [first - i for i in range(4)]
+    assert set(record.limit.tolist()) == {{"a": 5, "b": 3}[run]}
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -7,7 +7,6 @@ each front is handed the same ones.
 import copy
 import functools
 import itertools
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +17,12 @@ import reference
 from fronts import FRONTS
 from gradclip.rules import stages
 from gradclip.torch import attach
-from table import ROWS, STATEFUL
+from table import EVERYWHERE, ROWS, STATEFUL
 
 SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
 WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "jax")
-EVERYWHERE = "GRADCLIP_GOLDEN" in os.environ
-"""Set by `make golden`: every row is compiled, for JAX too, some seconds each."""
 USUAL = STEPS if EVERYWHERE else 150
 """Steps for all but NumPy, which goes the whole way; most of what is bad is in them."""
 

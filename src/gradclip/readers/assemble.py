@@ -33,11 +33,9 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
     name, networks = choose_norm(columns, source)
     norm = columns.found[name]
     values, rows = as_floats(norm), np.frombuffer(norm.rows, np.int64)
-    step, notes = _steps(columns, norm)
-    limit, loss = (
-        _limits(columns, rows),
-        _other(columns, choose_loss(columns, norm), rows),
-    )
+    step, notes = _steps(columns, name)
+    limit = _limits(columns, choose_limit(columns, name), rows)
+    loss = _other(columns, choose_loss(columns, name), rows)
     record = record_of(values, step, limit, loss=loss)
     if (scale := columns.found.get("scale")) and "limit" in columns.found:
         record = replace(record, scale=_aligned(scale, rows))
@@ -89,9 +87,8 @@ def _other(columns: Columns, name: str | None, rows: Steps) -> Floats:
     return _aligned(columns.found[name], rows)
 
 
-def _limits(columns: Columns, rows: Steps) -> Floats:
+def _limits(columns: Columns, name: str | None, rows: Steps) -> Floats:
     """Return the limit in force, from a column or from what the log mentions."""
-    name = choose_limit(columns)
     if name is None or not len(columns.found[name].values):
         return np.full(rows.shape, known_limit(columns.limit))
     limit = _aligned(columns.found[name], rows)
@@ -106,8 +103,8 @@ def _limits(columns: Columns, rows: Steps) -> Floats:
     return np.where(limit[last] > 0, limit[last], np.inf)
 
 
-def _steps(columns: Columns, norm: Column) -> tuple[Steps, list[str]]:
-    rows = np.frombuffer(norm.rows, np.int64)
+def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
+    rows = np.frombuffer(columns.found[norm].rows, np.int64)
     count = np.arange(rows.size)
     name = choose_step(columns, norm)
     if name is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gradclip.readers.columns import Column, Columns
+from gradclip.readers.columns import Columns
 from gradclip.record import LogError
 
 NORM = re.compile(
@@ -109,6 +109,11 @@ def _own(name: str) -> str:
     return RUN.sub("", name)
 
 
+def _run(name: str) -> str:
+    """Return what stands before a name for its run, or nothing."""
+    return name.removesuffix(_own(name))
+
+
 def _wanted(columns: Columns, source: str) -> str:
     wanted = columns.wanted or ""
     if wanted not in columns.found or not len(columns.found[wanted].values):
@@ -167,19 +172,22 @@ def _inside(name: str) -> bool:
     return bool(re.sub(r"(?i)^(train(ing)?|metrics?)[/._]", "", rest).strip("/._- "))
 
 
-def choose_step(columns: Columns, norm: Column) -> str | None:
+def choose_step(columns: Columns, norm: str) -> str | None:
     """Return the column with the steps: known by name, and in the rows of the norm."""
     return _beside(STEPS, columns, norm)
 
 
-def choose_loss(columns: Columns, norm: Column) -> str | None:
+def choose_loss(columns: Columns, norm: str) -> str | None:
     """Return the column with the loss, if one is known by its name."""
     return _beside(LOSSES, columns, norm)
 
 
-def _beside(known: Iterable[str], columns: Columns, norm: Column) -> str | None:
-    names = {name.lower().strip(): name for name in columns.found}
-    rows = np.frombuffer(norm.rows, np.int64)
+def _beside(known: Iterable[str], columns: Columns, norm: str) -> str | None:
+    run = _run(norm)
+    # What the same run has of its own goes before what all of them share.
+    shared = {name.lower().strip(): name for name in columns.found}
+    own = {_own(name).lower(): name for name in columns.found if _run(name) == run}
+    names, rows = shared | own, np.frombuffer(columns.found[norm].rows, np.int64)
     for name in known:
         if name in names:
             other = np.frombuffer(columns.found[names[name]].rows, np.int64)
@@ -188,9 +196,11 @@ def _beside(known: Iterable[str], columns: Columns, norm: Column) -> str | None:
     return None
 
 
-def choose_limit(columns: Columns) -> str | None:
+def choose_limit(columns: Columns, norm: str) -> str | None:
     """Return the column with the limit in force, if there is one."""
     for name in columns.found:
+        if _run(name) not in ("", _run(norm)):
+            continue
         if name == "limit" or _is_limit(name):
             return name
     return None
