@@ -185,7 +185,7 @@ def test_numpy_equals_twin(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_follows_the_array_api_equals_twin(name):
     # It checks every argument, which takes a while.
-    follow("strict", name, STEPS if EVERYWHERE else 60)
+    follow("strict", name, STEPS if EVERYWHERE else 40)
 
 
 ON_MLX = ["norm", "value", "agc", "percentile-tensor", "zscore-default", "ema"]
