@@ -2,9 +2,11 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import gradclip as gc
 from gradclip.torch import attach
@@ -307,3 +309,20 @@ def test_what_was_cleared_does_not_pass_unseen():
     assert not clipper.info.finite
     assert clipper.info.kept
     assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_inside_of_another_is_refused(reentrant):
+    net, clipper = clipped(gc.Norm(1.0))
+    before = [p.detach().clone() for p in net.parameters()]
+    x = next(iter(batches())).requires_grad_()
+    expected = math.hypot(*grad_norms(net, x))
+    loss = loss_of(partial(checkpoint, net, use_reentrant=reentrant), x)
+    if not reentrant:
+        loss.backward()
+        assert float(clipper.info.norm) == pytest.approx(expected, rel=1e-6)
+        return
+    # One norm for each piece would be told, and clipped by.
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss.backward()
+    same(net.parameters(), before)

@@ -84,6 +84,8 @@ def attach(
         TypeError: For what is not an optimizer, a rule or a module.
         ValueError: For an unknown policy, and with `in_backward` for rules that need
             more than one norm of all gradients, or for split parameters.
+        RuntimeError: With `in_backward`, by `step()` outside `backward()`, and where
+            checkpoints are re-entrant, so that each is a pass of its own.
         VerifyError: As for `Clipper`, also by `step()`.
 
     Example:

@@ -6,11 +6,15 @@ which have come so far in this one, whichever is larger.
 """
 
 import math
+import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
 
 from gradclip.arrays import check_rule
 from gradclip.backends.narrow import lacks_float64
@@ -174,6 +178,12 @@ class InBackward(Clipper):
         if self._pass is None or self._pass.stepped & ids:
             # A pass that has such a step already was broken off by an error.
             now = _Pass(self._previous, self._bound.p)
+            if _is_nested():
+                raise RuntimeError(
+                    "this backward pass runs inside of another, and its end is not "
+                    "that of the step: with in_backward=True, call "
+                    "checkpoint(…, use_reentrant=False)."
+                )
             try:
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(lambda: self._end(now))
@@ -274,3 +284,15 @@ def _check_rule(rule: Rule) -> None:
             f"{rule!r} cannot act during backward(), when other parameters have been "
             "stepped already; take one rule over 'all' that rescales."
         )
+
+
+def _is_nested() -> bool:
+    """Return whether a function of a backward pass has started the one at hand."""
+    frame: FrameType | None = sys._getframe(1)
+    started = False
+    while frame is not None:
+        started |= frame.f_code is _engine_run_backward.__code__
+        if started and frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False
