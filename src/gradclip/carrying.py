@@ -65,6 +65,7 @@ class UClip(Clipper):
         # A copy, since `out` may be the gradients themselves.
         given = [engine.prepare(x, where) + 0 for where, x in named]
         names = [dotted(where) for where, _ in named]
+        # Where keys have dots in them, two tensors may come to one name.
         if len(set(names)) < len(names):
             names = [where for where, _ in named]
         carried = [engine.xp.zeros_like(x) for x in given]
@@ -127,6 +128,7 @@ class UClip(Clipper):
                 "this state has nothing that was carried over; it was saved by a "
                 "Clipper, and not by a UClip."
             )
+        # This one first, since it may refuse, and then nothing has changed.
         super().load_state_dict({k: x for k, x in state.items() if k not in own})
         count = sum(name.startswith("carried.") for name in own)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None

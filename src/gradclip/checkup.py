@@ -134,6 +134,7 @@ def examine(script: Path, arguments: Sequence[str], steps: int) -> tuple[Ledger,
     Returns:
         What was seen, and how it ended.
     """
+    # At once, since the script may change the folder that it was named from.
     ledger, script = Ledger(), script.resolve()
     with started_as(script, arguments), observing(ledger, steps, script.parent):
         try:
@@ -155,6 +156,7 @@ def started_as(script: Path, arguments: Sequence[str]) -> Iterator[None]:
     """Let a script find the arguments and the import path that Python gives it."""
     before = sys.argv, sys.path[:]
     sys.argv = [str(script), *arguments]
+    # run_path adds a folder or an archive to the path, but not that of a plain file.
     sys.path.insert(0, str(script.parent))
     try:
         yield
@@ -252,6 +254,7 @@ def told(line: Line) -> str:
     clips = line.clips
     fired = sum(clip.clipped for clip in clips)
     norms, limits = ([getattr(c, name) for c in clips] for name in ("norm", "limit"))
+    # The most of all calls: gradients may be missing at the first ones.
     given = max(clip.given for clip in clips)
     present = max(clip.present for clip in clips)
     places = ", ".join(
@@ -267,6 +270,7 @@ def told(line: Line) -> str:
 
 def span(numbers: Sequence[float]) -> str:
     """Return the range of some numbers, in a few digits."""
+    # NaN, which is not equal to itself, would leave the others unsorted.
     known = sorted(x for x in numbers if x == x) or [float("nan")]
     ends = dict.fromkeys(f"{x:.4g}" for x in (known[0], known[-1]))
     return " to ".join(ends)
@@ -285,6 +289,7 @@ def check_up(
     """
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         ledger, ended = examine(script, arguments, steps)
+    # An exit is the script's own word, and no fault whose place has to be shown.
     if ended.error is not None and not isinstance(ended.error, SystemExit):
         traceback.print_exception(without_us(ended.error, script))
     seen = to_dict(ledger, ended)

@@ -46,6 +46,7 @@ def _version(asked: bool) -> None:
 
 def _possible(path: Path) -> Path:
     """Refuse a folder below a file at once: all else waits for torch to be there."""
+    # Path.exists raises for a name that is too long, and os.path.exists says no.
     there = next(filter(os.path.exists, (path, *path.parents)), path)
     if os.path.exists(there) and not os.path.isdir(there):
         raise typer.BadParameter(f"cannot make the folder {path}: {there} is a file.")
@@ -104,6 +105,7 @@ def demo(
         raise typer.Exit(INTERRUPTED)
 
 
+# What stands behind the script is the script's, even if it looks like an option.
 @app.command(context_settings={"allow_interspersed_args": False})
 def doctor(
     script: Annotated[

@@ -159,6 +159,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
             for name, x in row.items()
         )
         table.add_row(*cells)
+    # Where there is no terminal, rich takes 80 characters and shortens the cells.
     Console(width=None if sys.stdout.isatty() else 110).print(table, markup=False)
 
 
@@ -209,6 +210,7 @@ def networks(
     """Yield the history of each network in a log, with a name for it."""
     from gradclip.readers.plain import plain_file
 
+    # Copied once for all networks: a pipe cannot be read a second time.
     with plain_file(path) as file:
 
         def loaded(column: str | None) -> History:
@@ -274,6 +276,7 @@ def noted_errors() -> Iterator[list[str]]:
         # Whoever read the output has seen enough, as `head` has.
         raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
+        # Errors of packages may have several lines, and a log gets one.
         failures.append(" ".join(str(error).split()))
         typer.echo(failures[0], err=True)
 
@@ -285,6 +288,7 @@ def progress(total: int, what: str) -> Iterator[Any]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
+    # So few steps are done before a bar could be read.
     quick = total < 20_000 or not console.is_terminal
     with Progress(console=console, transient=True, disable=quick) as bar:
         task = bar.add_task(what, total=total)

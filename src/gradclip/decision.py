@@ -85,6 +85,7 @@ def decide(
     xp = seen.xp
     limit, state = rule.update(seen, state)
     scale = clip_scale(seen.norm, limit, xp, rule.most(seen))
+    # Norms are never below 0, so that one comparison finds NaN and infinity.
     finite = seen.norm < math.inf
     after = xp.where(finite & (scale != 1), limit, seen.norm)
     whole = xp.all(finite if absent is None else finite | absent)

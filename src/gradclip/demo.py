@@ -110,6 +110,7 @@ class Network(nn.Module):
 
 def library_text() -> Tensor:
     """Return the source text of Python's standard library, without its packages."""
+    # A folder lists its files in any order, and the text should be the same.
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     if not files:
         raise FileNotFoundError(
@@ -241,6 +242,7 @@ def compare(setup: Setup, out: Path, console: Console) -> Comparison:
     Returns:
         The runs, which are shorter if Ctrl-C ended them.
     """
+    # If this one is interrupted early, those of another must not stand for it.
     for name in (PICTURE, SUMMARY):
         (out / name).unlink(missing_ok=True)
     interrupted = False
@@ -284,10 +286,12 @@ def train_all(runs: Sequence[Run]) -> Generator[Run, None, None]:
     with ThreadPoolExecutor(len(runs)) as pool:
         working = [pool.submit(work, run) for run in runs]
         try:
+            # Each worker ends with a None, done or not.
             for _ in runs:
                 yield from iter(news.get, None)
         finally:
             stop.set()
+    # What went wrong in a thread is raised here.
     for worker in working:
         worker.result()
 

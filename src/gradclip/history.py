@@ -92,6 +92,7 @@ class History:
             FileNotFoundError: If there is no such file.
             ModuleNotFoundError: If a format needs a package that is not installed.
         """
+        # A training only writes, and need not load the readers of all formats.
         from gradclip.readers import read
 
         return cls.from_record(read(Path(path), format, column), Path(path))
@@ -128,6 +129,7 @@ class History:
     @classmethod
     def from_record(cls, record: Record, path: Path | None) -> "History":
         """Make a history from a record that was read."""
+        # Not by __init__, which makes a recorder: what was read takes no steps.
         history = cls.__new__(cls)
         history.path, history.tensors_every = path, 0
         history._recorder, history._record = None, record
@@ -155,6 +157,7 @@ class History:
             "flush_seconds": recorder.flush_seconds,
             "tensors_every": self.tensors_every,
         }
+        # There and back: a trainer keeps this as JSON, which has no paths or arrays.
         plain: dict[str, Any] = json.loads(json.dumps(given, default=_plain))
         return plain
 
@@ -166,6 +169,7 @@ class History:
         """
         recorder = self._writing()
         recorder.rule = rule if isinstance(rule, str) else repr(rule)
+        # Of a chain, the norm that is recorded is that of the first stage.
         recorder.p = 2.0 if isinstance(rule, str) else stages(rule)[0].p
 
     def record(self, step: Any, info: Info, **facts: Any) -> None:
@@ -236,6 +240,7 @@ class History:
         if self._record is not None:
             return self._record
         self.flush()
+        # Before the first step, or where the file could not be written.
         if self.path is None or not self.path.exists():
             return record_of([])
         from gradclip.readers import read

@@ -18,7 +18,10 @@ def look_inside(
 ) -> tuple[list[Array], Info, State]:
     """Decide for the parts of one tensor at a time; change them where it is `going`."""
     results, infos, new = [], [], dict(state)
+    # Some processes have fewer tensors: a question to all of them within the loop
+    # would wait for ever (areal-project/AReaL#1139).
     memories, seen = _by_tensor(state), seen._replace(xp=engine.here)
+    # Of whole tensors that may be split: all processes ask for them at once, out here.
     tops = engine.tops(leaves) if stage.over == "element" else None
     for i, x in zip(engine.places(leaves), leaves, strict=True):
         parts, put = engine.inside(x, stage.over)
@@ -32,6 +35,7 @@ def look_inside(
                 check_place(stage, memory, i)
             check_shapes(stage, memory, parts)
             info, after = decide(stage, now, memory)
+            # Decided in the widest type, and kept as narrow as it began.
             kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
             new |= {f"{name}.{i}": part for name, part in kept.items()}
         results.append(put(info.scale) if going else x)
@@ -100,6 +104,7 @@ def _most_of(infos: Sequence[Info], stage: Rule, seen: Measured) -> Info:
     cut = [info.clipped for info in infos]
     clipped = xp.any(xp.stack(cut)) if cut else xp.zeros_like(finite)
     return Info(
+        # Singular values are known only here; the largest element was measured before.
         top("norm", xp.max, norm) if stage.over == "singular" else norm,
         top("limit", xp.max, zero),
         top("scale", xp.min, zero + 1),

@@ -88,6 +88,8 @@ def as_optax(
         # Shapes are all that is needed; zeros as large as the parameters are not.
         grads = jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, params))
         memory = _empty_memory(rule, grads)
+        # A state has to begin in the shapes that it keeps under jit and scan. They are
+        # asked for without the axis, which has no name outside of shard_map.
         info, _ = jax.eval_shape(
             lambda g, p: _run(Jax(), rule, g, p, memory, 0, on_nonfinite)[1:],
             grads,
@@ -172,6 +174,7 @@ def load_state_dict(
     """
     memory = _memory(rule, state, params)
     memory.load_state_dict(saved, jnp.asarray, blank=lambda: state.memory)
+    # In the types that the state had: for others jit would compile again.
     loaded = jax.tree.map(
         lambda new, old: jnp.asarray(new, old.dtype),
         tuple(memory.states),
@@ -184,6 +187,7 @@ def load_state_dict(
 
 def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
     many = max(map(places, stages(rule), state.memory), default=0) > 1
+    # A single place cannot be mistaken for another, and needs no name.
     if params is None and many:
         raise ValueError(
             f"{rule!r} remembers something of each tensor; hand over params=…, whose "
@@ -265,6 +269,7 @@ def _run(
 
 def _beside(grads: Any, params: Any) -> list[Array]:
     """Return the parameters that have a gradient: where that is None, others are."""
+    # JAX leaves None out of the leaves, and the parameters would move up by one.
     found, tree = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
     arranged: Any = tree
     pairs = zip(found, arranged.flatten_up_to(params), strict=True)

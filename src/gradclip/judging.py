@@ -134,11 +134,13 @@ class Facts:
         # Between runs, the level may differ.
         several = np.unique(self.record.run).size > 1
         change = 0 if several else level_change(self.steady)
+        # What changes within the first fifth is still the start of the run.
         return change if self.warmup + change >= self.norm.size // 5 else 0
 
     def _note_gaps(self) -> None:
         gaps = np.diff(self.record.step)
         gaps = gaps[gaps > 0]
+        # The median: a hole in the log is not its rhythm.
         gap = int(np.median(gaps)) if gaps.size else 1
         if gap > 1:
             self.notes.append(
@@ -202,6 +204,7 @@ class Facts:
         if why := self._no_norms():
             return why
         size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
+        # Zeros alone break no run: GRPO has many steps without a signal.
         if size and bad > size / 2 and not (self.record.norm == 0).sum() > size / 2:
             return (
                 f"{bad} of {size} norms are 0, NaN or infinite: the run is broken, and "
@@ -231,6 +234,7 @@ class Facts:
                 "named with column=… (--column)."
             )
         varies = self.norm.size >= FEWEST and self._varies()
+        # Norms that are all alike sit at the largest, too, and are refused for that.
         if varies and (share := pile_up(self.norm)) > 0.1:
             return (
                 f"{share:.0%} of the norms sit at the largest, {self.norm.max():.4g}: "
@@ -250,6 +254,7 @@ class Facts:
         )
 
     def _varies(self) -> bool:
+        # Norms that were clipped differ by the 1e-6 that torch adds, and are one value.
         return bool(self.norm.max() > self.norm.min() * (1 + 1e-6))
 
     def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
@@ -263,6 +268,7 @@ class Facts:
         limit, reason = self._limit()
         reasons = [reason]
         rule: Rule = Norm(limit, p=self.measured.p)
+        # Where the limit in force fits, there is nothing to change, whatever the drift.
         if limit != self.in_force and not 1 / 3 < self.drift < 3:
             rule = Percentile(q=90.0)
             reasons.append(
@@ -305,6 +311,7 @@ class Facts:
     def _on_the_run(self) -> list[str]:
         """Say how the run was clipped, where the log tells."""
         scale = self.record.scale[np.isfinite(self.record.scale)]
+        # Norm(inf) only recorded: that nothing was clipped is no finding.
         if not scale.size or np.isposinf(self.record.limit).all():
             return []
         rate = float(np.mean(scale < 1))
@@ -378,6 +385,7 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
         parts = (norm[usable][:cut], norm[usable][cut:])
         # Each phase is measured by itself, or all of a warm-up would be spikes.
         scores[usable] = np.concatenate([spike_scores(part) for part in parts])
+    # Where most norms are infinite, the run is broken, and none of them is a spike.
     if usable.sum() > norm.size / 2:
         scores[~np.isfinite(norm)] = math.inf
     return tuple(
@@ -424,4 +432,5 @@ def rounded_up(value: float) -> float:
         (1.3, 0.5, 2000.0)
     """
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    # 0.14 / 0.01 is a little above 14, which would be rounded up to 0.15.
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")

@@ -26,6 +26,7 @@ def at_least(least: float, **named: Any) -> None:
     kind: Any
     kind, told = (Integral, "a whole number") if counts else (Real, "a number")
     for name, value in named.items():
+        # Infinity passes for a whole number, where it means never.
         if not (isinstance(value, kind) or value == math.inf) or not value >= least:
             raise ValueError(f"{name}={value!r}: it is {told}, at least {least}.")
 
@@ -89,6 +90,7 @@ class Memory:
         saved |= {
             name: asarray(np.asarray(int(getattr(self, name)))) for name in COUNTERS
         }
+        # What is remembered of all tensors together fits under other names as well.
         if self.names and any(map(has_places, stages(self.rule))):
             saved["names"] = asarray(coded(self.names))
         for i, state in enumerate(self.states):
@@ -153,6 +155,7 @@ class Memory:
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
         now, stage = self.states[i] or {}, stages(self.rule)[i]
+        # Without a memory of its own yet, a rule is asked what an empty one would have.
         known = now.keys() or _remembered(stage, found)
         if known and (apart := sorted(known ^ found.keys())):
             how = "lacks" if apart[0] in known else "should not have"

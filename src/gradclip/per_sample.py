@@ -104,6 +104,7 @@ def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
     xp = engine.xp
     scale = inward(scale, float(xp.finfo(x.dtype).eps), xp)
     flat = _flat(x, xp)
+    # Cleared, not scaled: 0 times NaN is NaN.
     if engine.known(xp.all(kept)) is not True:
         flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
     # Half precision cannot hold a small scale, nor add up many samples.

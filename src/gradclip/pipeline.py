@@ -38,6 +38,7 @@ def run(
     infos: list[Info] = []
     old: list[State] = []
     new: list[State] = []
+    # Who only records wants the run as it would have been, NaN and all.
     skips = policy == "skip" and not only_records(rule)
     # Of all stages, before the first of them changes anything.
     told = [scheduled(engine, stage, step) for stage in stages(rule)]
@@ -45,6 +46,7 @@ def run(
         given = parts = turned(leaves, stage, engine.xp)
         norm = engine.measure(parts, stage.over, stage.p)
         missing = None
+        # Only over tensors has a missing gradient a cell of its own, whose norm is NaN.
         if absent is not None and stage.over == "tensor":
             missing = engine.adopt(absent, norm)
         if i == 0:
@@ -55,6 +57,7 @@ def run(
         seen = Measured(norm, weight, step, engine.xp, counts, told[i], missing)
         old.append(recalled(engine, stage, states[i], parts, norm))
         if stage.by_part:
+            # Torch changes gradients in place, and those of a dropped step must stay.
             going = not skips or engine.known(all_finite(norm, engine)) is not False
             parts, info, state = look_inside(engine, parts, stage, seen, old[i], going)
         else:
@@ -63,8 +66,10 @@ def run(
             info = info._replace(kept=info.kept & info.finite)
         infos.append(info)
         new.append(state)
+        # On a device nobody knows yet, and the later stages run in vain.
         if engine.known(info.kept) is False:
             break
+        # Skip takes all or nothing, and what looks inside has multiplied already.
         if not (stage.drops or stage.by_part):
             parts, infos[-1] = apply(engine, parts, stage, info, seen, old[i])
         if parts is not given:
@@ -77,6 +82,7 @@ def run(
         leaves, total = dropped(engine, leaves, total)
         # A dropped step teaches nothing, also where another norm has dropped it.
         new = [held(a, b, total.kept, engine.xp) for a, b in zip(new, old, strict=True)]
+    # Stages behind the one that dropped the step keep the memory that they had.
     return leaves, total, [*new, *states[len(new) :]]
 
 
@@ -85,6 +91,7 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
 
     What is no limit is refused where it can be seen.
     """
+    # Skip has its limit one rule further in, and by_name() one in each group.
     inner = getattr(stage, "rule", stage)
     rules = [inner, *(rule for _, rule in getattr(inner, "rules", ()))]
     found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
@@ -176,6 +183,7 @@ def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> St
     state = {name: engine.adopt(x, norm) for name, x in state.items()}
     shape = rule.remembers(norm)
     for x in state.values():
+        # A window has an axis of its own before that of the norms.
         if tuple(x.shape)[x.ndim - len(shape) :] != shape:
             raise ValueError(
                 f"{rule!r} remembers {x.shape[-1]} tensors, but this step has "
@@ -195,6 +203,7 @@ def admit(
 ) -> tuple[list[Array], Array]:
     """Return gradients and their norm after the policies that act before a clip."""
     told = there(norm, absent, engine)
+    # Where nobody may look, clearing goes ahead: without a bad element nothing changes.
     if policy not in ("raise", "zero") or engine.known(all_finite(told, engine)):
         return leaves, norm
     if policy == "raise":
@@ -203,6 +212,7 @@ def admit(
     elif not only_records(rule):
         first = stages(rule)[0]
         leaves = engine.without_nonfinite(leaves)
+        # Measured anew, since a norm of NaN says nothing about the other elements.
         norm = engine.measure(leaves, first.over, first.p)
     return leaves, norm
 
@@ -249,6 +259,8 @@ def apply(
 ) -> tuple[list[Array], Info]:
     """Multiply by the scale, unless it is known that nothing is to be done."""
     if stage.over != "element":
+        # A scale of 1 changes no bit, but takes a pass over all gradients, as torch's
+        # clip does at every step (transformers#41431).
         idle = engine.known(info.clipped) is False
         leaves = leaves if idle else engine.multiply(leaves, info.scale, stage.over)
         return leaves, info
@@ -256,6 +268,7 @@ def apply(
         # Elements are clipped one by one, also beside one that is not finite.
         if engine.known(seen.norm <= info.limit) is True:
             return leaves, info
+        # The scale of an infinite norm is 1, yet its element is cut to the limit.
         infinite = engine.xp.isinf(seen.norm) & (seen.norm > info.limit)
         info = info._replace(
             clipped=info.clipped | infinite,
@@ -267,6 +280,7 @@ def apply(
 
     def scale(norm: Array) -> Array:
         now = seen._replace(norm=norm)
+        # With the memory from before this step, as for the largest element.
         limit, _ = stage.update(now, state)
         found = clip_scale(norm, limit, seen.xp, stage.most(now))
         # Small elements may be stretched where the largest is left alone.
@@ -274,6 +288,7 @@ def apply(
         return found
 
     leaves = engine.each(leaves, scale)
+    # Each process has seen its own elements, and all have to report the same.
     clipped = engine.here.any(engine.here.stack(moved))
     return leaves, engine.agreed(info._replace(clipped=clipped))
 
@@ -285,6 +300,7 @@ def _least(scale: Array, xp: Any) -> Array:
     """
     if scale.ndim == 0:
         return scale
+    # A minimum over nothing raises; infinity is the least only beside no scale.
     least = xp.min(xp.concat([scale, beside([math.inf], scale, xp)]))
     return xp.where(xp.isinf(least), 1.0, least)
 
@@ -300,6 +316,7 @@ def summary(infos: Sequence[Info], xp: Any) -> Info:
     scale, clipped, kept = _least(first.scale, xp), first.clipped, first.kept
     limit = first.limit
     for info in infos[1:]:
+        # Limits of other scopes have other shapes, between which no flag can choose.
         alike = info.limit.shape == limit.shape
         limit = xp.where(kept, info.limit, limit) if alike else info.limit
         scale, clipped = scale * _least(info.scale, xp), clipped | info.clipped

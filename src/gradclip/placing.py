@@ -31,6 +31,7 @@ def in_order(
     now: Sequence[str],
 ) -> Sequence[State | None]:
     """Return memories in another order of the same tensors; else as they are."""
+    # Two tensors under one name cannot be told apart by it.
     if list(before) == list(now) or len(set(now)) < len(now):
         return states
     if sorted(before) != sorted(now):

@@ -9,12 +9,14 @@ Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
 
 
+# Torch raises a RuntimeError here, and loops that were written for it catch that.
 class NonFiniteError(RuntimeError, FloatingPointError):
     """Gradients hold NaN or infinity, and the caller asked to be told."""
 
 
 def only_records(rule: Rule) -> bool:
     """Return whether a rule never clips, so that nothing may be touched."""
+    # A schedule or an array may be infinite at this step and not at the next.
     return (
         isinstance(rule, Norm | Value)
         and isinstance(rule.limit, float)

@@ -83,10 +83,12 @@ class Recorder:
     def flush(self) -> None:
         """Write what is kept; of several processes, only the first one does."""
         steps, tensors = self._steps, self._tensors
+        # Emptied first: what a full disk refuses is lost, and does not pile up.
         self._steps, self._tensors, self._flushed = [], [], time.monotonic()
         # A forked data loader inherits the buffer, and must not write it a second time.
         if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
             return
+        # Tensors first, since a reader looks for their step in the lines behind them.
         lines = [*self._tensor_lines(tensors), *step_lines(steps, self.p)]
         self._write(lines)
 
@@ -99,6 +101,7 @@ class Recorder:
 
     def _head(self) -> str:
         """Return the header line where this file still needs one from us."""
+        # A file that was moved away meanwhile begins anew, and needs a header again.
         if self._header and self.path.exists():
             return ""
         head = {"gradclip": SCHEMA, "rule": self.rule, "run": self.run}
@@ -107,6 +110,7 @@ class Recorder:
     def _warn(self, error: OSError) -> None:
         # The line with the names may be among those that were lost.
         self._written_names = None
+        # Once, or a full disk would warn at every flush.
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -142,12 +146,14 @@ def append(path: Path, text: str) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 data = b"\n" + data
+        # Without a buffer, a write may take less than it was given.
         while data:
             data = data[file.write(data) :]
 
 
 def process_rank() -> int:
     """Return which of several processes this is, by torch or its launcher."""
+    # Where torch is not loaded, nothing can have started its process group.
     torch = sys.modules.get("torch")
     distributed = getattr(torch, "distributed", None)
     if distributed and distributed.is_available() and distributed.is_initialized():
@@ -185,9 +191,11 @@ def _line(
     facts: dict[str, Any], norm: float, limit: float, scale: float, action: str
 ) -> str:
     entry = facts | {"norm": norm, "limit": limit, "scale": scale}
+    # A count stays whole; as a float it would be written as 7.0.
     plainly = {
         name: x if isinstance(x, (int, str)) else plain(x) for name, x in entry.items()
     }
+    # Other tools refuse the bare NaN that Python would write.
     return json.dumps({**plainly, "action": action}, allow_nan=False)
 
 
@@ -239,6 +247,7 @@ def short(number: float) -> float | str:
 
 def _flush_at_exit(recorder: Recorder) -> None:
     """Write the last steps when the program ends, if the recorder still lives."""
+    # Weakly, or a recorder that nobody has any more would live until the end.
     alive = weakref.ref(recorder)
 
     def flush() -> None:

@@ -79,6 +79,7 @@ def replay(
     norms, bound = _norms(record, rule), rule
     _check_order(record, norms, rule)
     if record.tensors is not None and norms.ndim == 2:
+        # Norms have no shapes; rules that ask for them were refused above.
         bound = rule.bind(record.tensors.names, [()] * norms.shape[1])
     found = np.empty((3, record.norm.size))
     with np.errstate(all="ignore"):
@@ -151,6 +152,7 @@ def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:
     for stage in stages(rule):
         info, _ = decide(stage, Measured(seen, None, 0, xp_numpy), {})
         infos.append(info)
+        # What one stage lets through is what the next one measures.
         seen = info.norm_after
     scale = math.prod(np.asarray(info.scale) for info in infos)
     joined: list[tuple[Floats, Callable[[Floats], float]]] = [
@@ -164,11 +166,13 @@ def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:
 
 def _one_by_one(norms: Floats, rule: Rule, record: Record) -> Iterator[Info]:
     """Yield what a rule does at each step that depends on other norms of its run."""
+    # Array libraries are slow at one number at a time, and a log may have a million.
     xp: Any = Scalars() if norms.ndim == 1 else xp_numpy
     first = np.ones_like(norms[0]) if len(norms) else np.float64(1)
     states: list[State] = []
     runs = record.run
     for i, norm in enumerate(norms):
+        # Each run in a file began with an empty memory of its own.
         if i == 0 or runs[i] != runs[i - 1]:
             states = [stage.init(first, xp) for stage in stages(rule)]
         info, after = _one_step(norm, rule, int(record.step[i]), states, xp)
@@ -181,6 +185,7 @@ def _one_by_one(norms: Floats, rule: Rule, record: Record) -> Iterator[Info]:
 def _one_step(
     norm: Any, rule: Rule, step: int, states: list[State], xp: Any
 ) -> tuple[Info, list[State]]:
+    # A tensor without a gradient was recorded as NaN.
     absent = None if np.ndim(norm) == 0 else np.isnan(norm)
     infos, after = [], []
     for stage, state in zip(stages(rule), states, strict=True):

@@ -35,6 +35,7 @@ def rule_from(text: str) -> Rule:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
+    # On a text with many brackets, signs or dots the parser ends in any of these.
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(
             f"the rule {text!r} is no call; write it as in ZScore(z=2.5), with numbers "
@@ -51,6 +52,7 @@ def recorded_rule(text: str) -> Rule:
 
     Foreign logs name none, and hold 2-norms of all gradients.
     """
+    # As it is first: a text within the rule may look like a function or an array.
     for readable in (text, OPAQUE.sub("1.0", text)):
         with suppress(ValueError):
             return rule_from(readable)

@@ -27,6 +27,7 @@ def _lines(advice: "Advice") -> Iterator[str]:
         yield "No recommendation."
     else:
         yield f"Recommended: {advice.code}    confidence: {advice.confidence}"
+    # What share of a broken model's steps is clipped says nothing.
     if advice.limit is not None and not advice.lost:
         rate = advice.clip_rate(advice.limit)
         later = advice.clip_rate(advice.limit, after_warmup=True)

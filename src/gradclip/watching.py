@@ -36,6 +36,7 @@ def follow(path: Path, once: bool, every: float) -> None:
                 # Reading again is what takes time, looking at the size does not.
                 size = _size(path)
                 if size != seen:
+                    # Before it is read: what is written meanwhile is seen next.
                     seen = size
                     live.update(_now(path, console.width), refresh=True)
                 time.sleep(every)
@@ -53,6 +54,7 @@ def _size(path: Path) -> int:
 def _now(path: Path, width: int) -> Group:
     try:
         return view(History.load(path).recorded, path, width)
+    # There may be no file yet, or one without a step.
     except (LogError, FileNotFoundError) as error:
         return Group(Text(f"Waiting for the first steps. {error}"))
 

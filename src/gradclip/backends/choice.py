@@ -19,6 +19,7 @@ from gradclip.rules import Array
 def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
     """Return the one backend of all gradients; refuse other things, and mixtures."""
     found: dict[Any, tuple[str, Any, Backend]] = {}
+    # For one call: a function with a cache makes Dynamo warn.
     known: dict[type, Backend | None] = {}
     for where, x in leaves:
         kind = type(x)

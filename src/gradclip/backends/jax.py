@@ -72,6 +72,7 @@ class Jax(Backend):
     def root(self, squares: Array, safely: Callable[[], Array]) -> Array:
         """Return the roots of sums of squares, or what is computed `safely` instead."""
         xp = self.xp
+        # Squares that XLA flushes to 0 do not show in a sum above this.
         least = float(xp.finfo(self.wide).tiny) ** 0.5
         usable = xp.all(xp.isfinite(squares) & (squares > least))
         return self.jax.lax.cond(usable, lambda: xp.sqrt(squares), safely)
@@ -181,6 +182,7 @@ class Shards(Jax):
     def cut_along(self, x: Array) -> tuple[str, ...]:
         """Return the axes along which an array differs: all, where JAX cannot tell."""
         index = self.jax.lax.axis_index
+        # An index differs along its axis: if its type does not say so, no type does.
         return tuple(
             axis
             for axis in self.axes
@@ -190,6 +192,7 @@ class Shards(Jax):
     def varies(self, x: Array, axis: str) -> bool:
         """Return whether the type of an array says that it differs along an axis."""
         kind = self.jax.typeof(x)
+        # What was `vma` of a type has moved in later releases of JAX.
         kind = getattr(kind, "manual_axis_type", kind)
         return axis in getattr(kind, "varying", getattr(kind, "vma", ()))
 

@@ -62,6 +62,7 @@ class Rows:
         from the cache, and takes some times as long.
         """
         if self.count:
+            # Squares may overflow, which the total shows.
             with np.errstate(all="ignore"):
                 squares, exact = self.summed()
             picks = PICKED if self.width > ROW else PICKED // 2

@@ -66,6 +66,7 @@ class TensorFlow(Backend):
 
     def prepare(self, x: Array, where: str) -> Array:
         """Return a tensor also for the slices that an embedding's gradient is."""
+        # The slices may hold a row twice, which only the whole tensor adds up.
         return super().prepare(tf.convert_to_tensor(x), where)
 
     def times(self, x: Array, scale: Array) -> Array:

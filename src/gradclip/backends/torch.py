@@ -27,6 +27,7 @@ class TorchArrays(Backend):
                 f"gradients{where} has layout {name}; gradients may be dense or sparse "
                 "COO."
             )
+        # It imports torch, which may not be there until a tensor is.
         from gradclip.backends.narrow import home
 
         values = x if name == "strided" else x.coalesce().values()
@@ -44,6 +45,7 @@ class TorchArrays(Backend):
 
     def deliver(self, leaves: Sequence[Array], given: Sequence[Any]) -> list[Array]:
         """Return results that share no memory with what was given."""
+        # Torch warns where `asarray` copies what requires a gradient.
         pairs = zip(leaves, given, strict=True)
         return [x.clone() if x is y else x for x, y in pairs]
 

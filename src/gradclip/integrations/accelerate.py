@@ -49,5 +49,6 @@ def clip_(accelerator: Any, clipper: Clipper, optimizer: Any = None) -> Info | N
         )
     if not accelerator.sync_gradients:
         return None
+    # Does nothing unless fp16 has scaled them; a second call raises (accelerate#641).
     accelerator.unscale_gradients(optimizer)
     return clipper.clip_()

@@ -68,6 +68,7 @@ class EngineClipper(Clipper):
         # It is called for each group of parameters, with the norm over all of them.
         if self._decided_at != self._engine.global_steps:
             self._decided_at = self._engine.global_steps
+            # DeepSpeed hands over the norm of gradients that are still scaled.
             self._decide(float(total_norm) / float(self._engine.optimizer.loss_scale))
         return self._original(group, total_norm)
 

@@ -61,6 +61,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         """Check everything before the first step."""
+        # Keras wants a rate here, and asks the inner optimizer for it.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.rule, self.on_nonfinite = rule_of(rule), on_nonfinite
@@ -88,6 +89,7 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         sure = verbs().known(kept) if may_drop(self.rule, self.on_nonfinite) else True
         if sure is False:
             return
+        # Where the host does not know yet, the step is made and may be taken back.
         held = [] if sure else [*self.inner_optimizer.variables, *variables]
         before = [keras.ops.copy(v.value) for v in held]
         self.inner_optimizer.apply(grads, variables)

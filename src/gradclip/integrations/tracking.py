@@ -40,6 +40,7 @@ class Tracked:
 
     def _count(self, *_: Any) -> None:
         info = self.clipper.info
+        # A step without gradients leaves the report of the one before.
         if info is not None and info is not self._counted:
             self.clipped = self.clipped.to(info.clipped.device) + info.clipped
             self._counted = info

@@ -91,6 +91,7 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Add to the logs of a training step; the trainer's history has a copy."""
+        # Logs of an evaluation, and the last one of a training, have no such loss.
         if self.tracked and logs and "loss" in logs:
             found = self.tracked.metrics()
             logs.update(found)

@@ -88,6 +88,7 @@ def _columns(path: Path, format: str, column: str | None) -> tuple[Columns, str]
 
 def lines_of(path: Path) -> Iterator[str]:
     """Yield the lines of a text; a carriage return ends one, too."""
+    # A byte that is no UTF-8 spoils one line, and must not cost the log.
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         yield from file
 
@@ -129,6 +130,7 @@ def guess(path: Path) -> str:
     head = start.decode("utf-8-sig", errors="replace")
     if not head.strip():
         raise LogError(f"{path}: the file is empty.")
+    # Event files begin with a length, which is no mark: only their name tells.
     if "tfevents" in path.name:
         return "tensorboard"
     if start.startswith(b"PAR1"):
@@ -144,11 +146,14 @@ def _guess_text(head: str) -> str:
     if text[0] in "{[" and (first := parsed(lines[0])) is not None:
         if isinstance(first, dict) and "gradclip" in first:
             return "gradclip"
+        # One object alone is a document; with others below, each is a step.
         if isinstance(first, dict) and len(lines) > 1:
             return "jsonl"
         return "json"
+    # parsed() returns None for null as well as for what is no JSON.
     if len(lines) == 1 and (text.strip() == "null" or parsed(text) is not None):
         return "json"
+    # What Python prints begins with a brace, too, but quotes its names singly.
     if text[0] in "{[" and text[1:].lstrip()[:1] in ("", '"', "{", "[", "]", "}"):
         return "json" if not _lines_of_json(lines) else "jsonl"
     table = tabular.delimiter_of(head) or tabular.is_heading(text)

@@ -37,6 +37,7 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
     limit = _limits(columns, choose_limit(columns, name), rows)
     loss = _other(columns, choose_loss(columns, name), rows)
     record = record_of(values, step, limit, loss=loss)
+    # Without a limit beside it, a scale may be that of the loss.
     if (scale := columns.found.get("scale")) and "limit" in columns.found:
         record = replace(record, scale=_aligned(scale, rows))
     record = replace(record, format=format, column=name, networks=networks)
@@ -111,6 +112,7 @@ def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
         return count, ["the log has no steps; they were counted from 0."]
     column = columns.found[name]
     step = _aligned(column, rows)
+    # Hugging Face prints 0.01, 0.02, …, of which several steps share one.
     if name.lower() == "epoch" and not _whole_and_rising(step):
         return count, ["the log has epochs but no steps; steps were counted from 0."]
     step = _filled(step)
@@ -124,6 +126,7 @@ def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
 def _through_epochs(step: Floats, epoch: Floats) -> Floats:
     """Return steps that are counted on where each epoch begins with them afresh."""
     again, on = np.diff(step) <= 0, np.diff(epoch) > 0
+    # Steps that begin again without a new epoch are those of another run.
     if not again.any() or np.any(again != on):
         return step
     gap = np.median(np.diff(step)[~again]) if not again.all() else 1
@@ -151,6 +154,7 @@ def _unrounded(step: Floats) -> tuple[Steps, list[str]]:
     gaps = np.diff(step[step < 1000])
     gap = float(np.median(gaps)) if gaps.size else 1.0
     even = step[0] + gap * np.arange(step.size)
+    # Three digits are off by half a per cent at most.
     if np.all(np.abs(even - step) <= 0.006 * np.abs(step) + gap):
         step = even
         note = f"steps were printed rounded; they were counted on by {gap:g}."

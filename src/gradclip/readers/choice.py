@@ -9,18 +9,21 @@ import numpy as np
 from gradclip.readers.columns import Columns
 from gradclip.record import LogError
 
+# Whole words only: avg_norm and img_norm end in a g as well.
 NORM = re.compile(
     r"(?<![a-z])(?:g|grads?|gradients?)[\W_]*(?:(?:\d\.\d|inf|l2|total|global|clip)"
     r"[\W_]*)*norms?(?![a-z])|gnorm|norm[\W_]*(?:of[\W_]*)?grad|before[\W_]*clip"
     r"|after[\W_]*clip",
     re.IGNORECASE,
 )
+# The bare word clip is not enough: eps_clip and policy/clip are ranges of PPO.
 LIMIT = re.compile(
     r"max[\W_]*(?:grad[\W_]*)?norm|clip[\W_]*(?:grad[\W_]*)?(?:norm|value|threshold)$"
     r"|clip[\W_]*grad(?:ient)?s?$|(?:grad|gradient)[\W_]*clip(?:ping)?$"
     r"|grad[\W_]*clip[\W_]*(?:val|norm)$|grad(?:ient)?[\W_]*limit$",
     re.IGNORECASE,
 )
+# In gradNormAfterClip the word stands in the middle, and crafter is another one.
 AFTER = re.compile(
     r"(?<![a-z])after|(?-i:After)|post[\W_]*clip|(?<!un)clipped(?![a-z])", re.IGNORECASE
 )
@@ -33,6 +36,7 @@ FIRST = re.compile(
     r"before|pre[\W_]*clip|unclipped|(?<![a-z])raw(?![a-z])|total|global|val$",
     re.IGNORECASE,
 )
+# The first that is there counts: an epoch only where there is nothing better.
 STEPS = (
     "step",
     "global_step",
@@ -126,6 +130,7 @@ def _wanted(columns: Columns, source: str) -> str:
 
 def _is_limit(name: str) -> bool:
     own = _own(name)
+    # Norms before and after clipping may have the name of a limit within theirs.
     return bool(LIMIT.search(own)) and not re.search("before|after|pre|post", own, re.I)
 
 
@@ -140,6 +145,7 @@ def _best(names: Sequence[str], columns: Columns) -> list[str]:
     def rank(name: str) -> tuple[bool, bool, bool, int]:
         values = np.frombuffer(columns.found[name].values)
         first = bool(FIRST.search(_own(name)))
+        # grad_norm_avg may be NaN throughout: one overflow stays in a running mean.
         broken = not np.isfinite(values).any()
         return broken, bool(AVERAGE.search(_own(name))), not first, -len(values)
 
@@ -191,6 +197,7 @@ def _beside(known: Iterable[str], columns: Columns, norm: str) -> str | None:
     for name in known:
         if name in names:
             other = np.frombuffer(columns.found[names[name]].rows, np.int64)
+            # A column of an evaluation has few rows in common with a norm.
             if np.isin(rows, other).mean() > 0.5:
                 return names[name]
     return None

@@ -58,6 +58,7 @@ class Columns:
             if isinstance(value, Mapping):
                 for inner, deeper in value.items():
                     self._put(f"{name}/{inner}", deeper)
+            # A null may stand for a norm, and makes no column of anything else.
             elif value is not None or name in self.found or "norm" in name:
                 self._put(name, value)
         self.count += 1
@@ -65,6 +66,7 @@ class Columns:
     def _put(self, name: str, value: Any) -> None:
         column = self.found.get(name)
         if column is None:
+            # Remembered, since a search for each cell of a wide log takes long.
             if name in self.ignored:
                 return
             if name != self.wanted and not WORTH_KEEPING.search(name):
@@ -100,6 +102,7 @@ def number(text: Any) -> float | None:
     """
     if text is None:
         return math.nan
+    # To Python, True is the number 1.
     if isinstance(text, bool):
         return None
     if isinstance(text, (int, float)):
@@ -111,6 +114,7 @@ def _float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
+        # JSON has integers of any length.
         return math.inf
 
 

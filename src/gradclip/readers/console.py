@@ -13,6 +13,7 @@ from gradclip.record import LogError
 NUMBER = (
     r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?|NaN|Infinity)"
 )
+# Colours of 24 bits may be written with colons.
 COLOURS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
 BARE = re.compile(r"(?<=[:\s\[,])(-?)(?:nan|NaN|inf|Infinity)(?=\s*[,}\]])")
 LIMIT = re.compile(
@@ -56,6 +57,7 @@ def _pattern(tool: str, text: str) -> Pattern:
     return Pattern(tool, re.compile(text.replace("NUMBER", NUMBER)))
 
 
+# The first that fits counts, so that those for any tool stand last.
 PATTERNS = (
     _pattern(
         "Megatron-LM",
@@ -171,16 +173,19 @@ def _rows(
     tool, box = "boxed table", dict[str, Any]()
     # A box ends with the first line that is no row of it; its rows are one step.
     for raw in lines:
+        # torchtitan colours its fields, and some logs are padded with wide spaces.
         line = COLOURS.sub("", raw).replace("\u3000", " ")
         if cell := BOX.match(line) or (box and BELOW.match(line)):
             box[cell["name"]] = cell["value"]
             continue
+        # A heading that no number followed is no step.
         if box.keys() - {"step", "epoch"}:
             yield tool, box
         tool, box = "boxed table", {}
         if header := HEADER.match(line):
             tool, box = "headed block", header.groupdict()
         _mind_limit(line, columns)
+        # A cheap look first: lines of a progress bar may have 40,000 characters.
         if "norm" in line.lower() and not SUMMARY.search(line):
             yield from _from_line(line)
     if box.keys() - {"step", "epoch"}:
@@ -213,6 +218,7 @@ def _from_line(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _dictionary(line: str) -> dict[str, Any]:
     """Return the dictionary that a line ends with, as JSON or Python prints it."""
+    # fairseq and Python's logging put a prefix before it.
     text = line[line.index("{") : line.rindex("}") + 1] if "}" in line else ""
     if "norm" not in text:
         return {}
@@ -241,6 +247,7 @@ def _pairs(line: str) -> dict[str, Any]:
 def _named(found: re.Match[str], line: str) -> dict[str, Any]:
     """Return a step of a line; where networks are named, each with its norm."""
     row = {name: x for name, x in found.groupdict().items() if x is not None}
+    # Swin and OpenMMLab count the batches of each epoch from 0 or 1 again.
     if "at" in row:
         row["step"] = str(
             int(row.pop("epoch")) * int(row.pop("of")) + int(row.pop("at"))
@@ -260,6 +267,7 @@ def _loss(line: str) -> str | None:
     """Return the first loss in a line that is not one of an evaluation."""
     start = 0
     for found in LOSS.finditer(line):
+        # A word belongs to the loss behind it, and not to those further on.
         if not EVALUATION.search(line, start, found.end()):
             return found["loss"]
         start = found.end()

@@ -33,6 +33,7 @@ def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, 
         LogError: If it is neither a list of steps nor columns.
     """
     columns = Columns(column)
+    # By what it holds, since trainer_state.json is often renamed.
     if isinstance(document, dict) and isinstance(document.get("log_history"), list):
         _add_all(document["log_history"], columns)
         return columns, "Hugging Face trainer state"
@@ -62,6 +63,7 @@ def _lists(document: Any) -> dict[str, list[Any]]:
     if not isinstance(document, dict):
         return {}
     lists = {name: x for name, x in document.items() if isinstance(x, list)}
+    # Shorter lists are settings, or have other steps, and fit no row.
     longest = max(map(len, lists.values()), default=0)
     return {name: x for name, x in lists.items() if len(x) == longest}
 
@@ -110,4 +112,5 @@ def notebook_lines(document: Any) -> Iterator[str]:
             shown = data.get("text/plain") if isinstance(data, dict) else None
             text = output.get("text") or shown or ""
             whole = text if isinstance(text, str) else "".join(map(str, text))
+            # Progress bars go back to the start of their line, as in a terminal.
             yield from whole.replace("\r", "\n").splitlines()

@@ -68,6 +68,7 @@ class Found:
     def _add_step(self, step: int, entry: dict[str, Any]) -> bool:
         if isinstance(values := entry.get("tensors"), list):
             numbers = [number(x) for x in values]
+            # The line with the names may be lost, or be that of another model.
             if len(values) != len(self.names) or None in numbers:
                 return False
             row = [x for x in numbers if x is not None]
@@ -105,6 +106,7 @@ def read(path: Path) -> Record:
         columns["scale"],
         columns["loss"],
     )
+    # Each start writes a header, and the last one is of the newest steps.
     head = found.heads[-1] if found.heads else {}
     record = replace(
         record,
@@ -118,6 +120,7 @@ def read(path: Path) -> Record:
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[str]]]:
+    # Damaged bytes cost their line only.
     with path.open(encoding="utf-8", errors="replace") as file:
         start = 1
         while lines := list(islice(file, CHUNK)):
@@ -171,6 +174,7 @@ def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:
     newest = {}
     for before, after, step, nth, norms in _blocks(entries, len(found.columns["step"])):
         mine = places.get(step, [])
+        # In one flush a step may stand twice: the nth norms belong to its nth row.
         next_row = mine[bisect_left(mine, before) :][nth : nth + 1]
         if next_row and next_row[0] < after and next_row[0] in owners:
             newest[owners[next_row[0]]] = norms

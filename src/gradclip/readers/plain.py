@@ -38,6 +38,7 @@ def plain_file(path: Path) -> Iterator[Path]:
             copy = _unpacked(stack, copy)
             yield copy
         except LogError as error:
+            # Nobody knows the name of the copy.
             raise LogError(str(error).replace(str(copy), str(path))) from None
 
 
@@ -55,6 +56,7 @@ def _opened(stack: ExitStack, path: Path) -> BinaryIO:
 def _unpacked(stack: ExitStack, path: Path) -> Path:
     """Return a file without gzip around it, and in UTF-8."""
     start = _start(path)
+    # By its first bytes, since a packed log need not be called .gz.
     if start == GZIP:
         try:
             with gzip.open(path) as stream:
@@ -62,6 +64,7 @@ def _unpacked(stack: ExitStack, path: Path) -> Path:
                 path = _copied(stack, inside, path.name.removesuffix(".gz"))
         except (OSError, EOFError, zlib.error) as error:
             raise LogError(f"{path}: not a whole gzip file: {error}") from None
+        # What was packed may be UTF-16.
         start = _start(path)
     if start in UTF16:
         text = path.read_bytes().decode("utf-16", errors="replace")

@@ -36,6 +36,7 @@ def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
     Returns:
         For each run its rows, and sentences about resumes, restarts and repetitions.
     """
+    # Most logs are in order, and need nothing of what follows.
     if step.size == 0 or bool(np.all(np.diff(step) > 0)):
         return [list(range(step.size))], []
     if step.size > 2 and bool(np.all(np.diff(step) < 0)):
@@ -46,6 +47,7 @@ def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
 
 
 def _without_repeats(step: Steps, norm: Floats) -> tuple[list[int], list[str]]:
+    # With several processes, each may print the line of a step.
     same = (step[1:] == step[:-1]) & (
         (norm[1:] == norm[:-1]) | np.isnan(norm[1:]) | np.isnan(norm[:-1])
     )
@@ -71,10 +73,12 @@ def _threads(step: Steps, rows: list[int]) -> list[Thread]:
             thread = Thread([row], at, usual)
             threads.append(thread)
         else:
+            # A hole in the log must not become the gap that is expected next.
             thread.gap = min(at - thread.last, 10 * usual)
             thread.rows.append(row)
             thread.last = at
         if not recent or recent[0] is not thread:
+            # Hardly more take turns, and a search through all would take long.
             recent = [thread, *(t for t in recent if t is not thread)][:4]
     return threads
 
@@ -85,6 +89,7 @@ def _continued(recent: list[Thread], at: int, row: int) -> Thread | None:
     for thread in alive:
         if at - thread.last == thread.gap:
             return thread
+    # After a hole no thread fits, and the one that wrote last goes on.
     if recent and at > recent[0].last:
         return recent[0]
     later = [t for t in alive if at > t.last]
@@ -97,9 +102,11 @@ def _joined(
     """Put threads together that follow each other; the newest branch replaces."""
     runs: list[list[int]] = []
     dropped = resumed = 0
+    # A resumed run begins behind the last row of the one before.
     jobs = any(a.rows[-1] > b.rows[0] for a, b in pairwise(threads))
     for thread in threads:
         first = int(step[thread.rows[0]])
+        # What begins before the first step of a run does not resume it.
         if jobs or not runs or first <= int(step[runs[-1][0]]):
             runs.append(thread.rows)
             continue

@@ -27,6 +27,7 @@ def delimiter_of(head: str) -> str | None:
         cells = next(csv.reader([lines[1]], delimiter=sign))
         named = all(_is_name(name) for name in names)
         numbers = sum(number(cell) is not None or not cell.strip() for cell in cells)
+        # Half of the cells are numbers, or it is prose with commas.
         if len(names) > 1 and len(names) == len(cells) <= 2 * numbers and named:
             return sign
     return None
@@ -62,6 +63,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
     lines, commas = chain(some, lines), _with_commas(some, sign)
+    # A crash may leave NUL in a file, which csv refuses before Python 3.11.
     rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
     while True:
         try:
@@ -103,6 +105,7 @@ def _with_commas(lines: Sequence[str], sign: str) -> Container[int]:
 
     Between tabs, 1,234 could be either, unless others are no groups of three.
     """
+    # Spreadsheets part cells by it where the comma is the decimal sign.
     if sign == ";":
         return range(sys.maxsize)
     if sign == ",":
@@ -134,6 +137,7 @@ def read_parquet(path: Path, column: str | None) -> Columns:
         raise needs("pyarrow", path, missing) from None
     columns = Columns(column)
     try:
+        # A whole file as Python's objects would take many times its size.
         for batch in ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 columns.add(row)

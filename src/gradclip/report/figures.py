@@ -29,6 +29,7 @@ def thinned(values: Floats, points: int = POINTS) -> Any:
     if values.size <= points:
         return np.arange(values.size)
     finite = is_finite(values)
+    # One infinity would hide all other extremes from the downsampler.
     logs = np.log(
         np.where(finite, values, np.median(values[finite] if finite.any() else 1))
     )
@@ -58,6 +59,7 @@ def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
             dashed = {"color": colour, "width": 2, "dash": "dash"}
             traces.append(_line(f"{name}: limit", record.step[rows], limit, dashed))
         clipped = rows[record.scale[rows] < 1]
+        # Marks on most steps would hide the curve below them.
         if clipped.size and clipped.size < rows.size / 2:
             traces.append(_clipped(name, record, clipped, colour))
     axes = {

@@ -107,6 +107,7 @@ def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
     """Return a row for each rule: what it would have done on these norms."""
     p = stages(recorded_rule(record.rule))[0].p
     limits = [advice.limit, 2 * advice.limit] if advice.limit else []
+    # These are made for 2-norms, and a replay refuses them for others.
     following = [Percentile(), Percentile(90.0), ZScore()] if p == 2 else []
     rules: list[Rule] = [*(Norm(limit, p=p) for limit in limits), *following]
     return [_row(rule, record) for rule in rules]

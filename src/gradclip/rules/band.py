@@ -131,6 +131,7 @@ class MovingBand(Rule):
         xp, n, ema, count = seen.xp, seen.norm, state["ema"], state["count"]
         low, high = limit_at(seen, self.low) * ema, limit_at(seen, self.high) * ema
         limit = xp.where(count < self.warmup, n, within(seen, low, high))
+        # As a difference: in float32, a sum of two products would drift more.
         moved = ema + (1 - self.decay) * (limit - ema)
         updated = {"ema": xp.where(count == 0, n, moved), "count": count + 1}
         return limit, held(updated, state, usable(n, xp), xp)

@@ -71,6 +71,7 @@ class Rule:
             raise TypeError(
                 f"{type(self).__name__}(axis={self.axis!r}): an axis is an integer."
             )
+        # Over other scopes, the same rule looks at tensors as a whole.
         if self.over == "singular":
             object.__setattr__(self, "by_part", True)
 

@@ -30,6 +30,7 @@ def check(rule: Rule, name: str, low: float, high: float, remedy: str) -> None:
             f"{type(rule).__name__}({name}={value!r}): this is a plain number, known "
             "when the rule is made; limits may be arrays, or functions of the step."
         )
+    # True is an integer to Python.
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ValueError(f"{type(rule).__name__}({name}={value!r}): {remedy}")

@@ -95,6 +95,7 @@ class Groups(Rule):
     def init(self, norm: Array, xp: Any) -> State:
         """Return the memories of all rules, each with a place for every tensor."""
         if self.over == "unit":
+            # Zeros like the norms; a view would have one place for all of them.
             norm = xp.broadcast_to(0 * xp.sum(norm), (len(self.members),)) + 0
         return {
             f"{i}.{name}": x
@@ -135,6 +136,7 @@ class Groups(Rule):
             norm = total = xp.where(mine, seen.norm, math.nan)
             if rule.over == "all":
                 here = mine if seen.absent is None else mine & ~seen.absent
+                # Without the bad one, the others would be held by a part of their norm.
                 broken = xp.any(here & ~xp.isfinite(seen.norm))
                 total = xp.where(mine & ~broken, norm_of(norm, xp), math.nan)
             prefix = f"{i}."
@@ -231,6 +233,7 @@ def _joined(seen: Measured, norms: Array) -> Array:
     """Return the norm of each tensor from those of its units; NaN for none."""
     xp, ends = seen.xp, list(accumulate(seen.units, initial=0))
     none = xp.reshape(xp.sum(norms) * math.nan, (1,))
+    # `norm_of` leaves out what is not finite, which has to show in its tensor.
     known = xp.where(xp.isfinite(norms), xp.zeros_like(norms), math.nan)
     parts = [
         xp.reshape(norm_of(norms[a:b], xp) + xp.sum(known[a:b]), (1,))

@@ -95,11 +95,13 @@ class Moment(Rule):
         xp, n, root, count = seen.xp, seen.norm, state["root"], state["count"]
         known, met = usable(n, xp), root > 0
         warming, weight = count < self.warmup, xp.sqrt(weight_of(count, self.decay, xp))
+        # In the warm-up an uncorrected moment is too small to tell what is a spike.
         corrects = (count > 0) & (warming | self.corrected)
         typical = root / xp.where(corrects, weight, 1.0)
         limit = xp.where(met, self.ratio * typical, math.inf)
 
         taken = xp.where(n > limit, limit, n)
+        # Only now: in the warm-up the memory is limited, and the gradient is not.
         limit = xp.where(warming, math.inf, limit)
         moved = root_moved(root, taken, 1 - self.decay, xp)
         # One that is met late counts as if it had always been of this size.

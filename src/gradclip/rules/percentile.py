@@ -75,6 +75,7 @@ class Percentile(Rule):
         """Return the percentile of the norms in memory with the new ones among them."""
         xp, known = seen.xp, usable(seen.norm, seen.xp)
         norms, count = state["norms"], state["count"]
+        # The host knows the step, and no more norms have come than steps.
         if self.window is None and seen.step >= norms.shape[0]:
             norms = xp.concat([norms, xp.full_like(norms, math.inf)])
         size = norms.shape[0]

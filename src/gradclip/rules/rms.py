@@ -57,6 +57,7 @@ class RMS(Limited):
 
     def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> Rule:
         """Return the rule that knows how many elements each tensor has."""
+        # `replace` refuses fields that are no arguments.
         bound = copy.copy(self)
         object.__setattr__(bound, "sizes", tuple(map(math.prod, shapes)))
         return bound

@@ -89,6 +89,7 @@ class Skip(Rule):
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of the rule; a norm above it teaches it nothing."""
         limit, updated = self.rule.update(seen, state)
+        # What is not finite is for the policy to judge.
         passed = seen.xp.isfinite(seen.norm) & (seen.norm > limit)
         kept = ~seen.xp.any(passed)
         return limit, held(updated, state, kept, seen.xp)

@@ -83,6 +83,7 @@ class ZScore(Rule):
 
         limit = xp.where(warming, math.inf, self._limit(seen, mean, std))
 
+        # As in the paper's code, `max_limit` does not hold what is learnt.
         taken = xp.where(n > limit, limit, n)
         new = xp.where(warming, 1 / (count + 1), 1 - self.decay)
         new_mean = mean + new * (taken - mean)

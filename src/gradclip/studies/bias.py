@@ -91,6 +91,7 @@ def by_row(rule: gc.Rule, rows: int, carries: bool = False) -> Clip:
     clipper = gc.UClip(rule) if carries else gc.Clipper(rule)
 
     def clip(grads: Floats) -> Floats:
+        # In a list each row is a tensor, with a norm and a memory of its own.
         return np.stack(clipper.clip(list(grads))[0])
 
     return clip
@@ -172,6 +173,7 @@ def rare_class(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[Row]:
         w = expectation(w, x, y, limit, cell["steps"] // 30)
     else:
         batch = int(cell["batch"])
+        # Other seeds than for the samples, so that the choice does not hang on them.
         rng = [np.random.default_rng(10_000 + seed) for seed in seeds]
         runs = np.arange(len(seeds))[:, None]
 
@@ -226,11 +228,13 @@ def tiny_limits(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[Row]:
     w = descend(np.zeros((len(seeds), 650)), gradient, rows_clip(limit), rate, cell)
     for weights in w:
         p = softmax(x @ weights.reshape(65, 10))
+        # A probability may be rounded to 0, and one infinite loss would be the mean.
         yield {"loss": float(-np.log(np.sum(p * y, axis=1) + 1e-300).mean())}
 
 
 def softmax(x: Floats) -> Floats:
     """Return probabilities along the last axis."""
+    # Less the largest, so that none overflows.
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     p: Floats = e / e.sum(axis=-1, keepdims=True)
     return p

@@ -49,6 +49,7 @@ def one(study: Study, out: Path, size: Size, seeds: int | None, as_json: bool) -
     if as_json:
         typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
         return
+    # Where there is no terminal, rich takes 80 characters and breaks the cells.
     wide = None if console.is_terminal else 140
     show(summary, Console(width=wide))
     files = ", ".join(f"{study.name}.{kind}" for kind in ("json", "svg", "jsonl"))

@@ -29,6 +29,7 @@ def save(draw: Callable[[Any], None], path: Path) -> None:
     from matplotlib.figure import Figure
 
     settings: Any = {
+        # Without it, ids in the file are other ones each time.
         "svg.hashsalt": "gradclip",
         "svg.fonttype": "none",
         "font.family": "sans-serif",

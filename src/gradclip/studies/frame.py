@@ -124,6 +124,7 @@ def carry_out(
     todo = [cell for cell in results.cells if results.missing(cell)]
     seconds = sum(study.cost(cell) * len(results.missing(cell)) for cell in todo)
     progress.start(len(results.cells), len(results.cells) - len(todo), seconds)
+    # By lines, so that a run that is killed leaves whole ones.
     with path.open("a", encoding="utf-8", buffering=1) as file, one_thread():
         for cell in todo:
             for seed, row, seconds in timed(
@@ -131,6 +132,7 @@ def carry_out(
             ):
                 line = {"cell": cell, "seed": seed, "row": plain(row), "cpu_s": seconds}
                 file.write(json.dumps(line, allow_nan=False) + "\n")
+                # As it would be read back: a resumed run finds the same.
                 results.add(cell, seed, plain(row))
                 spent += seconds
             progress.done(cell)
@@ -141,6 +143,7 @@ def timed(
     study: Study, cell: Cell, seeds: Sequence[int], progress: Progress
 ) -> Iterator[tuple[int, Row, float]]:
     """Yield a seed, its measurements, and the CPU seconds that they took."""
+    # A clock on the wall would count whatever else runs.
     start = time.process_time()
     for seed, row in study.run(cell, seeds, progress.within):
         now = time.process_time()
@@ -204,6 +207,7 @@ def write_findings(
     from gradclip.studies.drawing import save
 
     save(lambda figure: study.draw(results, figure), out / f"{study.name}.svg")
+    # What is shown is what stands in the file.
     return json.loads(text)
 
 

@@ -152,9 +152,11 @@ def split(
     x, y = inputs[order].astype(np.float64), labels[order].copy()
     if wrong:
         chosen = rng.permutation(size)[: size // 5]
+        # Moved on by at least one class, so that no label is right by chance.
         y[chosen] = (y[chosen] + rng.integers(1, y.max() + 1, len(chosen))) % (
             y.max() + 1
         )
+    # Pixels at the edge are 0 throughout, and have no deviation.
     x = (x - x[:size].mean(0)) / (x[:size].std(0) + 0.1 * x[:size].std())
     tensors = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
     cuts = (slice(size), slice(size, 2 * size), slice(2 * size, None))
@@ -194,8 +196,10 @@ def train(
     start = torch.stack([initial(x.shape[2], data.classes, seed) for seed in seeds])
     flat = nn.Parameter(start.repeat(times, 1))
     optimizer = torch.optim.SGD([flat], lr=rate, momentum=0.9)
+    # A row is a network, with a norm of its own; one that is lost stops no other.
     attach(optimizer, Norm(limit, over="unit"), on_nonfinite="ignore", doctor=())
     batches = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Drawn apart, so that batches are the same with dropout and without.
     drops = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
     places = torch.arange(len(seeds))[:, None]
     for _ in range(steps):
@@ -206,6 +210,7 @@ def train(
         ys = y[places, chosen].repeat(times, 1)
         mask = dropped(strengths.dropout, drops)
         logits = forward(flat, xs, data.classes, mask)
+        # Times their number, as the mean would make each row's gradient smaller.
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ys.flatten()) * len(ys)
         optimizer.zero_grad()
         (loss + penalty(flat, strengths)).backward()

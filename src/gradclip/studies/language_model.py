@@ -74,6 +74,7 @@ def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row
         with suppress(gc.NonFiniteError):
             for step in train(RULES[cell["rule"]], Network(setup), text, setup):
                 steps.append(step)
+        # Steps that were never made count as lost.
         losses = [step.loss for step in steps] + [math.nan] * (setup.steps - len(steps))
         yield (
             seed,

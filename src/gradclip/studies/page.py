@@ -47,6 +47,7 @@ def write_page(folder: Path, path: Path) -> None:
     """
     found = summaries(folder)
     if path.exists() and PLACE.search(page := path.read_text("utf-8")):
+        # As a function: in a text, re.sub would read a backslash as its own.
         path.write_text(PLACE.sub(partial(tables, found), page), "utf-8")
         return
     where = Path(os.path.relpath(folder, path.parent))

@@ -111,6 +111,7 @@ def descend(
             if there.any():
                 return step, float(rates[there][-1])
             finite = np.isfinite(g)
+            # A rate that has diverged never comes back.
             if not finite.all():
                 x, g, rates = x[finite], g[finite], rates[finite]
             x = x - rates * clipped(g, limit)
@@ -137,6 +138,7 @@ def find(results: Results) -> Findings:
         counts = [swept.values("steps", limit=x, **where)[0] for x in limits]
         patience = swept.found(**where)[0]["patience"]
         rows.append([f"{function} from {start}", *(said(n, patience) for n in counts)])
+        # One that never got there took longer than was waited for.
         slowest = max(n or patience for n in counts[1:])
         ratios.append((counts[0] or patience) / slowest)
     table = Table("Fewest steps to a slope of 10⁻³", ["function", *limits], rows)

@@ -194,10 +194,12 @@ def train(task: Task, cell: Cell, seed: int) -> Row:
         optimizer,
         rule,
         task.network,
+        # Without clipping, nothing else should keep NaN from the weights.
         on_nonfinite="ignore" if cell["rule"] == NONE else "skip",
         max_consecutive_skips=cell["steps"] + 1,
         doctor=(),
     )
+    # Spikes draw from a source of their own: the samples are the same without.
     source, noise = (torch.Generator().manual_seed(k + seed) for k in (0, 1000))
     clipped = 0
     for step in range(cell["steps"]):
@@ -225,6 +227,7 @@ def prepare(task: Task, cell: Cell) -> tuple[torch.optim.Optimizer, float]:
     parameters = task.network.parameters()
     if cell["optimizer"] == "AdamW":
         return torch.optim.AdamW(parameters, lr=rate), factor
+    # AdamW does not mind the unit of its gradients, and SGD does.
     return torch.optim.SGD(parameters, lr=rate / factor, momentum=0.9), factor
 
 

@@ -188,6 +188,7 @@ class Passes:
     def gradient(self, net: Net, into: Net, symbols: Tensor, classes: Tensor) -> None:
         """Write the gradient of the mean cross-entropy of each run."""
         truth = torch.nn.functional.one_hot(classes, CLASSES)
+        # This is the gradient of cross-entropy in the logits.
         error = self.forward(net, symbols).softmax(2) - truth
         self.backward(net, into, symbols, error / BATCH)
 
@@ -214,6 +215,7 @@ def run(cell: Cell, seeds: Sequence[int], tick: Tick) -> Iterator[tuple[int, Row
     rows = {seed: Row(best=1.0, solved_at=None) for seed in seeds}
     flat = torch.stack([smart_tanh(seed) for seed in seeds])
     training = {s: torch.Generator().manual_seed(s) for s in seeds}
+    # Apart, so that a test does not change what is trained on next.
     testing = {s: torch.Generator().manual_seed(1_000_000 + s) for s in seeds}
     going = list(seeds)
     for start in range(0, cell["updates"], cell["every"]):

@@ -119,6 +119,7 @@ def attach(
 
 def _one(optimizer: Any) -> torch.optim.Optimizer:
     """Return an optimizer, or say what to do with something else."""
+    # Accelerate's wrapper is a subclass of Optimizer, and has no hooks of its own.
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return optimizer
     inner = getattr(optimizer, "optimizer", None)
@@ -298,9 +299,11 @@ class Attached(Clipper):
     @torch.no_grad()
     def _clip_for_step(self) -> None:
         """Clip, or have the optimizer do it, or keep the gradients away from it."""
+        # Flags of ours would be taken below for those of a loss scaler.
         self._restore_flags()
         self._take_up_new_parameters()
         self._verify_gradients()
+        # With split parameters others wait for this process, gradients or not.
         if self._layout is None and all(p.grad is None for p in self.params):
             self._doctor.tell(
                 "missing",
@@ -343,6 +346,7 @@ class Attached(Clipper):
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`: new parameters get cells of their own."""
         listed = params_of(self.optimizer)
+        # By identity, since `==` compares the elements of tensors.
         if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return
         self._listed = listed

@@ -84,6 +84,7 @@ class Doctor:
     def after(self, leaves: Sequence[Tensor], info: Info) -> None:
         """Look at what the clip did."""
         if "unchanged" in self.checks:
+            # Two are enough, and all of them would take a pass over the list.
             ends = leaves[0], leaves[-1]
             self._seen = [(weakref.ref(t), t._version) for t in ends]
         if "scaled" in self.checks and on_host([info.norm]):
@@ -108,6 +109,7 @@ class Doctor:
 
     def _watch(self, witness: Tensor) -> None:
         """Note the version of a parameter whenever it receives a gradient."""
+        # The hook lives as long as the parameter, and the doctor should not.
         self_ref = weakref.ref(self)
 
         def note(p: Tensor) -> None:

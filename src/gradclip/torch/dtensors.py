@@ -31,6 +31,7 @@ def local_of(t: Tensor) -> Tensor:
     if not is_dtensor(t):
         return t
     local = t.to_local()  # type: ignore[attr-defined]
+    # It may be an AsyncCollectiveTensor, whose numbers are still on their way.
     return local.wait() if hasattr(local, "wait") else local
 
 
@@ -54,6 +55,7 @@ def laid_out_like(p: Tensor, local: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     where: Any = p
+    # Torch would take all pieces for as large as this one, which they need not be.
     return DTensor.from_local(
         local,
         where.device_mesh,
@@ -72,6 +74,7 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
 
     where: Any = p
     mesh, at = where.device_mesh, where.placements
+    # Every process has loaded the whole, so that nothing has to be sent.
     return local_of(distribute_tensor(x, mesh, at, src_data_rank=None))
 
 
@@ -89,6 +92,7 @@ def local_grad(p: Tensor, g: Tensor) -> Tensor:
     laid_out = laid_out_as(p, g)
     if torch._debug_has_internal_overlap(local_of(laid_out)) == 1:
         laid_out = laid_out.clone(memory_format=torch.contiguous_format)
+    # The optimizer has to step with the tensor that is clipped.
     if laid_out is not g:
         p.grad = laid_out
     return local_of(laid_out)

@@ -136,6 +136,7 @@ def _wide_norm(chunk: Tensor, p: float) -> Tensor:
     if math.isinf(p) or size == 0 or not math.isfinite(size):
         return largest
     if p == 2:
+        # Between these, float64 holds squares, and sums of as many as there can be.
         usual = 1e-140 < size < 1e140
         return root_of_sum(chunk) if usual else root_of_sum(chunk / largest) * largest
     return (chunk / largest).abs_().pow_(p).sum() ** (1 / p) * largest

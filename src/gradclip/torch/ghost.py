@@ -163,6 +163,7 @@ class PerSample:
                     "everything that goes into a layer."
                 )
         edges = [self._calls[layer][1] for layer in layers]
+        # Samples do not meet, so that each row of these is from one loss alone.
         grads = torch.autograd.grad(
             losses.sum(), edges, retain_graph=True, allow_unused=True
         )
@@ -198,6 +199,7 @@ def _uses(losses: Tensor) -> Counter[int]:
         seen.add(node)
         for following, _ in node.next_functions:
             waiting.append(following)
+            # To turn a weight is no use of it; what takes the turned one is.
             leaf = _leaf_behind(following)
             if leaf is not None and _leaf_behind(node) is None:
                 uses[id(leaf)] += 1
@@ -218,6 +220,7 @@ def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
     )
     total = a.new_zeros(len(a))
     if layer.weight.requires_grad:
+        # Products of all pairs of positions, unless the gradient itself is smaller.
         if a.shape[1] ** 2 <= layer.weight.numel():
             total = total + ((a @ a.mT) * (g @ g.mT)).sum((1, 2))
         else:
@@ -229,6 +232,7 @@ def _linear(layer: nn.Linear, inputs: Tensor, grad: Tensor) -> Tensor:
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, grad: Tensor) -> Tensor:
     rows, g = inputs[:, None].flatten(1), grad.double()[:, None].flatten(1, -2)
+    # All places of a token add up to one row of the gradient.
     same = rows[:, :, None] == rows[:, None, :]
     if layer.padding_idx is not None:
         same &= (rows != layer.padding_idx)[:, :, None]
@@ -241,6 +245,7 @@ def _formed(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
 
     def one(x: Tensor, g: Tensor) -> dict[str, Tensor]:
         def output(own: dict[str, Tensor]) -> Tensor:
+            # `vmap` takes the axis of samples away, which layers expect.
             return torch.func.functional_call(layer, own, (x[None],))[0]
 
         return torch.func.vjp(output, fixed)[1](g)[0]

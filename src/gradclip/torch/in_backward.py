@@ -144,6 +144,7 @@ class InBackward(Clipper):
         verbs, leaves = self._tools(), collect(params).leaves
         names = [self.names[self._index[id(p)]] for p in params]
         norm = verbs.measure(leaves, "all", self._bound.p)
+        # Before the policy, which may clear what was bad.
         if self._pass is not None:
             self._pass.clean &= norm.isfinite()
         policy = self.on_nonfinite
@@ -159,6 +160,7 @@ class InBackward(Clipper):
         """Return the factor for the latest gradients, by what is known so far."""
         told = scheduled(self._tools(), self._bound, int(self._memory.step))
         seen = self._seen(now.estimate)._replace(told=told)
+        # The memory stays as it is: it learns the norm of the pass at its end.
         limit = self._bound.update(seen, self._state())[0]
         scale = clip_scale(now.estimate, limit, seen.xp, self._bound.most(seen))
         scale = torch.where(norm.isfinite(), scale, 1.0)
@@ -185,6 +187,7 @@ class InBackward(Clipper):
                     "checkpoint(…, use_reentrant=False)."
                 )
             try:
+                # DDP and FSDP wait in the same way for the end of a pass.
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(lambda: self._end(now))
             except RuntimeError:
@@ -210,6 +213,7 @@ class InBackward(Clipper):
             self.history.record(memory.step, now.report(info, kept))
         memory.states = [state]
         memory.count((~kept).to(torch.int64))
+        # NaN here would be NaN in the estimates of all passes to come.
         self._previous = torch.where(info.finite, now.total, self._previous)
         self.info = now.report(info, kept)._replace(skipped=memory.skipped)
         self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
@@ -246,6 +250,7 @@ class _Pass:
     def take(self, norm: Tensor) -> None:
         """Take in the norm of one more gradient."""
         self.total = self._joined(self.total, norm)
+        # One bad gradient must not spoil the estimate for those behind it.
         more = self._joined(self.so_far, norm)
         self.so_far = torch.where(norm.isfinite(), more, self.so_far)
 
@@ -291,6 +296,7 @@ def _is_nested() -> bool:
     frame: FrameType | None = sys._getframe(1)
     started = False
     while frame is not None:
+        # From the inside out: first this pass, then a function of the one around it.
         started |= frame.f_code is _engine_run_backward.__code__
         if started and frame.f_code is BackwardCFunction.apply.__code__:
             return True

@@ -98,6 +98,7 @@ class Layout:
         for g, group in enumerate(self.groups):
             # The slots that others may have, though this process has no such tensor.
             always = {_WHOLE, (frozenset({g}), frozenset[int]())}
+            # Sets have no order, and each slot has to mean the same on all processes.
             keys = sorted({*parts, *always}, key=lambda k: (sorted(k[0]), sorted(k[1])))
             if any(g not in k[0] | k[1] for k in keys if k != _WHOLE):
                 unheard.append(group)

@@ -23,6 +23,7 @@ EFFECTIVE, INSIDE, MEASURES = "effective", "inside", "measures"
 class Trace(NamedTuple):
     """A gradient as an event left it."""
 
+    # Weak, so that the memory of gradients is freed when the program frees it.
     grad: "weakref.ref[Tensor]"
     version: int
 
@@ -132,6 +133,7 @@ class Ledger:
         """
         present = [p for p in given if gradient(p) is not None]
         for p in given:
+            # What has changed since is no longer the work of the clips before.
             if p in self._left and not self._left[p][1].holds(p):
                 del self._left[p]
         steppers = [s for p in given if (s := self._holder.get(p))]
@@ -150,6 +152,7 @@ class Ledger:
     def after_clip(self, clip: Clip, given: Sequence[Tensor], fresh: Any) -> None:
         """Note in which state a clip leaves the gradients."""
         if clip.measures and clip.verdict != "exhausted":
+            # What only measures may come at any time, as long as it is given something.
             clip.verdict = MEASURES
         self._look_for_twin(clip, fresh)
         kept = {id(p) for p in fresh}
@@ -158,6 +161,7 @@ class Ledger:
                 before = self._clips_on(p) if p in self._left else ()
                 self._left[p] = ((*before, clip), trace(p))
             elif p in self._used and gradient(p) is not None:
+                # A clip that comes too late makes no new gradient of an old one.
                 self._used[p] = (self._used[p][0], trace(p))
 
     def inside_step(self, clip: Clip, given: Sequence[Tensor]) -> None:
@@ -181,6 +185,7 @@ class Ledger:
         for p, entry, whole in self._standing:
             clips, left = entry
             if self._left.get(p) is entry and not left.holds(p):
+                # Zeros that are added to had been cleared: the clip came early.
                 for clip in clips:
                     if whole or clip.norm == 0:
                         clip.judge("added" if whole else "early")
@@ -299,6 +304,7 @@ class Ledger:
 
 def gradient(p: Tensor) -> Any:
     """Return the gradient of a tensor that can have one."""
+    # Torch warns where `grad` of any other tensor is read.
     return p.grad if p.is_leaf or p.retains_grad else None
 
 

@@ -32,6 +32,7 @@ def lender_of(
 
     def lend(rule: Rule, place: int, parts: Tensor) -> tuple[Rule, State]:
         p = params[place]
+        # Each group of parameters may have another decay than the rule.
         dated = replace(rule, decay=decays[p])  # type: ignore[type-var]
         return dated, _memory(optimizer.state.get(p), parts)
 

@@ -61,6 +61,8 @@ def wide_unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 def rounded(norm: Tensor) -> Tensor:
     """Return a float64 norm rounded to the 24 bits of float32, whatever its size."""
     bits = norm.contiguous().view(torch.int64)
+    # Half of the last place is added before the rest is cut off; a carry moves into
+    # the exponent, where it belongs.
     return ((bits + (1 << 28)) & -(1 << 29)).view(torch.float64)
 
 
@@ -89,6 +91,7 @@ def unit_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
         pieces = zip(tensors, norms.split(list(map(len, parts))), strict=True)
         flags = doubt.split(list(map(len, parts)))
         for (t, part), flag in zip(pieces, flags, strict=True):
+            # Vectors were mended before, and other types measured in float64.
             if t.dim() > 1 and _plain(t) and flag.any():
                 _mend_unit_norms(as_units(t), part, flag)
     return norms
@@ -113,6 +116,7 @@ def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
 def _measure(t: Tensor) -> Measure:
     """Return what measures tensors of this size and type best."""
     size = t.numel()
+    # No wider type is left to sum float64 in, so that its squares are added in pairs.
     if t.dtype == torch.float64 and size > SHORT and flat_view(t) is not None:
         return _paired_norms
     if size <= 2 * ROW:

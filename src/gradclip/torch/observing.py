@@ -110,6 +110,7 @@ class _Watch:
             # The norm is handed over, or returned, or has to be taken before the clip.
             norm = _largest(given) if call.endswith("value_") else [*others, None][0]
             name = next(iter(bound.arguments))
+            # Torch warns of an empty generator, and not of an empty list.
             bound.arguments[name] = (p for p in given) if once else given
             result = original(*bound.args, **bound.kwargs)
             note.limit = _number(limit)
@@ -232,8 +233,10 @@ def _lines_outside() -> Iterator[tuple[Path, int]]:
 
 def _between(path: Path) -> bool:
     """Return whether a frame only stands between a call and the line that makes it."""
+    # Frozen modules have a name in angle brackets for a path.
     if not path.is_absolute() or OURS in path.parents or TORCH in path.parents:
         return True
+    # Packages may be installed inside of the folder of the standard library.
     return LIBRARY in path.parents and INSTALLED not in path.parents
 
 

@@ -75,6 +75,7 @@ def layout_of(
             if handle.size() > 1:
                 ways[-1][handle.group_name] = way
                 _note(groups, handle, level)
+    # From the inside out: an outer group adds up what the inner ones have joined.
     ordered = dict(sorted(groups.items(), key=lambda item: item[1].level))
     return Layout(params, ways, ordered)
 
@@ -103,6 +104,7 @@ def _on_mesh(name: str, p: Tensor, asked: Any) -> list[Part]:
 
 
 def _placed(placement: Any) -> Way:
+    # Partial sums are carried out before anything is measured.
     if placement.is_replicate() or placement.is_partial():
         return Way("copy")
     return Way("piece", placement.dim)
@@ -128,16 +130,20 @@ def _as_asked(asked: Any, name: str) -> list[Part]:
 
 def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:
     """Return the groups of parameters that FSDP1 has laid flat and cut."""
+    # Whoever has wrapped a model has imported it, and no one else should have to.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if module is None or fsdp is None:
         return {}
     found: dict[int, list[Part]] = {}
     for unit in fsdp.FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
+        # A wrapper whose parameters all belong to wrappers inside of it has none.
         if handle is None:
             continue
         flat, part = handle.flat_param, (unit.process_group, Way("piece"), 0)
+        # With use_orig_params=True an optimizer holds the latter, else the former.
         for p in (flat, *(flat._params or ())):
+            # Whole ones (NO_SHARD) would be counted by each process (pytorch#88955).
             found[id(p)] = [part] if handle.uses_sharded_strategy else []
     return found
 

@@ -71,6 +71,7 @@ class Sharded(InPlace):
         super().__init__(amplified, (count, present), fused)
         self.layout, self.present = layout, present
         self.axis = _axis(rule)
+        # A flag of norms that only some processes have would make them decide apart.
         self.xp = Agreed(self.xp, layout.deciders(rule))
 
     def absent(self, device: torch.device) -> Tensor | None:
@@ -95,6 +96,7 @@ class Sharded(InPlace):
 
     def _tensor_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         count, device = len(self.layout.ways), self.layout.device
+        # No norm is below 0: it marks what is missing here, and may be there elsewhere.
         found = torch.full((count,), -1.0, dtype=torch.float64, device=device)
         if tensors:
             here = self.per_tensor(tensors, p).to(device)
@@ -105,6 +107,7 @@ class Sharded(InPlace):
     def _unit_norms(self, tensors: Sequence[Tensor], p: float) -> Tensor:
         here = dict(zip(self.present, tensors, strict=True))
         none = torch.zeros(0, dtype=torch.float64, device=self.layout.device)
+        # A missing gradient sends zeros: all vectors that are gathered have one length.
         found = [
             self.per_unit([here[i]], p)
             if i in here
@@ -112,6 +115,7 @@ class Sharded(InPlace):
             for i in range(len(self.layout.ways))
         ]
         found = self.layout.each_unit(found, p, self.axis)
+        # `cat` refuses an empty list, which a process without gradients has.
         return torch.cat([none, *(found[i] for i in self.present)])
 
     def gathered(self, findings: list[str]) -> list[str]:
@@ -137,6 +141,7 @@ class Sharded(InPlace):
     def agreed(self, info: Info) -> Info:
         """Return the extremes of all processes, in one message to each group."""
         clipped = info.clipped.to(info.limit.dtype)
+        # Negated, the smallest scale is the largest: one message does for all four.
         row = torch.stack([info.limit, -info.scale, info.norm_after, clipped])
         for group in self.layout.groups:
             row = group.gather(row).amax(0)

@@ -112,6 +112,7 @@ class Verifier:
         apart, alike = list(_unlike_copies(prints)), list(_like_shards(prints))
         if not (apart or alike):
             return
+        # All see the same numbers, so that all of them get here, or none.
         weights = [local_of(p.detach()) for p in self.params]
         found = self._exchange(range(len(weights)), weights)
         of = {(x.rank, x.held): x for x in found}
@@ -129,6 +130,7 @@ class Verifier:
         try:
             outcome = clip()
         except (NonFiniteError, ValueError):
+            # The others are about to exchange what they decided, and would wait.
             self._gathered([1.0] + [0.0] * len(DECIDED))
             raise
         info = outcome[1]
@@ -154,6 +156,7 @@ class Verifier:
             row[at, 0] = verbs.per_tensor(tensors, 2.0).cpu()
             row[at, 1] = verbs.per_tensor(tensors, math.inf).cpu()
         seen = self.group.gather(row.flatten()).view(-1, self.width, 2).tolist()
+        # Who has fewer parameters than others sends -1 behind them.
         return [
             Fingerprint(rank, held, *numbers)
             for rank, rows in zip(self.ranks, seen, strict=True)
@@ -166,6 +169,7 @@ class Verifier:
             return float(x)
         if len(x) != len(self.params):
             return 0.0
+        # Stages and experts have tensors that others lack, so that sums would differ.
         mine = self.held[self.ranks[self.group.handle.rank()]]
         at = [i for i, held in enumerate(mine) if held.name in self.common]
         return float(x[at].sum())
@@ -200,6 +204,7 @@ class Verifier:
         """Refuse a group that one of its members does not know: others would wait."""
         pairs = [(rank, g) for rank, groups in self.groups.items() for g in groups]
         for rank, group in pairs:
+            # Of a rank that does not take part in comparing nothing is known.
             unaware = [r for r in group if group not in self.groups.get(r, [group])]
             if unaware:
                 raise VerifyError(
@@ -302,7 +307,9 @@ def _like_shards(prints: Sequence[Fingerprint]) -> Iterator[Pair]:
     """Yield gradients that are equal though they were declared to be different."""
     first: dict[tuple[object, ...], Fingerprint] = {}
     for x in prints:
+        # Zeros are equal anywhere, as in experts that no token has reached.
         for group in x.held.declared if x.norm > 0 else ():
+            # To the bit: norms of tensors that differ may come close to each other.
             key = group, x.held.shape, x.norm, x.largest
             reference = first.setdefault(key, x)
             if reference.rank != x.rank:
@@ -359,6 +366,7 @@ def _size(x: Fingerprint) -> str:
 
 
 def _near(a: float, b: float) -> bool:
+    # NaN on all processes is nothing that they differ in; the policy judges it.
     return math.isclose(a, b, rel_tol=NEAR) or (math.isnan(a) and math.isnan(b))
 
 
