@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradclip.history import History
 
 Grads = TypeVar("Grads")
+# repr() chooses between two signs for the quotes of a key; numbers have none.
 PLACE = re.compile(r"""\[(?:'(.*?)'|"(.*?)"|(.*?))\](?=[\[.]|$)|\.(\w+)""")
 
 
@@ -139,9 +140,11 @@ class Clipper:
         """
         clipped, info = _clip(grads, self._memory, params, self.on_nonfinite, out)
         if self.history is not None:
+            # Before it is counted, so that the first step is number 0.
             self.history.record(self._memory.step, info)
         missed = int(not bool(info.kept))
         self._memory.count(missed)
+        # Before the check, so that who catches its error finds the report.
         self.info = info._replace(skipped=self._memory.skipped)
         self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
         return clipped, self.info
@@ -184,6 +187,7 @@ def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         for key, part in tree.items():
             yield from flatten(part, f"{where}[{key!r}]")
     elif isinstance(tree, (list, tuple)):
+        # As in the paths of JAX, since a memory has to find its tensors there.
         fields = [f".{name}" for name in getattr(tree, "_fields", ())]
         for i, part in enumerate(tree):
             yield from flatten(part, where + (fields[i] if fields else f"[{i}]"))
@@ -201,6 +205,7 @@ def arranged(tree: Any, like: Any) -> Any:
             )
         return {key: arranged(tree[key], part) for key, part in like.items()}
     both = isinstance(tree, (list, tuple)) and isinstance(like, (list, tuple))
+    # Another length is left to whoever refuses it with the shapes of both sides.
     if both and len(tree) == len(like):
         return [arranged(a, b) for a, b in zip(tree, like, strict=True)]
     return tree
@@ -232,10 +237,12 @@ def _clip(
     given = [engine.prepare(x, where) for where, x in named]
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
     rule = memory.rule.bind(names, shapes)
+    engine = engine.deciding(rule)
     memory.meet(names)
     weights = _weights(rule, grads, named, params, engine)
     if out is not None:
         engine = engine.writing_to(given, [x for _, x in flatten(arranged(out, grads))])
+    # Rules count with infinity and NaN on purpose, and NumPy would warn of it.
     with np.errstate(all="ignore"):
         leaves, info, states = run(
             engine,
@@ -247,6 +254,7 @@ def _clip(
             weights=weights,
             name_of=lambda i: f"gradients{named[i][0]}",
         )
+    # Only now: a step that was refused has left the memory as it was.
     memory.states = engine.lasting(states)
     pairs = zip(engine.deliver(leaves, given), named, strict=True)
     results = [engine.shaped_like(result, x) for result, (_, x) in pairs]

@@ -6,8 +6,25 @@ from typing import Any
 import array_api_compat.numpy as xp_numpy
 import numpy as np
 
+from gradclip.rules import Rule, stages
+
 _XP: Any = xp_numpy
 _TRUE, _FALSE = np.bool_(True), np.bool_(False)
+
+
+def one_number(rule: Rule) -> bool:
+    """Return whether a rule of ours needs one norm, and has plain numbers itself.
+
+    Those of others may ask for more of the array API than single numbers have.
+    """
+    parts = [x for s in stages(rule) for x in (s, getattr(s, "rule", None)) if x]
+    return all(
+        type(part).__module__.startswith("gradclip.")
+        and part.over == "all"
+        and not (part.needs_weight or part.by_part)
+        and not any(hasattr(x, "shape") for x in vars(part).values())
+        for part in parts
+    )
 
 
 class Scalars:
@@ -30,11 +47,13 @@ class Scalars:
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
         """Choose between two numbers, or places of arrays."""
+        # NumPy has one object for each truth value, so that a look at it is enough.
         chosen = a if condition is _TRUE else b
         if condition is not _TRUE and condition is not _FALSE:
             return np.where(condition, a, b)
         if type(chosen) is np.float64:
             return chosen
+        # Beside an array, a number has to take its shape.
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
             return np.where(condition, a, b)
         return chosen if isinstance(chosen, np.generic) else np.float64(chosen)

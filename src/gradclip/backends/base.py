@@ -32,6 +32,7 @@ def at_most(limit: Array, dtype: Any, xp: Any) -> Array:
     """Return a limit in the type of a gradient, rounded so that it is not raised."""
     bound = xp.astype(limit, dtype)
     raised = xp.astype(bound, limit.dtype) > limit
+    # Not all libraries have it; the product is up to two units lower, never higher.
     if hasattr(xp, "nextafter"):
         below = xp.nextafter(bound, xp.zeros_like(bound))
     else:
@@ -54,6 +55,10 @@ class Backend:
     def is_complex(self, x: Array) -> bool:
         """Return whether the elements have a phase."""
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
+
+    def deciding(self, rule: Rule) -> "Backend":
+        """Return verbs that are quick for a rule, where there are such."""
+        return self
 
     def prepare(self, x: Array, where: str) -> Array:
         """Return `x` in a type that can hold clipped values."""
@@ -103,6 +108,7 @@ class Backend:
 
     def unit_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each unit."""
+        # Told, since -1 in a shape has no answer where there are no rows.
         size = math.prod(x.shape[1:]) if x.ndim > 1 else math.prod(x.shape)
         return self.row_norms(self.xp.reshape(x, (self.units(x), size)), p)
 
@@ -181,6 +187,7 @@ class Backend:
         def put(scale: Array) -> Array:
             again = (u * (s * inward(scale, eps, xp))[None, :]) @ vh
             again = xp.astype(xp.reshape(again, x.shape), x.dtype)
+            # A matrix that nothing is done to keeps every bit, and its NaN.
             return xp.where(xp.all(scale == 1), x, again)
 
         return s, put

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
-import array_api_compat
+import array_api_compat.numpy as xp_numpy
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
@@ -18,8 +18,9 @@ from gradclip.backends.base import (
     inward,
 )
 from gradclip.backends.rows import PICKED, Rows, cut, row_squares, squares_apart
-from gradclip.rules import Array
-from gradclip.scalars import NUMBERS
+from gradclip.backends.short import fits_short, short_total
+from gradclip.rules import Array, Rule, Scope
+from gradclip.scalars import NUMBERS, Scalars, one_number
 
 
 class NumPy(Backend):
@@ -27,7 +28,7 @@ class NumPy(Backend):
 
     def __init__(self, out: dict[int, Array] | None = None) -> None:
         """Sum in float64; `out` gives the place of a result by the id of its source."""
-        super().__init__(array_api_compat.array_namespace(np.empty(0)), np.float64)
+        super().__init__(xp_numpy, np.float64)
         self.out = out or {}
 
     def prepare(self, x: Array, where: str) -> Array:
@@ -44,6 +45,21 @@ class NumPy(Backend):
                 "x.astype(float)."
             )
         return x.astype(np.float64) if x.dtype.kind in "biu" else x
+
+    def deciding(self, rule: Rule) -> Backend:
+        """Return the same verbs, in which a rule is quick about a single norm."""
+        if one_number(rule):
+            # What it keeps of arrays is not for threads.
+            self.xp = Scalars()
+        return self
+
+    def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
+        """Return the norms of the scope; of a few arrays together by short rows."""
+        if over == "all" and p == 2 and all(map(_is_plain, leaves)):
+            sizes = [x.size for x in leaves]
+            if fits_short(sizes) and (total := short_total(leaves, sizes)) is not None:
+                return np.float64(total)
+        return super().measure(leaves, over, p)
 
     def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
         """Return the `p`-norms of arrays, large ones of float32 by rows if possible."""
@@ -79,16 +95,24 @@ class NumPy(Backend):
                 return np.sqrt(square)
         return self.row_norms(x.reshape(1, -1), p)[0]
 
+    def multiply(
+        self, leaves: Sequence[Array], scale: Array, over: Scope
+    ) -> list[Array]:
+        """Return the gradients times their scale; one for all is rounded once."""
+        if over != "all":
+            return super().multiply(leaves, scale, over)
+        factors = {dtype: _factor(scale, dtype) for dtype in {x.dtype for x in leaves}}
+        return [self._product(x, factors[x.dtype]) for x in leaves]
+
     def times(self, x: Array, scale: Array) -> Array:
         """Return one gradient times its scale, in place where that was asked for."""
-        eps = float(np.finfo(x.dtype).eps)
-        scale = scale[()]  # An array of one number takes five times as long as it.
-        scale = inward(scale, eps, NUMBERS if isinstance(scale, float) else np)
-        # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
-        narrow = np.all((scale > 1e-30) & (scale < 1e30))
-        kind = np.float32 if eps > 1e-12 and narrow else np.float64
-        out = self.out.get(id(x), np.empty_like(x))
-        return np.multiply(x, scale.astype(kind), out=out, casting="same_kind")
+        return self._product(x, _factor(scale, x.dtype))
+
+    def _product(self, x: Array, factor: Array) -> Array:
+        out = self.out.get(id(x))
+        if out is None:
+            out = np.empty_like(x)
+        return np.multiply(x, factor, out=out, casting="same_kind")
 
     def clamped(self, x: Array, limit: Array) -> Array:
         """Return one gradient with every modulus at most `limit`."""
@@ -143,22 +167,45 @@ class NumPy(Backend):
                 "two of the gradients, or of out, share memory; hand over each once, "
                 "or without out."
             )
+        # Later stages are handed the results of earlier ones, and write there again.
         places = {id(x): target for x, target in zip(given, out, strict=True)}
-        return NumPy(places | {id(target): target for target in out})
+        engine = NumPy(places | {id(target): target for target in out})
+        engine.xp = self.xp
+        return engine
 
 
 def _share_memory(given: Sequence[Array], out: Sequence[Array]) -> bool:
     """Return whether arrays of two places have an element in common."""
+    each = given if all(map(is_, given, out)) else [*given, *out]
+    if len(set(map(id, each))) == len(each) and all(x.base is None for x in each):
+        # Each has memory of its own.
+        return False
     places = [(i, x) for arrays in (given, out) for i, x in enumerate(arrays) if x.size]
     bounds = [(*byte_bounds(x), i, x) for i, x in places]
     beside: list[tuple[int, int, Array]] = []
     # Only those can share something that are still open where the next one begins.
     for begin, end, i, x in sorted(bounds, key=itemgetter(0)):
         beside = [(stop, j, y) for stop, j, y in beside if stop > begin]
+        # A gradient may be the place of its own result.
         if any(i != j and np.shares_memory(x, y) for _, j, y in beside):
             return True
         beside.append((end, i, x))
     return False
+
+
+def _factor(scale: Array, dtype: Any) -> Array:
+    """Return what elements of a type are to be multiplied by."""
+    eps = float(np.finfo(dtype).eps)
+    scale = scale[()]  # An array of one number takes five times as long as it.
+    scale = inward(scale, eps, NUMBERS if isinstance(scale, float) else np)
+    # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
+    narrow = np.all((scale > 1e-30) & (scale < 1e30))
+    return scale.astype(np.float32 if eps > 1e-12 and narrow else np.float64)
+
+
+def _is_plain(x: Array) -> bool:
+    """Return whether an array is one of float32 that lies in one piece."""
+    return x.dtype == np.float32 and x.flags.c_contiguous
 
 
 def _has_rows(x: Array) -> bool:
@@ -191,6 +238,7 @@ def _apart(arrays: list[Array]) -> list[float | None]:
     pieces = [cut(x, x.size, ROW) for x in arrays]
     with np.errstate(all="ignore"):
         found = squares_apart(pieces, row_squares)
+    # Beyond these bounds float32 may have lost squares on the way.
     return [
         math.sqrt(square) if 1e-20 < square < math.inf and not doubt else None
         for square, doubt in found

@@ -15,6 +15,7 @@ from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop, only_records
 from gradclip.rules import Rule, State, stages
+from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
@@ -212,7 +213,7 @@ class Clipper:
             self.verify, self.names, self.params, self._layout
         )
         others = self._layout is not None or self._verifier is not None
-        self._one_number = OneNumber.fits(self._bound) and not (
+        self._one_number = one_number(self._bound) and not (
             others or self.deterministic
         )
         self._memory.states = list(map(self._empty, stages(self._bound)))
@@ -250,6 +251,7 @@ class Clipper:
         minds = self.rule.stateful or any(
             stage.by_place or stage.over == "tensor" for stage in stages(self.rule)
         )
+        # Otherwise the norm of one tensor would meet what is remembered of another.
         cells = (len(self.params), found.present) if minds and missing else None
         verbs = InPlace(amplified, cells, fused)
         if not (torch.compiler.is_compiling() or on_host(found.leaves)):
@@ -299,6 +301,7 @@ class Clipper:
         if watched:
             if found.leaves:
                 self._doctor.after(found.leaves, info)
+            # Gradients may all be elsewhere: only a norm of 0 says that there are none.
             elif on_host([info.norm]) and info.norm.numel() and not info.norm.any():
                 self._doctor.tell("missing", NOTHING.format(len(self.params)))
             self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
@@ -319,6 +322,7 @@ class Clipper:
             if self._layout is None
             else self._verbs(found, verbs.amplified)
         )
+        # In a history, 0 is the norm of zeros, and not of what is missing.
         every.missing = math.nan
         norms = every.measure(found.leaves, "tensor", 2.0)
         history.record_tensors(self._memory.step, self.names, norms)
@@ -345,6 +349,7 @@ def check_graph(rule: Rule) -> None:
 
 def _stay(memory: Memory, states: Sequence[State | None], *counts: Tensor) -> None:
     """Put what is remembered now where it was before: a graph reads it from there."""
+    # Not the step: the host counts it, and does nothing in a replay.
     now = memory.skipped, memory.in_a_row
     pairs = list(zip(counts, now, strict=True))
     for old, new in zip(states, memory.states, strict=True):
@@ -361,6 +366,7 @@ def check_split(rule: Rule, params: list[Tensor]) -> None:
         rule_of = getattr(stage, "rule", stage)
         groups = (r for _, r in getattr(rule_of, "rules", ()))
         inner = {r.over for r in groups if not only_records(r)}
+        # Beside units, tensors are measured by their rows, of which others have some.
         if stage.over == "singular" or {"unit"} < inner:
             raise ValueError(
                 f"{stage!r} looks at whole tensors, and processes have parts of these; "

@@ -14,6 +14,7 @@ from gradclip.decision import clip_scale
 from gradclip.pipeline import run
 from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
+from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
 from gradclip.torch.exact import WIDE, on_host
 from gradclip.torch.gradients import (
@@ -31,6 +32,7 @@ from gradclip.torch.verify import Verify, verifier_for
 
 Tensors = Tensor | Iterable[Tensor]
 FLOAT32 = torch.finfo(torch.float32).max
+# One for all threads: they keep nothing between calls.
 _VERBS, _ONE = InPlace(), OneNumber()
 
 
@@ -275,7 +277,7 @@ def _clip_parameters(
     if layout is not None:
         verbs: InPlace = Sharded(layout, rule, found.present)
     else:
-        alone = OneNumber.fits(rule) and on_host(found.leaves)
+        alone = one_number(rule) and on_host(found.leaves)
         verbs = _ONE if alone else _VERBS
     clip = partial(
         run,
@@ -335,4 +337,4 @@ def _reported(norm: Any, dtypes: set[torch.dtype]) -> Tensor:
     if isinstance(norm, Tensor):
         return norm.to(dtype)
     # A number of NumPy stays on the host, whatever torch's default device is.
-    return torch.tensor(float(norm), dtype=dtype, device="cpu")
+    return torch.scalar_tensor(float(norm), dtype=dtype, device="cpu")

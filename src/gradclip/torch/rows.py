@@ -20,6 +20,7 @@ from torch import Tensor
 from gradclip.backends import CHUNK
 from gradclip.backends.combining import Exact, Vector
 from gradclip.backends.rows import Rows, batches, cut, row_squares, wide_squares
+from gradclip.backends.short import fits_short, short_total
 from gradclip.torch.exact import (
     WIDE,
     converted,
@@ -51,8 +52,13 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     """Return the 2-norm of all tensors, or None where float32 rows will not do."""
     sizes = list(map(Tensor.numel, tensors))
     count = sum(sizes)
+    largest = max(sizes)
+    if largest > SMALL and fits_short(sizes):
+        norm = _few_total(tensors, sizes)
+        if norm is not None:
+            return norm
     rows = TensorRows(count)
-    if max(sizes) <= SMALL or count <= 2 * CHUNK:
+    if largest <= SMALL or count <= 2 * CHUNK:
         rows.short, rows.lengths = list(tensors), sizes
         return rows.total()
     alone = []
@@ -66,6 +72,16 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
             rows.add_tensor(t)
     rows.add_many(alone)
     return rows.total()
+
+
+def _few_total(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float | None:
+    """Return the norm of a few plain tensors that the cache holds, or None."""
+    if not all(map(_simple, tensors)):
+        return None
+    with suppress(RuntimeError):
+        # Of lazy signs, and of what has a graph, NumPy gets no view.
+        return short_total(list(map(Tensor.numpy, tensors)), sizes)
+    return None
 
 
 def _simple(t: Tensor) -> bool:
@@ -89,6 +105,7 @@ class TensorRows(Rows):
         if flat is None or t.is_complex():
             self.parts.append(exact_norm(t, 2.0).item())
         elif t.dtype == torch.float64:
+            # If squares overflow, so does the total, and all is measured again, scaled.
             self.parts.append(root_of_sum(flat).item())
         else:
             for block in flat.split(BLOCK) if flat.numel() > BLOCK else (flat,):
@@ -140,6 +157,7 @@ def _row_norms(matrix: Tensor) -> Tensor:
     """Return the 2-norms of rows, in float32 for what is not float64."""
     if matrix.dtype not in _HALF:
         return torch.linalg.vector_norm(matrix, dim=1)
+    # Torch would round such norms to half precision, or take many times as long.
     width = matrix.shape[1]
     pieces = converted(matrix.view(-1), torch.float32, width)
     norms = [torch.linalg.vector_norm(piece.view(-1, width), dim=1) for piece in pieces]
@@ -189,6 +207,7 @@ def _filled(room: Tensor, tensors: list[Tensor]) -> Tensor:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """Return copies of tensors in one; types are widened, which changes no value."""
     if len(tensors) > MANY:
+        # Matrices of unlike widths raise, and so do 0-d tensors.
         with suppress(RuntimeError):
             return torch.cat(tensors).reshape(-1)
     return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
 from gradclip.decision import Info
-from gradclip.rules import Rule, Scope, State, stages
+from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
 from gradclip.torch.constants import sent
 from gradclip.torch.exact import on_host, safe_norm
 
+CPU = torch.device("cpu")
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 """Whether torch multiplies with AVX-512, which is slow for bfloat16 from memory."""
 
@@ -116,6 +117,7 @@ class InPlace(TorchArrays):
         chosen = self._to_multiply(leaves, scale, over)
         sizes = [self.units(t) if over == "unit" else 1 for t in leaves]
         ends = list(accumulate(sizes))
+        # How far a factor is rounded inward depends on the type that it multiplies.
         for dtype in {t.dtype for t in leaves}:
             group = [i for i in chosen if leaves[i].dtype == dtype]
             whole = [i for i in group if over == "tensor" or leaves[i].dim() < 2]
@@ -138,9 +140,10 @@ class InPlace(TorchArrays):
             return False
         before = 1.0 if self.amplified is None else self.amplified
         here = isinstance(scale, float) or on_host([scale])
+        # One factor serves all types, so that the coarsest decides how it is rounded.
         scale = inward(scale, max(eps), self.xp)
         if isinstance(scale, float):
-            scale = torch.tensor(scale, dtype=torch.float64, device="cpu")
+            scale = torch.scalar_tensor(scale, dtype=torch.float64, device=CPU)
         amplified = before / scale
         if here and not 1e-30 < amplified.item() < 1e30:
             return False
@@ -168,6 +171,7 @@ class InPlace(TorchArrays):
         parts, put = super().inside(x, over)
         if self.amplified is not None:
             parts = parts / self.amplified.to(parts.dtype)
+        # `put` scales what is still amplified, for which the ratio is the same.
         return parts, lambda scale: x.copy_(put(scale))
 
     def borrow(self, stage: Rule, place: int, parts: Tensor) -> tuple[Rule, State]:
@@ -177,6 +181,7 @@ class InPlace(TorchArrays):
 
     def clamp(self, leaves: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
         """Clamp every modulus to the limit."""
+        # To divide the gradients instead would take another pass over memory.
         limit = limit if self.amplified is None else limit * self.amplified
         for t in leaves:
             if t.is_complex():
@@ -234,21 +239,6 @@ class OneNumber(InPlace):
         # What it keeps of arrays is not for threads.
         self.xp = Scalars()
 
-    @staticmethod
-    def fits(rule: Rule) -> bool:
-        """Return whether a rule of ours needs one norm, and has plain numbers itself.
-
-        Those of others may ask for more of the array API than single numbers have.
-        """
-        inner = [getattr(stage, "rule", stage) for stage in stages(rule)]
-        return all(
-            type(stage).__module__.startswith("gradclip.")
-            and stage.over == "all"
-            and not (stage.needs_weight or stage.by_part)
-            and not any(hasattr(x, "shape") for x in vars(stage).values())
-            for stage in (*stages(rule), *inner)
-        )
-
     def measure(self, leaves: Sequence[Tensor], over: Scope, p: float) -> Any:
         """Return the norm of everything, read."""
         norm = np.float64(norms.host_total(leaves, p))
@@ -299,7 +289,10 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     else:
         scale = inward(scale, eps, torch)
         far = on_host([scale]) and bool(((scale < 1e-30) | (scale > 1e30)).any())
-    to_tensor = partial(torch.full, (), device="cpu") if number else torch.as_tensor
+    # `as_tensor` would put a number on torch's default device, whatever that is.
+    to_tensor = (
+        partial(torch.scalar_tensor, device="cpu") if number else torch.as_tensor
+    )
     if eps < 1e-12:
         return [to_tensor(scale, dtype=torch.float64)]
     if far:
@@ -310,13 +303,13 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
-    dtypes = [t.dtype for t in leaves]
-    if len(set(dtypes)) == 1 and (isinstance(scale, float) or on_host([scale])):
-        groups = {(dtypes[0], torch.device("cpu")): list(leaves)}
+    dtypes = {t.dtype for t in leaves}
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    if len(dtypes) == 1 and (isinstance(scale, float) or on_host([scale])):
+        groups[dtypes.pop(), CPU] = list(leaves)
     else:
-        groups = {}
-        for t, dtype in zip(leaves, dtypes, strict=True):
-            groups.setdefault((dtype, t.device), []).append(t)
+        for t in leaves:
+            groups.setdefault((t.dtype, t.device), []).append(t)
     for (dtype, device), group in groups.items():
         large: list[Tensor] = []
         if dtype == torch.bfloat16 and WIDE_VECTORS and on_host(group):
