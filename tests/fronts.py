@@ -81,6 +81,18 @@ class Torch:
         self.clipper.load_state_dict(saved)
 
 
+class Elsewhere(Torch):
+    """The same where torch makes tensors on another device, if it is not told where."""
+
+    def __init__(self, rule, weights, dtype):
+        super().__init__(rule, weights, dtype)
+        self.clip_ = self.clip_elsewhere
+
+    def clip_elsewhere(self):
+        with torch.device("meta"):
+            return self.clipper.clip_()
+
+
 class Jax:
     """`gradclip.jax.as_optax` under jit, with and without 64-bit floats."""
 
@@ -123,6 +135,7 @@ FRONTS = {
     ),
     "torch": functools.partial(Torch, dtype=torch.float64),
     "torch-float32": functools.partial(Torch, dtype=torch.float32),
+    "torch-elsewhere": functools.partial(Elsewhere, dtype=torch.float32),
     "compiled": functools.partial(Torch, dtype=torch.float64, backend="aot_eager"),
     "inductor": functools.partial(Torch, dtype=torch.float32, backend="inductor"),
     "jax": functools.partial(Jax, wide=True),

@@ -12,6 +12,7 @@ from accelerator import DEVICE, Accelerator, Far, WaitError, far, near
 from fronts import FRONTS, Torch, reported
 from gradclip.backends import narrow as narrowed
 from gradclip.torch import (
+    Clipper,
     attach,
     clip_grad_norm_,
     clip_grad_value_,
@@ -317,6 +318,40 @@ def test_norms_of_pieces_do_not_make_the_host_wait(device, over, missing):
     twice = [torch.cat([near(g), near(g)], dim=1).double() for g in grads]
     want = InPlace(cells=(2, present)).measure(twice, over, 2.0)
     torch.testing.assert_close(got, want.nan_to_num(0))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gc.by_name({"[0]": gc.Norm(0.5), "*": gc.Norm(0.1)}),
+        gc.chain(gc.Norm(0.1, over="tensor"), gc.Norm(0.1)),
+        gc.EMA(1.05, warmup=1),
+    ],
+)
+def test_rules_over_pieces_do_not_make_the_host_wait(rule):
+    there, _ = parameters([(4, 3), (5, 2)])
+    clipper = Clipper(there, rule)
+    ways = [{"line": layout.Way("piece", 1)}] * 2
+    clipper._layout = layout.Layout(there, ways, {"line": Alike()})
+    for _ in range(3):
+        info = clipper.clip_()
+    assert bool(near(info.kept))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+def test_the_moment_of_an_optimizer_does_not_make_the_host_wait(way):
+    there, here = parameters([(4, 3)])
+    rule, grad = gc.Moment(0.5, warmup=1, memory="optimizer"), near(there[0].grad) + 0
+    for params in (there, here):
+        optimizer = torch.optim.AdamW(params, **{way: True})
+        # To skip, a step that is not fused has to wait.
+        attach(optimizer, rule, on_nonfinite="ignore", doctor=())
+        for step in range(3):
+            near(params[0].grad).copy_(grad * (9 if step == 2 else 1))
+            optimizer.step()
+    same(there, here, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

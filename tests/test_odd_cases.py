@@ -894,8 +894,13 @@ def test_a_default_device_is_not_that_of_the_counts():
         clipper = Clipper([w], gc.Norm(1.0), doctor=())
         clipper.clip_()
         norm = clip_grad_norm_([w], 0.5)
+        clip_grads_with_norm_([w], 0.25, 0.5)
+        clip_grads_with_norm_([w], 0.125, torch.tensor(0.25, device="cpu"))
+        saved = clipper.state_dict()
+        clipper.load_state_dict(saved)
     assert float(norm) == pytest.approx(1.0)
-    assert int(clipper.state_dict()["step"]) == 1
+    assert float(w.grad.norm()) == pytest.approx(0.125)
+    assert int(saved["step"]) == 1
 
 
 def test_compiled_code_may_have_a_limit_in_a_tensor():

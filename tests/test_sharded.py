@@ -14,6 +14,7 @@ import torch
 import gradclip as gc
 import sharded_programs as programs
 from gradclip.torch import Clipper, Pieces, clip_grad_norm_, norms
+from gradclip.torch.verify import Verifier
 
 WORLDS = [4, 2]
 
@@ -208,6 +209,21 @@ def test_verify_tells_the_others_when_one_refuses(found, world):
     assert first.startswith("VerifyError: rank 1")
     for other in others:
         assert other.startswith("NonFiniteError: NaN or infinity in the gradients of d")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_a_refusal_is_not_sent_into_the_messages_of_a_clip(split, error):
+    verifier, sent = object.__new__(Verifier), []
+    verifier.split, verifier._gathered = split, sent.append
+
+    def refuse():
+        raise error("a schedule that fails on this process")
+
+    with pytest.raises(error, match="schedule"):
+        verifier.compare(refuse)
+    # The others wait for norms where parameters are split, and would be killed.
+    assert len(sent) == (0 if split else 1)
 
 
 @each_world

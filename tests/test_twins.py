@@ -202,6 +202,11 @@ def test_torch_equals_twin(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_a_default_device_moves_nothing_of_torch(name):
+    follow("torch-elsewhere", name, 12)
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_tensors_without_parameters_equal_twin(name):
     follow("tensors", name)
 

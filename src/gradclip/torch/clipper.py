@@ -19,7 +19,7 @@ from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
-from gradclip.torch.exact import on_host
+from gradclip.torch.exact import on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.placement import SplitOver, layout_of
 from gradclip.torch.sharded import Sharded
@@ -156,7 +156,7 @@ class Clipper:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory as tensors, for any kind of checkpoint."""
         self._take_up_new_parameters()
-        saved = self._memory.state_dict(lambda x: torch.as_tensor(x).clone())
+        saved = self._memory.state_dict(lambda x: tensor_of(x).clone())
         return self._for_parameters(saved, laid_out_like)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ class Clipper:
         here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
             here,
-            lambda x: torch.as_tensor(x).to(device).clone(),
+            lambda x: tensor_of(x).to(device).clone(),
             blank=lambda: list(map(self._empty, stages(self._bound))),
         )
 
@@ -254,10 +254,10 @@ class Clipper:
         # Otherwise the norm of one tensor would meet what is remembered of another.
         cells = (len(self.params), found.present) if minds and missing else None
         verbs = InPlace(amplified, cells, fused)
-        if not (torch.compiler.is_compiling() or on_host(found.leaves)):
-            verbs.xp = Sending(verbs.xp)
         if self._layout is not None:
             verbs = Sharded(self._layout, self.rule, found.present, amplified, fused)
+        if not (torch.compiler.is_compiling() or on_host(found.leaves)):
+            verbs.xp = Sending(verbs.xp)
         verbs.deterministic = self.deterministic
         return verbs
 

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ _IS_CPU = attrgetter("is_cpu")
 def on_host(tensors: Iterable[Tensor]) -> bool:
     """Return whether numbers can be read without waiting for a device."""
     return not torch.compiler.is_compiling() and all(map(_IS_CPU, tensors))
+
+
+def tensor_of(x: Any) -> Tensor:
+    """Return a tensor as it is; numbers and arrays on the host, whatever the default.
+
+    `as_tensor` would move a tensor, too, to the default device.
+    """
+    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
 
 
 class _Scratch(threading.local):

@@ -16,7 +16,7 @@ from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
 from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
-from gradclip.torch.exact import WIDE, on_host
+from gradclip.torch.exact import WIDE, on_host, tensor_of
 from gradclip.torch.gradients import (
     check_strided,
     collect,
@@ -176,9 +176,9 @@ def get_total_norm(
     order, leaves = rule.p, tensors_only(tensors)
     if not leaves:
         if split_over is None or callable(split_over):
-            return torch.tensor(0.0)
+            return torch.tensor(0.0, device="cpu")
         # The others of the group wait for what this process has, also for nothing.
-        leaves = [torch.zeros(0)]
+        leaves = [torch.zeros(0, device="cpu")]
     verbs, layout = _VERBS, _layout(leaves, split_over)
     leaves = at_home(list(map(_dense, leaves)))
     if layout is not None:
@@ -237,7 +237,7 @@ def clip_grads_with_norm_(
     """
     rule = Norm(max_norm)
     _refuse_schedules(rule)
-    (norm,) = at_home([full_of(torch.as_tensor(total_norm))])
+    (norm,) = at_home([full_of(tensor_of(total_norm))])
     norm = norm.double()
     # A number by a tensor would be its inverse times the number, which may overflow.
     limit = rule.limit

@@ -23,7 +23,7 @@ from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.clipper import Clipper
-from gradclip.torch.exact import safe_norm
+from gradclip.torch.exact import safe_norm, tensor_of
 from gradclip.torch.gradients import collect, drop, named_by_optimizers
 from gradclip.torch.verbs import InPlace
 
@@ -102,7 +102,7 @@ class InBackward(Clipper):
             )
         rest = {name: x for name, x in state.items() if name != "previous"}
         super().load_state_dict(rest)
-        self._previous = torch.as_tensor(state["previous"]).to(self._previous)
+        self._previous = tensor_of(state["previous"]).to(self._previous)
 
     # After the pass they are gone, and nothing is left to clip (torchtitan#990).
     @torch.no_grad()

@@ -47,7 +47,8 @@ def _memory(kept: Any, parts: Tensor) -> State:
     if square.is_complex():
         # Adam takes the two parts of a complex number for numbers of their own.
         square = square.real + square.imag
-    return {
-        "root": square.to(parts).sqrt(),
-        "count": torch.as_tensor(kept["step"]).to(parts),
-    }
+    # An optimizer that is not fused counts on the host, and a copy makes that wait.
+    step = kept["step"]
+    there = isinstance(step, Tensor) and step.device == parts.device
+    count = step.to(parts) if there else parts.new_full((), float(step))
+    return {"root": square.to(parts).sqrt(), "count": count}

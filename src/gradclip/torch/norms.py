@@ -107,7 +107,7 @@ def _fast_norms(tensors: Sequence[Tensor]) -> Tensor:
     places: dict[Measure, list[int]] = {}
     for i, t in enumerate(tensors):
         places.setdefault(_measure(t), []).append(i)
-    norms = torch.empty(len(tensors), dtype=torch.float64)
+    norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     for measure, chosen in places.items():
         norms[chosen] = measure([tensors[i] for i in chosen])
     return norms
@@ -131,7 +131,7 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
     sizes = list(map(Tensor.numel, tensors))
     found, start = [], 0
     for wide, count, _ in wide_copies(tensors, sizes):
-        lengths = torch.tensor(sizes[start : start + count])
+        lengths = torch.tensor(sizes[start : start + count], device="cpu")
         squares = torch.segment_reduce(wide.square_(), "sum", lengths=lengths)
         found.append(squares.sqrt_())
         start += count

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -158,7 +157,7 @@ class InPlace(TorchArrays):
             return range(len(leaves))
         acted = (scale != 1).nonzero().flatten()
         if over == "unit":
-            ends = torch.tensor([self.units(t) for t in leaves]).cumsum(0)
+            ends = torch.tensor([self.units(t) for t in leaves], device="cpu").cumsum(0)
             acted = torch.searchsorted(ends, acted, right=True).unique()
         return [int(i) for i in acted.tolist()]
 
@@ -289,16 +288,19 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
     else:
         scale = inward(scale, eps, torch)
         far = on_host([scale]) and bool(((scale < 1e-30) | (scale > 1e30)).any())
-    # `as_tensor` would put a number on torch's default device, whatever that is.
-    to_tensor = (
-        partial(torch.scalar_tensor, device="cpu") if number else torch.as_tensor
-    )
+
+    def to_tensor(x: Any, dtype: torch.dtype) -> Tensor:
+        # `as_tensor` would put either on torch's default device, whatever that is.
+        return (
+            torch.scalar_tensor(x, dtype=dtype, device=CPU) if number else x.to(dtype)
+        )
+
     if eps < 1e-12:
-        return [to_tensor(scale, dtype=torch.float64)]
+        return [to_tensor(scale, torch.float64)]
     if far:
         # float32 has too few digits left for such a scale, but not for its root.
-        return [to_tensor(scale**0.5, dtype=torch.float32)] * 2
-    return [to_tensor(scale, dtype=torch.float32)]
+        return [to_tensor(scale**0.5, torch.float32)] * 2
+    return [to_tensor(scale, torch.float32)]
 
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:

@@ -92,6 +92,7 @@ class Verifier:
         import torch.distributed as dist
 
         self.group, self.params = Group(group, 0), params
+        self.split = layout is not None
         self.ranks = dist.get_process_group_ranks(group)
         mine = list(_described(names, params, layout))
         groups = [] if layout is None else [_ranks(g) for g in layout.groups]
@@ -129,9 +130,12 @@ class Verifier:
         """
         try:
             outcome = clip()
-        except (NonFiniteError, ValueError):
-            # The others are about to exchange what they decided, and would wait.
-            self._gathered([1.0] + [0.0] * len(DECIDED))
+        except (NonFiniteError, TypeError, ValueError):
+            # The others are about to exchange what they decided, and would wait. Where
+            # parameters are split they wait for a message of the clip, and another in
+            # its place would end their processes.
+            if not self.split:
+                self._gathered([1.0] + [0.0] * len(DECIDED))
             raise
         info = outcome[1]
         told = [getattr(info, name) for name in DECIDED]
@@ -150,7 +154,7 @@ class Verifier:
         self, which: Iterable[int], tensors: Sequence[Tensor]
     ) -> list[Fingerprint]:
         """Return two norms of each tensor of each process; -1 where there is none."""
-        row = torch.full((self.width, 2), -1.0, dtype=torch.float64)
+        row = torch.full((self.width, 2), -1.0, dtype=torch.float64, device="cpu")
         if tensors:
             verbs, at = InPlace(), list(which)
             row[at, 0] = verbs.per_tensor(tensors, 2.0).cpu()
@@ -175,7 +179,7 @@ class Verifier:
         return float(x[at].sum())
 
     def _gathered(self, mine: Sequence[float]) -> Sequence[Tensor]:
-        row = torch.tensor(mine, dtype=torch.float64)
+        row = torch.tensor(mine, dtype=torch.float64, device="cpu")
         return self.group.gather(row).unbind(1)
 
     def _about_failure(self, failed: Tensor) -> str:
