@@ -102,6 +102,13 @@ def test_a_few_infinities_are_spikes_and_a_whole_run_of_them_is_broken():
     assert "the run is broken" in broken.reasons[0]
 
 
+def test_an_infinity_among_steps_without_a_signal_is_a_spike():
+    norm = np.zeros(500)
+    norm[::5] = norms(100)
+    norm[7] = math.inf
+    assert [spike.step for spike in advise(norm).spikes] == [7]
+
+
 def test_the_warm_up_is_set_apart():
     norm = norms()
     norm[:60] *= 20
@@ -310,6 +317,23 @@ def test_two_norms_before_the_loss_rose_are_too_few():
     assert advice.limit is None
     assert advice.confidence == "none"
     assert "of the 2 norms before the median says nothing" in advice.reasons[0]
+
+
+def test_no_usable_norm_before_the_loss_rose_is_none_to_go_by():
+    norm = np.concatenate([[math.nan, math.inf, -1], norms(500) * 50])
+    loss = np.concatenate([[4.8, 4.0, 4.5], np.full(500, 12.0)])
+    advice = advise(norm, loss=loss)
+    assert advice.lost
+    assert advice.limit is None
+    assert "no norm before that is usable" in advice.reasons[0]
+
+
+def test_steps_without_a_signal_have_broken_no_run():
+    norm = np.concatenate([[0.0, 0.0], norms(500)])
+    loss = np.concatenate([[0.0, 0.001], np.linspace(0.002, 0.03, 500)])
+    advice = advise(norm, loss=loss)
+    assert not advice.lost
+    assert advice.limit == advise(norm).limit
 
 
 def test_a_loss_that_became_nan_is_a_lost_run_whatever_the_norms():

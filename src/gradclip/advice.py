@@ -161,7 +161,7 @@ def advise(history: History) -> Advice:
         tail=tail_index(steady),
         experts=facts.experts(),
         in_force=facts.in_force,
-        lost=bool(facts.healthy.size),
+        lost=facts.healthy is not None,
         # With zeros, which are steps that no limit clips; below 0 are no norms.
         _ordered=np.sort(record.norm[np.isfinite(record.norm) & (record.norm >= 0)]),
         _steady=np.sort(steady),

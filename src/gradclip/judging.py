@@ -187,22 +187,22 @@ class Facts:
             )
 
     @property
-    def healthy(self) -> Floats:
-        """The norms before the loss rose for good; empty if it did not."""
+    def healthy(self) -> Floats | None:
+        """The norms before the loss rose for good; None if it did not."""
         cut = lost_from(self.record.loss)
         if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
-            return self.norm[:0]
+            return None
         usable = is_finite(self.record.norm)
         before = self.record.norm[:cut][usable[:cut]]
         after = self.record.norm[cut:][usable[cut:]]
-        # A loss that begins near 0, as that of GRPO, soon rises in a sound run as well.
-        sound = self.still and before.size < FEWEST and _alike(before, after)
-        return before[:0] if sound else before
+        # A loss that begins near 0, as that of GRPO, soon rises in a sound run as well;
+        # and steps without a signal, which move nothing, have broken no run.
+        silent = not self.record.norm[:cut].any()
+        early = self.still and before.size < FEWEST
+        return None if early and (silent or _alike(before, after)) else before
 
     def refusal(self) -> str:
-        """Return why the log supports no limit; empty if it does."""
-        if why := self._no_norms():
-            return why
+        """Return why norms of a run that was not lost say nothing; empty if they do."""
         size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
         # Zeros alone break no run: GRPO has many steps without a signal.
         if size and bad > size / 2 and not (self.record.norm == 0).sum() > size / 2:
@@ -243,28 +243,18 @@ class Facts:
             )
         return ""
 
-    def _too_few_before(self) -> str:
-        """Return why the norms before the loss rose say nothing; empty if they do."""
-        if self.healthy.size >= FEWEST_BEFORE:
-            return ""
-        return (
-            f"the loss rose for good, and of the {self.healthy.size} norms before the "
-            f"median says nothing; at least {FEWEST_BEFORE} are needed. Lower the "
-            "learning rate until the loss falls, and ask again."
-        )
-
     def _varies(self) -> bool:
         # Norms that were clipped differ by the 1e-6 that torch adds, and are one value.
         return bool(self.norm.max() > self.norm.min() * (1 + 1e-6))
 
     def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
         """Return limit, rule, confidence and the reasons."""
-        lost = bool(self.healthy.size)
-        why = self._no_norms() or self._too_few_before() if lost else self.refusal()
-        if why:
+        before = self.healthy
+        few = self.refusal() if before is None else _too_few(before)
+        if why := self._no_norms() or few:
             return None, None, "none", [why]
-        if lost:
-            return self._before_the_loss()
+        if before is not None:
+            return self._before_the_loss(before)
         limit, reason = self._limit()
         reasons = [reason]
         rule: Rule = Norm(limit, p=self.measured.p)
@@ -279,13 +269,13 @@ class Facts:
         reasons += self._on_the_run()
         return limit, rule, self._confidence(), reasons
 
-    def _before_the_loss(self) -> tuple[float, Rule, str, list[str]]:
+    def _before_the_loss(self, before: Floats) -> tuple[float, Rule, str, list[str]]:
         """Return what little a run says that was lost: the norms before."""
-        limit = rounded_up(float(np.median(self.healthy)))
+        limit = rounded_up(float(np.median(before)))
         reason = (
             "the loss rose early and never came back, so that the later norms are "
             f"those of a broken model: {limit:g} is the median of the "
-            f"{self.healthy.size} norms before. Run again with it, and ask again."
+            f"{before.size} norms before. Run again with it, and ask again."
         )
         return limit, Norm(limit, p=self.measured.p), "low", [reason]
 
@@ -355,6 +345,21 @@ class Facts:
         )
 
 
+def _too_few(before: Floats) -> str:
+    """Return why the norms before the loss rose say nothing; empty if they do."""
+    if before.size >= FEWEST_BEFORE:
+        return ""
+    told = (
+        f"of the {before.size} norms before the median says nothing"
+        if before.size
+        else "no norm before that is usable"
+    )
+    return (
+        f"the loss rose for good, and {told}; at least {FEWEST_BEFORE} are needed. "
+        "Lower the learning rate until the loss falls, and ask again."
+    )
+
+
 def _alike(before: Floats, after: Floats) -> bool:
     """Return whether norms are about as large after something as before it."""
     if not before.size or not after.size:
@@ -386,8 +391,9 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
         # Each phase is measured by itself, or all of a warm-up would be spikes.
         scores[usable] = np.concatenate([spike_scores(part) for part in parts])
     # Where most norms are infinite, the run is broken, and none of them is a spike.
-    if usable.sum() > norm.size / 2:
-        scores[~np.isfinite(norm)] = math.inf
+    bad = ~np.isfinite(norm)
+    if bad.sum() <= norm.size / 2:
+        scores[bad] = math.inf
     return tuple(
         Spike(
             int(record.step[i]),
