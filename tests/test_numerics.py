@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import gradclip as gc
 from gradclip import backends
+from gradclip.backends.short import adds_evenly, fits_short, short_total
 from gradclip.torch import (
     Clipper,
     attach,
@@ -780,3 +781,56 @@ def test_large_bfloat16_is_multiplied_alike_on_every_processor(wide, monkeypatch
     (factor,) = verbs.factors(info.scale, torch.bfloat16)
     assert torch.equal(params[0].grad, large * factor)
     assert torch.equal(params[1].grad, large[:100] * factor)
+
+
+def few_arrays():
+    """Yield arrays that the cache holds, by what is odd about their rows."""
+    rng = np.random.default_rng(0)
+    for name, values in {
+        "noise": rng.normal(size=300_000),
+        "outer": np.outer(rng.normal(size=300), rng.normal(size=784)),
+        "halves": torch.from_numpy(rng.normal(size=40_000)).bfloat16().float(),
+        "constant": np.full(70_000, rng.uniform(1, 2)),
+        "three": np.tile(rng.uniform(1, 2, 3), 30_100),
+        "alike": np.tile(rng.normal(size=64), 1000),
+        "spike": np.concatenate([[1e5], rng.normal(size=50_000)]),
+        "heavy": rng.standard_t(1.1, size=60_000),
+        "zeros": np.concatenate([rng.normal(size=9000), np.zeros(90_000)]),
+        "uneven": rng.normal(size=(77, 91)),
+    }.items():
+        yield name, [np.asarray(values, np.float32), rng.normal(size=9).astype("f4")]
+
+
+@pytest.mark.parametrize(("name", "arrays"), list(few_arrays()))
+def test_a_few_arrays_are_within_a_unit(name, arrays):
+    exact = math.sqrt(sum(float(np.sum(x.astype(np.longdouble) ** 2)) for x in arrays))
+    short = short_total(arrays, [x.size for x in arrays])
+    # Where rows are alike, or one of them is most of all, float64 has to tell.
+    assert (short is None) == (name in ("constant", "alike", "spike", "heavy"))
+    told = gc.clip(arrays, gc.Norm(math.inf))[1].norm
+    params = with_gradients([torch.tensor(x) for x in arrays])
+    for norm in (short or exact, told, clip_grad_norm_(params, math.inf).double()):
+        # Half of the smallest unit, and in the last that of the report itself.
+        assert float(norm) == pytest.approx(exact, rel=6.5e-8 if short else 6e-8)
+
+
+def test_rows_that_are_added_one_by_one_are_not_trusted(monkeypatch):
+    def one_by_one(a, b):
+        return np.cumsum(a * b, axis=-1, dtype=np.float32)[..., -1]
+
+    adds_evenly.cache_clear()
+    assert adds_evenly()
+    monkeypatch.setattr(np, "vecdot", one_by_one)
+    adds_evenly.cache_clear()
+    assert not fits_short([5000])
+    adds_evenly.cache_clear()
+
+
+def test_rows_whose_squares_overflow_are_measured_again():
+    x = np.full(5000, 1e30, np.float32)
+    x[::2] = 3e29
+    with np.errstate(all="ignore"):
+        assert short_total([x], [x.size]) is None
+    exact = float(np.linalg.norm(x.astype(np.longdouble)))
+    assert float(gc.clip(x, gc.Norm(math.inf))[1].norm) == pytest.approx(exact)
+    assert short_total([np.zeros(0, np.float32)], [0]) is None

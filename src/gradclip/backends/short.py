@@ -1,9 +1,9 @@
 """The 2-norm of a few float32 arrays, by rows too short to be rounded one way.
 
-The processor adds a row in a dozen of sums at once, and these in pairs, so that even
-squares of one constant are rounded no more than a few times. What longer rows are wrong
-by has to be measured, which takes longer than all of this where the cache holds the
-arrays; copies in float64 take longer, too.
+The processor adds a row in a dozen of sums at once, and these in pairs, so that each is
+rounded a few times only, by less than two units of a float32 norm, and rows that differ
+are rounded in different ways. Longer rows have to be summed again in a sample, which
+takes longer than all of this where the cache holds the arrays, as do float64 copies.
 """
 
 import math
@@ -21,6 +21,10 @@ FEW = 64
 """Arrays for which a call each costs less than to join them all."""
 MOST = 8 * CHUNK
 """Elements up to which a sample of longer rows takes longer than shorter rows do."""
+SMALL = 4096
+"""Elements up to which an array is cheaper to copy in float64."""
+SHARE = 1 / 8
+"""The part of the whole that one row may be; what it is wrong by is not more of it."""
 CERTAIN = 1.2e-7
 """How far a sum of squares of constants may be off: one unit of a float32 norm."""
 
@@ -32,23 +36,31 @@ def fits_short(sizes: Sequence[int]) -> bool:
 
 def short_total(arrays: Sequence[Vector], sizes: Sequence[int]) -> float | None:
     """Return the 2-norm of contiguous arrays, or None where it is in doubt."""
-    squares, rest = [], []
+    matrices, rest = [], []
+    for x, size in zip(arrays, sizes, strict=True):
+        flat, left = x.reshape(-1), size if size < SMALL else size % SHORT_ROW
+        if left < size:
+            matrices.append(flat[: size - left].reshape(-1, SHORT_ROW))
+        if left:
+            rest.append(flat[size - left :])
     with np.errstate(all="ignore"):
-        for x, size in zip(arrays, sizes, strict=True):
-            flat, left = x.reshape(-1), size % SHORT_ROW
-            if left < size:
-                rows = flat[: size - left].reshape(-1, SHORT_ROW)
-                squares.append(np.vecdot(rows, rows))
-            if left:
-                rest.append(flat[size - left :])
-        if not (squares or rest):
-            return None
+        square, sure = _by_rows(matrices) if matrices else (0.0, True)
         if rest:
             wide = np.concatenate(rest, dtype=np.float64)
-            squares.append(np.square(wide, out=wide))
-        total = math.sqrt(np.concatenate(squares, dtype=np.float64).sum())
+            square += np.square(wide, out=wide).sum()
     # Squares in float32 may have over- or underflowed on the way.
-    return total if 1e-10 < total < math.inf else None
+    fine = sure and 1e-20 < square < math.inf
+    return math.sqrt(square) if fine else None
+
+
+def _by_rows(matrices: Sequence[Vector]) -> tuple[float, bool]:
+    """Return the sum of squares of rows, and whether it can be trusted."""
+    parts = list(map(np.vecdot, matrices, matrices))
+    # Rows that are all alike are rounded alike, and so are those of a constant.
+    alike = any(x[0] == x[len(x) // 2] == x[-1] != 0 for x in parts)
+    sums = np.concatenate(parts)
+    square = float(sums.sum(dtype=np.float64))
+    return square, not alike and float(sums.max()) <= SHARE * square
 
 
 @cache
