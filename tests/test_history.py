@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import gradclip as gc
 from gradclip import watching
 from gradclip.record import LogError
+from gradclip.report import write_report
 from gradclip.torch import Clipper, attach
 
 
@@ -66,6 +67,94 @@ def test_every_line_is_json_that_other_tools_can_read(tmp_path):
         json.loads(line, parse_constant=pytest.fail)
     head = json.loads(path.read_text().splitlines()[0])
     assert head == {"gradclip": 1, "rule": repr(gc.Norm(1.0)), "run": {}}
+
+
+def test_the_header_is_json_that_other_tools_can_read(tmp_path):
+    run = {"lr": math.nan, "betas": [0.9, math.inf], "more": {"least": -math.inf}}
+    path = write(tmp_path / "run.jsonl", [1.0], run=run)
+    head = json.loads(lines(path)[0], parse_constant=pytest.fail)
+    told = {"lr": "NaN", "betas": [0.9, "Infinity"], "more": {"least": "-Infinity"}}
+    assert head["run"] == told
+    again = json.dumps(gc.History(path, run=run).arguments(), allow_nan=False)
+    assert json.loads(again)["run"] == told
+
+
+@pytest.mark.parametrize("how", ["moved", "emptied"])
+def test_a_file_that_was_taken_away_begins_anew_with_all_it_needs(tmp_path, how):
+    path = tmp_path / "run.jsonl"
+    history = gc.History(path, tensors_every=1)
+    history.begin(gc.Norm(1.0))
+    for step in range(4):
+        history.record_tensors(step, ("a", "b"), np.array([3.0, 4.0]))
+        history.record(step, info_of(5.0))
+        history.flush()
+        if step == 1 and how == "moved":
+            path.rename(tmp_path / "run.jsonl.1")
+        elif step == 1:
+            path.write_bytes(b"")
+    found = gc.History.load(path)
+    assert found.notes == ()
+    assert found.step.tolist() == [2, 3]
+    assert found.tensors.norm.tolist() == [[3.0, 4.0], [3.0, 4.0]]
+    assert found.recorded.rule == repr(gc.Norm(1.0))
+
+
+def clipped_by(history, rule, norms):
+    clipper = gc.Clipper(rule, history=history)
+    for norm in norms:
+        clipper.clip([np.array([0.6 * norm]), np.array([0.8 * norm])])
+
+
+def headers(path):
+    return [json.loads(x)["rule"] for x in lines(path) if "gradclip" in json.loads(x)]
+
+
+def test_another_rule_on_the_same_history_gets_a_header_and_a_run(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    rules = gc.Norm(1.0, over="tensor"), gc.Norm(2.0, over="tensor", p=1.0)
+    clipped_by(history, rules[0], [5.0])
+    clipped_by(history, rules[1], [5.0, 10.0])
+    assert history.recorded.rule == repr(rules[1])
+    assert headers(history.path) == [repr(rule) for rule in rules]
+    runs = history.runs
+    assert [run.recorded.rule for run in runs] == [repr(rule) for rule in rules]
+    np.testing.assert_allclose(runs[0].norm, [5.0])
+    np.testing.assert_allclose(runs[1].norm, [7.0, 14.0])
+
+
+def test_a_step_under_another_rule_does_not_repeat_the_one_before(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    for limit in (1.0, 2.0):
+        clipped_by(history, gc.Norm(limit), [5.0])
+    assert history.limit.tolist() == [1.0, 2.0]
+    assert history.recorded.run.tolist() == [0, 1]
+
+
+def test_the_same_rule_again_needs_no_header(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    for _ in range(2):
+        clipped_by(history, gc.Norm(1.0), [5.0, 6.0, 7.0])
+    assert history.recorded.run.tolist() == [0, 0, 0, 1, 1, 1]
+    assert headers(history.path) == [repr(gc.Norm(1.0))]
+
+
+def test_norms_of_another_order_are_a_run_of_their_own(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with gc.History(path) as history:
+        for step in range(90):
+            if step % 30 == 0:
+                history.begin(gc.Norm(math.inf, p=1.0 + (step == 30)))
+            history.record(step, info_of(1.0 + step / 100, math.inf))
+    found = gc.History.load(path)
+    assert [len(run) for run in found.runs] == [30, 30, 30]
+    advice = gc.advise(found)
+    assert advice.steps == 60
+    assert advice.rule.p == 1.0
+    assert any("1 of 3 runs hold other norms" in note for note in advice.notes)
+    with pytest.raises(ValueError, match="the history holds those of order 2"):
+        gc.replay(found, gc.Norm(1.0, p=1.0))
+    assert len(gc.replay(found.runs[1], gc.Norm(1.0)).norm) == 30
+    write_report([("run", found)], tmp_path / "page.html")
 
 
 def linear():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradclip.decision import Info
 from gradclip.memory import at_least
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
-from gradclip.recorder import Recorder, checked, is_number
+from gradclip.recorder import Recorder, checked, is_number, strict
 from gradclip.rules import Rule, stages
 
 
@@ -158,19 +158,22 @@ class History:
             "tensors_every": self.tensors_every,
         }
         # There and back: a trainer keeps this as JSON, which has no paths or arrays.
-        plain: dict[str, Any] = json.loads(json.dumps(given, default=_plain))
+        plain: dict[str, Any] = json.loads(strict(given, _plain))
         return plain
 
     def begin(self, rule: Rule | str) -> None:
         """Note what clips in the steps to come; a clipper does this.
 
+        Another rule than before gets a header of its own in the file.
+
         Args:
             rule: The rule, or what to call it.
         """
-        recorder = self._writing()
-        recorder.rule = rule if isinstance(rule, str) else repr(rule)
-        # Of a chain, the norm that is recorded is that of the first stage.
-        recorder.p = 2.0 if isinstance(rule, str) else stages(rule)[0].p
+        if isinstance(rule, str):
+            self._writing().begin(rule, 2.0)
+        else:
+            # Of a chain, the norm that is recorded is that of the first stage.
+            self._writing().begin(repr(rule), stages(rule)[0].p)
 
     def record(self, step: Any, info: Info, **facts: Any) -> None:
         """Take in one step; nothing is read from an accelerator before a flush.

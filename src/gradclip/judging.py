@@ -19,7 +19,7 @@ from gradclip.evidence import (
     transient_length,
 )
 from gradclip.history import is_finite
-from gradclip.record import Floats, Record
+from gradclip.record import Floats, Record, kind_of
 from gradclip.rules import Norm, Percentile, Rule, stages
 from gradclip.ruletext import recorded_rule
 
@@ -63,6 +63,7 @@ class Expert:
 
 def comparable(record: Record) -> tuple[Record, list[str]]:
     """Return the runs that can be judged together: all alike, or else the newest."""
+    record = _of_one_kind(record)
     notes = list(record.notes)
     names = np.unique(record.run)
     if names.size < 2:
@@ -91,6 +92,20 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
         f"{newest + 1} of {names.size}."
     )
     return record.of_run(newest), notes
+
+
+def _of_one_kind(record: Record) -> Record:
+    """Leave out runs whose norms are of another order than those of the newest."""
+    names = np.unique(record.run).tolist()
+    kinds = [kind_of(record.rule_of(name)) for name in names]
+    kept = [x for x, kind in zip(names, kinds, strict=True) if kind == kinds[-1]]
+    if len(kept) == len(names):
+        return record
+    rule = record.rule_of(names[-1])
+    return record.take(np.isin(record.run, kept)).also(
+        f"{len(names) - len(kept)} of {len(names)} runs hold other norms than {rule} "
+        "takes, and do not count."
+    )
 
 
 def warmup_of(record: Record, usable: Any) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradclip.decision import clip_scale
+from gradclip.rules import stages
+from gradclip.ruletext import recorded_rule
 
 Floats: TypeAlias = NDArray[np.float64]
 Steps: TypeAlias = NDArray[np.int64]
@@ -49,6 +51,9 @@ class Record:
     run: NDArray[np.int64]
     """To which run each step belongs, counted from 0."""
     rule: str = ""
+    """The newest rule, where it changed."""
+    rules: tuple[str, ...] = ()
+    """The newest rule of each run, where they differ."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     tensors: Tensors | None = None
     format: str = "arrays"
@@ -66,11 +71,26 @@ class Record:
     def of_run(self, name: int) -> "Record":
         """Return the steps of one run."""
         tensors = self.tensors and self.tensors.of_run(name)
-        return replace(self.take(self.run == name), tensors=tensors)
+        own, rule = self.take(self.run == name), self.rule_of(name)
+        return replace(own, tensors=tensors, rule=rule)
+
+    def rule_of(self, name: int) -> str:
+        """Return the rule of one run."""
+        return self.rules[name] if self.rules else self.rule
 
     def also(self, *notes: str) -> "Record":
         """Return the record with more said about it; nothing is said twice."""
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+
+def kind_of(rule: str) -> tuple[float, bool]:
+    """Return what the norms are that were recorded under a rule.
+
+    Returns:
+        Their order, and whether they are those of single elements.
+    """
+    first = stages(recorded_rule(rule))[0]
+    return first.p, first.over == "element"
 
 
 def record_of(

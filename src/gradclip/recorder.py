@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,7 +40,8 @@ class Recorder:
         self._written_names: Sequence[str] | None = None
         self._steps: list[Taken] = []
         self._tensors: list[TakenTensors] = []
-        self._header, self._warned, self._owner = False, False, os.getpid()
+        self._written_rule: str | None = None
+        self._warned, self._owner = False, os.getpid()
         self._flushed = time.monotonic()
         _flush_at_exit(self)
 
@@ -63,9 +64,15 @@ class Recorder:
         """Start anew in a process that was forked, or was sent this recorder."""
         if os.getpid() != self._owner:
             self._steps, self._tensors = [], []
-            self._header, self._written_names = False, None
+            self._written_rule, self._written_names = None, None
             self._owner = os.getpid()
             _flush_at_exit(self)
+
+    def begin(self, rule: str, p: float) -> None:
+        """Note what clips in the steps to come, and the order of its norms."""
+        # What was taken in before belongs to the rule that was noted before.
+        self.flush()
+        self.rule, self.p = rule, p
 
     def add(self, step: Any, info: Info, facts: dict[str, Any]) -> None:
         """Keep one step, and write all that are kept if it is time to."""
@@ -88,24 +95,30 @@ class Recorder:
         # A forked data loader inherits the buffer, and must not write it a second time.
         if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
             return
-        # Tensors first, since a reader looks for their step in the lines behind them.
-        lines = [*self._tensor_lines(tensors), *step_lines(steps, self.p)]
-        self._write(lines)
+        self._write(steps, tensors)
 
-    def _write(self, lines: Sequence[str]) -> None:
+    def _write(self, steps: Sequence[Taken], tensors: Sequence[TakenTensors]) -> None:
         try:
-            append(self.path, self._head() + "".join(line + "\n" for line in lines))
-            self._header = True
+            # Tensors first: a reader looks for their step in the lines behind them.
+            lines = [
+                *self._head(),
+                *self._tensor_lines(tensors),
+                *step_lines(steps, self.p),
+            ]
+            append(self.path, "".join(line + "\n" for line in lines))
+            self._written_rule = self.rule
         except OSError as error:
             self._warn(error)
 
-    def _head(self) -> str:
+    def _head(self) -> list[str]:
         """Return the header line where this file still needs one from us."""
-        # A file that was moved away meanwhile begins anew, and needs a header again.
-        if self._header and self.path.exists():
-            return ""
+        # A file that was moved away, or emptied, begins anew: with the names, too.
+        begun = self.path.exists() and self.path.stat().st_size > 0
+        if begun and self._written_rule == self.rule:
+            return []
+        self._written_names = None
         head = {"gradclip": SCHEMA, "rule": self.rule, "run": self.run}
-        return json.dumps(head, default=str) + "\n"
+        return [strict(head, str)]
 
     def _warn(self, error: OSError) -> None:
         # The line with the names may be among those that were lost.
@@ -230,6 +243,16 @@ def writable(run: Mapping[str, Any]) -> dict[str, Any]:
             f"History(run={run!r}): the header is JSON, and that has no place: {error}."
         ) from None
     return facts
+
+
+def strict(facts: Mapping[str, Any], default: Callable[[Any], Any]) -> str:
+    """Return facts as JSON that other tools read: NaN and infinity by their names.
+
+    `default` is what makes JSON of anything else.
+    """
+    # Only by reading them is each bare NaN found, however deep it lies.
+    plainly = json.loads(json.dumps(facts, default=default), parse_constant=str)
+    return json.dumps(plainly, allow_nan=False)
 
 
 def plain(number: Any) -> float | str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import array_api_compat.numpy as xp_numpy
@@ -13,9 +14,8 @@ from gradclip.decision import Info, decide
 from gradclip.history import History
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
-from gradclip.record import Floats, Record, Steps
+from gradclip.record import Floats, Record, Steps, kind_of
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
-from gradclip.ruletext import recorded_rule
 from gradclip.scalars import Scalars
 
 PER_STEP = (Norm, Normalize)
@@ -98,8 +98,9 @@ def _check_order(record: Record, norms: Floats, rule: Rule) -> None:
     if record.format == "arrays" and not record.rule:
         # Whoever hands over numbers knows what they are.
         return
-    p = stages(recorded_rule(record.rule))[0].p if norms.ndim == 1 else 2.0
-    for stage in stages(rule):
+    runs = np.unique(record.run).tolist() if norms.ndim == 1 else []
+    orders = {kind_of(record.rule_of(name))[0] for name in runs} or {2.0}
+    for stage, p in product(stages(rule), sorted(orders)):
         if stage.p != p:
             raise ValueError(
                 f"replay: {stage!r} looks at norms of order {stage.p:g}, and the "

@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from gradclip.readers.assemble import in_order
 from gradclip.readers.columns import WHOLE, number, parsed
-from gradclip.record import LogError, Record, Steps, Tensors, record_of
+from gradclip.record import LogError, Record, Steps, Tensors, kind_of, record_of
 from gradclip.recorder import SCHEMA
 
 CHUNK = 2_000
@@ -29,6 +29,8 @@ class Found:
         """Start with nothing."""
         self.columns = {name: array("d") for name in NAMES}
         self.heads: list[dict[str, Any]] = []
+        self.starts: list[int] = []
+        """How many steps came before each header."""
         self.names: tuple[str, ...] = ()
         self.tensors: dict[tuple[str, ...], list[tuple[int, int, list[float]]]] = {}
         """For each set of names how many steps came before, the step, and the norms."""
@@ -56,6 +58,7 @@ class Found:
             return False
         if "gradclip" in entry:
             self.heads.append(entry)
+            self.starts.append(len(self.columns["norm"]))
             return True
         if isinstance(names := entry.get("names"), list):
             self.names = tuple(map(str, names))
@@ -114,9 +117,36 @@ def read(path: Path) -> Record:
         facts=dict(run) if isinstance(run := head.get("run"), dict) else {},
         format="gradclip",
     )
-    record, rows = in_order(record)
+    record, rows = in_order(record, _other_rules(found))
+    record = _with_rules(record, rows, found)
     tensors = _tensors(found, record, rows)
     return replace(record, tensors=tensors).also(*_damage(found))
+
+
+def _rules(found: Found) -> list[str]:
+    return [str(head.get("rule", "")) for head in found.heads]
+
+
+def _other_rules(found: Found) -> list[int]:
+    """Return the rows that another rule begins with than the one before."""
+    rules = _rules(found)
+    changed = [a != b for a, b in pairwise(rules)]
+    return [row for row, new in zip(found.starts[1:], changed, strict=False) if new]
+
+
+def _with_rules(record: Record, rows: Steps, found: Found) -> Record:
+    """Return the record with the rule of each run; runs end where norms change kind."""
+    rules = _rules(found)
+    if len(set(rules)) < 2:
+        return record
+    # Rows before the first header have lost their own: the last one is as good.
+    head = np.searchsorted(found.starts, rows, side="right") - 1
+    kinds = [kind_of(rule) for rule in rules]
+    kind = np.array([kinds.index(x) for x in kinds])[head]
+    ends = (np.diff(record.run) != 0) | (np.diff(kind) != 0)
+    last = head[np.append(np.flatnonzero(ends), rows.size - 1)]
+    run = np.concatenate([[0], np.cumsum(ends)])
+    return replace(record, run=run, rules=tuple(rules[i] for i in last))
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -6,6 +6,7 @@ resumed run (the newest branch counts) or a fresh start, threads that take turns
 jobs that wrote into one file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,12 +27,15 @@ class Thread:
     gap: int
 
 
-def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
+def split_runs(
+    step: Steps, norm: Floats, starts: Sequence[int] = ()
+) -> tuple[list[list[int]], list[str]]:
     """Return the rows of each run, and what had to be decided.
 
     Args:
         step: The steps in the order of the file.
         norm: The norms beside them; a row that repeats both is left out.
+        starts: Rows that repeat none before, as the first under another rule.
 
     Returns:
         For each run its rows, and sentences about resumes, restarts and repetitions.
@@ -42,15 +46,18 @@ def split_runs(step: Steps, norm: Floats) -> tuple[list[list[int]], list[str]]:
     if step.size > 2 and bool(np.all(np.diff(step) < 0)):
         notes = ["the newest step stands first; the steps were turned round."]
         return [list(range(step.size))[::-1]], notes
-    rows, notes = _without_repeats(step, norm)
+    rows, notes = _without_repeats(step, norm, starts)
     return _joined(_threads(step, rows), step, notes)
 
 
-def _without_repeats(step: Steps, norm: Floats) -> tuple[list[int], list[str]]:
+def _without_repeats(
+    step: Steps, norm: Floats, starts: Sequence[int]
+) -> tuple[list[int], list[str]]:
     # With several processes, each may print the line of a step.
     same = (step[1:] == step[:-1]) & (
         (norm[1:] == norm[:-1]) | np.isnan(norm[1:]) | np.isnan(norm[:-1])
     )
+    same[[row - 1 for row in starts if 0 < row < step.size]] = False
     repeated = np.concatenate([[False], same])
     # Of a norm and the null that repeats its step, the norm says more.
     swap = np.flatnonzero(same & np.isnan(norm[:-1]) & ~np.isnan(norm[1:]))
