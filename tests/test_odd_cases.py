@@ -17,6 +17,7 @@ import torch
 import gradclip as gc
 import gradclip.jax
 from gradclip import advise
+from gradclip.per_sample import clipped_sum
 from gradclip.ruletext import rule_from
 from gradclip.torch import (
     Clipper,
@@ -910,3 +911,20 @@ def test_compiled_code_may_have_a_limit_in_a_tensor():
     )
     assert float(step()) == 5.0
     assert float(w.grad.norm()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda grads: gc.clip(grads, gc.Norm(1.0)),
+        lambda grads: gc.UClip(gc.Norm(1.0)).clip(grads),
+        lambda grads: clipped_sum(grads, gc.Norm(1.0)),
+    ],
+)
+def test_what_holds_no_gradients_is_refused_everywhere(clip):
+    with pytest.raises(ValueError, match="no gradients in here; was backward"):
+        clip({})
+    with pytest.raises(TypeError, match="not the module Linear"):
+        clip(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"like a generator; hand over list"):
+        clip(x for x in [np.ones(2)])

@@ -46,8 +46,8 @@ def clip(
         params: The parameters, arranged like `grads`; only `Relative` asks for them.
         on_nonfinite: What NaN or infinity leads to: `"skip"` returns zeros, `"zero"`
             clears those elements and clips the rest, `"raise"` raises, `"ignore"`
-            returns them as they came. `Norm(float("inf"))` only records, whatever the
-            policy.
+            returns them as they came. `Norm(float("inf"))` only records, and skips and
+            clears nothing.
         out: NumPy arrays arranged like `grads` that take the result; may be `grads`.
 
     Returns:
@@ -87,8 +87,8 @@ class Clipper:
     Args:
         rule: Any rule.
         on_nonfinite: As for `clip`; no norm that is not finite enters the memory.
-        max_consecutive_skips: How many steps in a row may be skipped before that is
-            an error, at least 1.
+        max_consecutive_skips: At which number of skipped steps in a row an error is
+            raised, at least 1.
         history: Takes in every step, as `History("run.jsonl")` does.
 
     Raises:
@@ -232,7 +232,7 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 def _clip(
     grads: Grads, memory: Memory, params: Any, policy: Policy, out: Any
 ) -> tuple[Grads, Info]:
-    named = _leaves(grads)
+    named = named_leaves(grads)
     engine = find_backend(named)
     given = [engine.prepare(x, where) for where, x in named]
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
@@ -261,20 +261,21 @@ def _clip(
     return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
 
 
-def _leaves(grads: Any) -> list[tuple[str, Any]]:
+def named_leaves(grads: Any) -> list[tuple[str, Any]]:
+    """Return the arrays among gradients with the path to each, or say what is wrong."""
     if hasattr(grads, "parameters") and callable(grads.parameters):
         raise TypeError(
-            f"clip() takes gradients, not the module {type(grads).__name__}; use "
+            f"gradients are expected, not the module {type(grads).__name__}; use "
             "gradclip.torch.Clipper(module, rule).clip_() after backward()."
         )
     if isinstance(grads, Iterator):
         raise TypeError(
-            f"clip() cannot return gradients arranged like a {type(grads).__name__}; "
+            f"nothing can be returned that is arranged like a {type(grads).__name__}; "
             "hand over list(gradients)."
         )
     named = list(flatten(grads))
     if not named:
-        raise ValueError("clip(): there are no gradients in here; was backward() run?")
+        raise ValueError("there are no gradients in here; was backward() run?")
     return named
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradclip.arrays import Clipper, Grads, dotted, flatten, rebuild
+from gradclip.arrays import Clipper, Grads, dotted, flatten, named_leaves, rebuild
 from gradclip.backends import find_backend
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
@@ -60,7 +60,7 @@ class UClip(Clipper):
             ValueError: For other gradients than those that something is carried for;
                 nothing is changed then.
         """
-        named = list(flatten(grads))
+        named = named_leaves(grads)
         engine = find_backend(named)
         # A copy, since `out` may be the gradients themselves.
         given = [engine.prepare(x, where) + 0 for where, x in named]

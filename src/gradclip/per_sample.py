@@ -7,7 +7,7 @@ libraries made for them.
 import math
 from typing import Any, TypeVar
 
-from gradclip.arrays import check_rule, flatten, rebuild
+from gradclip.arrays import check_rule, named_leaves, rebuild
 from gradclip.backends import Backend, find_backend, inward
 from gradclip.decision import Info, decide
 from gradclip.rules import Array, Measured, Rule, stages
@@ -49,7 +49,7 @@ def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
         made easier and stronger. arXiv 2206.07136, 2022.
     """
     check_per_sample(rule)
-    named = list(flatten(grads))
+    named = named_leaves(grads)
     engine = find_backend(named)
     leaves = [engine.prepare(x, where) for where, x in named]
     if len({tuple(x.shape)[:1] for x in leaves}) != 1 or leaves[0].ndim == 0:

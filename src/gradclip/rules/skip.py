@@ -24,8 +24,9 @@ class Skip(Rule):
 
     Raises:
         TypeError: If `rule` is not a rule.
-        ValueError: For rules that are passed at every step (`Normalize`, `Smooth`), and
-            for a chain: write `chain(a, Skip(b))`.
+        ValueError: For rules whose limit is no reason to drop a step: those that act at
+            every step (`Normalize`, `Smooth`), stretch (`Band`) or look inside tensors
+            (`Moment`, `over="singular"`); and for a chain: write `chain(a, Skip(b))`.
 
     Example:
         >>> import gradclip as gc, numpy as np

@@ -17,7 +17,8 @@ class ZScore(Rule):
 
     With $z_t = (\lVert g_t \rVert - \mu) / \sigma$, a norm with $z_t > z$ gets the
     limit $\mu + z^2 \sigma / z_t$; the others pass. $\mu$ and $\sigma^2$ start from the
-    first `warmup` norms and then follow the norms that were let through.
+    first `warmup` norms and then follow the norms that this limit let through; as in
+    the paper's code, `max_limit` does not hold what is learnt.
     Multiplying all gradients by a constant changes no scale.
 
     Args:

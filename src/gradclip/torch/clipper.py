@@ -50,8 +50,8 @@ class Clipper:
             `"zero"` clears the bad elements and clips the rest; `"raise"` names the
             parameters; `"ignore"` leaves the gradients as they are.
             `Norm(float("inf"))` only records, and skips and clears nothing.
-        max_consecutive_skips: How many steps in a row may be skipped before that is
-            an error, at least 1.
+        max_consecutive_skips: At which number of skipped steps in a row an error is
+            raised, at least 1.
         history: Takes in every step, as `History("run.jsonl")` does.
         doctor: Which checks for misuse are made, of `"unchanged"`, `"consumed"`,
             `"scaled"`, `"missing"`, `"unheld"`, `"attached"` and `"rate"`. Each warns
