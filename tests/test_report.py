@@ -205,6 +205,32 @@ def test_a_page_is_about_the_steps_that_the_advice_is_about(tmp_path):
     assert f"<td>{above:.1%}</td>" in text
 
 
+def test_a_page_counts_the_norms_that_the_advice_counts(tmp_path):
+    norm = np.concatenate([np.full(100, np.nan), norms(400)])
+    norm[[0, 150]] = -1, 0
+    history = gc.History.of(norm, limit=np.inf)
+    run, text = page_of(history, tmp_path)
+    advice = gc.advise(history)
+    rate = advice.clip_rate(advice.limit)
+    assert rate == np.mean(norm[100:] > advice.limit)
+    slider = run["share"] * np.mean(np.array(run["norms"]) > advice.limit)
+    assert slider == pytest.approx(rate)
+    (curve,) = run["curve"]["data"]
+    at = np.searchsorted(curve["x"], advice.limit)
+    assert curve["y"][at] <= 100 * rate <= curve["y"][at - 1]
+    assert curve["y"][0] == pytest.approx(100 * 399 / 400, rel=1e-4)
+    assert f"</code></td><td>{rate:.1%}</td>" in text
+    assert f"clips {rate:.1%} of the finite norms" in str(advice)
+
+
+def test_a_page_has_the_count_of_the_steps_that_it_is_about(tmp_path):
+    norm = np.concatenate([norms(100), 50 * norms(100)])
+    record = replace(gc.History.of(norm).recorded, run=np.repeat([0, 1], 100))
+    _, text = page_of(gc.History.from_record(record, None), tmp_path)
+    assert "<td>100</td>" in text
+    assert "<td>200</td>" not in text
+
+
 @pytest.mark.parametrize("name", ["log.csv.gz", "-"])
 def test_a_page_about_what_is_read_from_a_copy_is_written_again(tmp_path, name):
     text = "step,grad_norm\n" + "".join(f"{i},{1 + i}\n" for i in range(50))

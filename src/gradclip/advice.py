@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradclip.evidence import share_above, tail_index
-from gradclip.history import History, is_finite
+from gradclip.history import History, is_finite, is_norm
 from gradclip.judging import Expert as Expert
 from gradclip.judging import Facts, Spike, comparable, regime, warmup_of
 from gradclip.judging import find_spikes as find_spikes
@@ -63,14 +63,14 @@ class Advice:
         return regime(self.clip_rate(self.limit, after_warmup=True))
 
     def clip_rate(self, limit: float, after_warmup: bool = False) -> float:
-        """Return the share of the recorded steps whose norm is above a limit.
+        """Return the share of the finite norms that are above a limit.
 
         Args:
             limit: In the unit of the norms.
             after_warmup: Leave out the steps that were set apart.
 
         Returns:
-            A share of the finite norms, between 0 and 1.
+            A number between 0 and 1; norms that are NaN or infinite do not count.
         """
         ordered = self._steady if after_warmup else self._ordered
         return float(share_above(ordered, limit))
@@ -162,8 +162,7 @@ def advise(history: History) -> Advice:
         experts=facts.experts(),
         in_force=facts.in_force,
         lost=facts.healthy is not None,
-        # With zeros, which are steps that no limit clips; below 0 are no norms.
-        _ordered=np.sort(record.norm[np.isfinite(record.norm) & (record.norm >= 0)]),
+        _ordered=np.sort(record.norm[is_norm(record.norm)]),
         _steady=np.sort(steady),
     )
 

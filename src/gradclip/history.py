@@ -309,6 +309,14 @@ def is_finite(norm: Floats) -> NDArray[np.bool_]:
     return np.isfinite(norm) & (norm > 0)
 
 
+def is_norm(norm: Floats) -> NDArray[np.bool_]:
+    """Return where a step has a norm that a clip rate counts: finite, not below 0.
+
+    Zeros are those of steps without a signal, which no limit clips.
+    """
+    return np.isfinite(norm) & (norm >= 0)
+
+
 def _plain(x: Any) -> Any:
     """Return a number of any library as Python's, and anything else as a text."""
     return x.item() if is_number(x) else str(x)

@@ -32,7 +32,7 @@ def _lines(advice: "Advice") -> Iterator[str]:
         rate = advice.clip_rate(advice.limit)
         later = advice.clip_rate(advice.limit, after_warmup=True)
         apart = f", {later:.1%} of those after the warm-up" if advice.warmup else ""
-        share = f"{rate:.1%} of the steps{apart}"
+        share = f"{rate:.1%} of the finite norms{apart}"
         yield f"Limit {advice.limit:g} clips {share}: {advice.regime}."
     yield from (f"  - {sentence(reason)}" for reason in advice.reasons)
     yield f"Norms: {advice.steps} steps, of them {advice.nonfinite} not finite."

@@ -8,7 +8,7 @@ import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradclip.evidence import share_above
-from gradclip.history import is_finite
+from gradclip.history import is_finite, is_norm
 from gradclip.record import Floats, Record, Tensors
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision.
@@ -107,16 +107,15 @@ def histogram(norm: Floats) -> Figure:
 
 def clip_curve(norm: Floats) -> Figure:
     """Return the clip rate at any limit."""
-    ordered = np.sort(norm[is_finite(norm)])
-    if not ordered.size:
+    above = norm[is_finite(norm)]
+    if not above.size:
         return {"data": [], "layout": {}}
-    limits = np.geomspace(ordered[0] * 0.9, ordered[-1] * 1.1, 400)
-    # Steps without a signal are steps too, and no limit clips them.
-    rates = 100 * np.asarray(share_above(ordered, limits)) * ordered.size / norm.size
+    limits = np.geomspace(above.min() * 0.9, above.max() * 1.1, 400)
+    rates = 100 * np.asarray(share_above(np.sort(norm[is_norm(norm)]), limits))
     line = {"color": COLOURS[0], "width": 2}
     axes = {
         "xaxis": {"title": "limit", "type": "log"},
-        "yaxis": {"title": "steps clipped in %", "range": [-2, 102]},
+        "yaxis": {"title": "finite norms clipped in %", "range": [-2, 102]},
         "showlegend": False,
     }
     curve = {**_line("clip rate", limits, rates, line), "y": digits(rates)}

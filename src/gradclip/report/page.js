@@ -45,7 +45,7 @@ function connect(slider) {
   const chosen = () => Number(Math.exp(first + (last - first) * slider.value / 1000).toPrecision(3));
   const show = (limit) => {
     const rate = rateAbove(run, limit);
-    const told = `${limit} clips ${(100 * rate).toFixed(1)} % of the steps`;
+    const told = `${limit} clips ${(100 * rate).toFixed(1)} % of the finite norms`;
     document.getElementById(`code-${i}`).textContent = `attach(optimizer, Norm(${limit}${run.order}))`;
     document.getElementById(`rate-${i}`).textContent = told;
     slider.setAttribute("aria-valuetext", told);

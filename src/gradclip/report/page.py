@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise, call
-from gradclip.history import History, is_finite
+from gradclip.history import History, is_finite, is_norm
 from gradclip.judging import comparable
 from gradclip.record import Record
 from gradclip.replaying import PLAINLY, replay
@@ -70,7 +70,7 @@ def _run(name: str, history: History) -> dict[str, Any]:
         "name": name,
         "format": record.format,
         "column": record.column,
-        "steps": len(history),
+        "steps": advice.steps,
         "rule": record.rule,
         "advice": advice,
         "limit": f"{advice.limit:g}" if advice.limit else "none",
@@ -97,7 +97,7 @@ def _data(record: Record, advice: Advice) -> dict[str, Any]:
         "heat": figures.heat_map(tensors) if tensors and tensors.step.size else None,
         "norms": figures.digits(norm if few else np.quantile(norm, GRID)),
         "all": few,
-        "share": norm.size / max(record.norm.size, 1),
+        "share": norm.size / max(int(is_norm(record.norm).sum()), 1),
         "limit": advice.limit,
         "order": "" if p == 2 else f", p={p!r}",
     }
@@ -118,10 +118,12 @@ def _row(rule: Rule, record: Record) -> dict[str, str]:
     again = replay(History.from_record(part, None), rule)
     limits = again.limit[np.isfinite(again.limit)]
     passed = again.norm_after[np.isfinite(again.norm_after)]
+    # Of the same norms as in the advice.
+    clipped = again.scale[is_norm(part.norm)] < 1
     shorter = part.norm.size < record.norm.size
     return {
         "rule": call(rule),
-        "clip_rate": f"{again.clip_rate:.1%}",
+        "clip_rate": f"{np.mean(clipped):.1%}" if clipped.size else "–",
         "limit": f"{np.median(limits):.4g}" if limits.size else "–",
         "largest": f"{passed.max():.4g}" if passed.size else "–",
         "over": f"the last {LONGEST:,} steps" if shorter else "all steps",
