@@ -575,6 +575,18 @@ def test_the_command_replay(log):
     assert run("replay", log, "--rule", "open('x')").exit_code == 2
 
 
+def test_ordinary_norms_at_the_step_of_a_spike_are_none(tmp_path):
+    path = tmp_path / "run.jsonl"
+    rows = [{"step": i, "grad_norm": x} for i, x in enumerate(norms(100, sigma=0.1))]
+    again = [row | {"grad_norm": 3 * row["grad_norm"]} for row in rows]
+    rows[40]["grad_norm"] = 50.0
+    path.write_text("\n".join(map(json.dumps, rows + again)))
+    # It lets nothing of the spike through, and all of what is beside it.
+    words = ("replay", path, "--rule", "Skip(Norm(5.0))", "--json")
+    (row,) = json.loads(run(*words).stdout)["rules"]
+    assert row["largest_passed_at_spikes"] == 0.0
+
+
 def test_the_command_watch(log):
     result = run("watch", log, "--once")
     assert result.exit_code == 0

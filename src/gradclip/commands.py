@@ -109,10 +109,12 @@ def replay(
 def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
     """Return a row for each rule: clip rate, limits, the largest norm let through."""
     from gradclip.advice import call
-    from gradclip.judging import find_spikes
+    from gradclip.evidence import SPIKE
+    from gradclip.judging import row_scores
     from gradclip.replaying import replay as replay_on
 
-    at = np.isin(history.step, [spike.step for spike in find_spikes(history.recorded)])
+    # By their rows, since another run may have ordinary norms at the same steps.
+    at = row_scores(history.recorded) > SPIKE
     rows = []
     with progress(len(rules) * len(history), "replaying") as advance:
         for rule in rules:

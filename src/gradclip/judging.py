@@ -398,6 +398,20 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
     Returns:
         The spikes in the order of the log.
     """
+    scores = row_scores(record)
+    return tuple(
+        Spike(
+            int(record.step[i]),
+            float(record.norm[i]),
+            float(scores[i]),
+            _carriers(record, int(i)),
+        )
+        for i in np.flatnonzero(scores > SPIKE)
+    )
+
+
+def row_scores(record: Record) -> Floats:
+    """Return how far the norm of each row stands out; of a spike, above `SPIKE`."""
     norm, usable = record.norm, is_finite(record.norm)
     scores = np.zeros(norm.shape)
     if usable.sum() >= FEWEST:
@@ -409,15 +423,7 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
     bad = ~np.isfinite(norm)
     if bad.sum() <= norm.size / 2:
         scores[bad] = math.inf
-    return tuple(
-        Spike(
-            int(record.step[i]),
-            float(norm[i]),
-            float(scores[i]),
-            _carriers(record, int(i)),
-        )
-        for i in np.flatnonzero(scores > SPIKE)
-    )
+    return scores
 
 
 def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
