@@ -89,11 +89,12 @@ def test_nothing_stays_behind():
     assert not _global_optimizer_post_hooks
 
 
-def program(*arguments):
+def program(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "gradclip", "doctor", *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=cwd,
     )
 
 
@@ -121,3 +122,12 @@ def test_a_script_that_fails_shows_its_own_traceback(tmp_path):
     assert "No torch optimizer took a step in this process." in done.stdout
     lines = done.stderr.splitlines()
     assert lines[1] == f'  File "{script}", line 3, in <module>'
+
+
+def test_a_script_that_fails_in_another_folder_shows_its_own_traceback(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import os\n\nos.mkdir('out')\nos.chdir('out')\n1 / 0\n")
+    done = program("train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "train.py failed with ZeroDivisionError" in done.stdout
+    assert done.stderr.splitlines()[1] == f'  File "{script}", line 5, in <module>'

@@ -397,6 +397,14 @@ def test_a_folder_that_grows_is_shown_again(tmp_path):
     assert watching._size(tmp_path / "nothing") == -1
 
 
+def test_a_file_that_vanishes_while_it_is_looked_at_is_none(tmp_path, monkeypatch):
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(watching.Path, "is_file", lambda path: True)
+    assert watching._size(tmp_path) == -1
+    monkeypatch.setattr(watching.Path, "exists", lambda path: True)
+    assert watching._size(tmp_path / "nothing") == -1
+
+
 def test_what_is_waited_for_is_said(tmp_path):
     path = tmp_path / "out.log"
     path.write_text("starting\nstep 1 loss 2.0\n")

@@ -287,11 +287,13 @@ def check_up(
         steps: How many steps are watched.
         as_json: Print JSON alone; what the script prints goes to the errors.
     """
+    # At once, since the script may change the folder that it was named from.
+    place = script.resolve()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        ledger, ended = examine(script, arguments, steps)
+        ledger, ended = examine(place, arguments, steps)
     # An exit is the script's own word, and no fault whose place has to be shown.
     if ended.error is not None and not isinstance(ended.error, SystemExit):
-        traceback.print_exception(without_us(ended.error, script))
+        traceback.print_exception(without_us(ended.error, place))
     seen = to_dict(ledger, ended)
     print(json.dumps(seen, indent=2) if as_json else to_text(script, ledger, ended))
     if isinstance(ended.error, KeyboardInterrupt):
@@ -302,8 +304,13 @@ def check_up(
 
 
 def without_us(error: BaseException, script: Path) -> BaseException:
-    """Return an error whose traceback begins in the script, if it gets there."""
+    """Return an error whose traceback begins in the script, if it gets there.
+
+    Args:
+        error: What ended the script.
+        script: The whole path of the script.
+    """
     here = error.__traceback__
-    while here and here.tb_frame.f_code.co_filename != str(script.resolve()):
+    while here and here.tb_frame.f_code.co_filename != str(script):
         here = here.tb_next
     return error.with_traceback(here) if here else error

@@ -46,9 +46,13 @@ def follow(path: Path, once: bool, every: float) -> None:
 
 def _size(path: Path) -> int:
     """Return how much there is of a log, which may be a folder; -1 for nothing."""
-    if path.is_dir():
-        return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
-    return path.stat().st_size if path.exists() else -1
+    try:
+        if path.is_dir():
+            return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+        return path.stat().st_size if path.exists() else -1
+    # What is saved for a moment may vanish while it is counted; the next look tells.
+    except FileNotFoundError:
+        return -1
 
 
 def _now(path: Path, width: int) -> Group:
