@@ -251,6 +251,29 @@ def test_a_trainer_is_left_as_it_was():
     fit(module_for(lightning.pytorch), [], plugins=[plugin], gradient_clip_val=1.0)
 
 
+def test_a_run_that_failed_leaves_nothing_in_the_optimizer(tmp_path):
+    module, path = module_for(lightning.pytorch), tmp_path / "run.jsonl"
+    optimizer = sgd(module)
+    module.configure_optimizers = lambda: optimizer
+    history = gc.History(path)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(module, [GradientClipping(RULE, history), Killed(at=5)])
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert len(gc.History.load(path)) == 5
+
+
+def test_a_test_that_failed_leaves_no_checkpoint_to_go_on_from(tmp_path):
+    clipping, module = GradientClipping(RULE), module_for(lightning.pytorch)
+    module.test_step = lambda *_: 1 / 0
+    first = fit(module, clipping)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(ZeroDivisionError):
+        first.test(module, batches(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    fit(module_for(lightning.pytorch), clipping)
+    assert [int(x.clipper.state_dict()["step"]) for x in clipping.tracked] == [STEPS]
+
+
 def test_a_plugin_can_be_pickled_while_it_is_watched():
     class Sent(Callback):
         def on_train_batch_end(self, trainer, *_):

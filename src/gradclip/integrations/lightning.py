@@ -107,8 +107,8 @@ class GradientClipping(Callback):  # type: ignore[misc]
             self._watched = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
-        """Leave nothing behind in the trainer."""
-        self._look_away()
+        """Leave nothing behind, as no other hook follows: `teardown` does not."""
+        self.teardown(trainer, pl_module, trainer.state.fn)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log at the trainer's logging steps; only then is a number waited for."""
