@@ -31,6 +31,10 @@ SETS = {
     "400 of 128x128": ([(128, 128)] * 400, torch.float32),
     "resnet50": (_resnet50(), torch.float32),
     "20000 of 16": ([(16,)] * 20_000, torch.float32),
+    "tiny network": (
+        [(64, 8), (64,), (64, 64), (64,), (2, 64), (2,)],
+        torch.float32,
+    ),
     "small network": (
         [(256, 784), (256,), (256, 256), (256,), (10, 256), (10,)],
         torch.float32,

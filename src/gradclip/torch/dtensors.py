@@ -70,12 +70,14 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
     """Return what this process needs of something saved for a parameter."""
     if is_dtensor(x) or not is_dtensor(p) or x.shape != p.shape:
         return local_of(x)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     where: Any = p
     mesh, at = where.device_mesh, where.placements
-    # Every process has loaded the whole, so that nothing has to be sent.
-    return local_of(distribute_tensor(x, mesh, at, src_data_rank=None))
+    # Every process has loaded the whole, so that nothing has to be sent. (Before 2.7,
+    # `distribute_tensor` sends that of the first process in any case.)
+    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local_of(whole.redistribute(placements=at))
 
 
 def local_grad(p: Tensor, g: Tensor) -> Tensor:
