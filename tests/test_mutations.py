@@ -30,9 +30,9 @@ MUTATIONS = {
         NUMPY + "[norm]",
         "backends.NumPy.norm = lambda self, x, p: np.sqrt(np.sum(np.abs(x)))",
     ),
-    "NumPy.times": (
+    "NumPy._product": (
         NUMPY + "[norm]",
-        "backends.NumPy.times = lambda self, x, scale: x",
+        "backends.NumPy._product = lambda self, x, factor: x",
     ),
     "NumPy.clamped": (
         NUMPY + "[value]",
