@@ -352,10 +352,10 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
     assert any(norm > limit for norm, limit in whole[6:]), "nothing was clipped"
 
 
-def test_the_example_runs_as_it_is_started_by_hand():
+def start_example():
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     path = Path(__file__).parent.parent / "examples" / "fsdp2.py"
-    done = subprocess.run(
+    return subprocess.run(
         [*run, "--standalone", str(path)],
         capture_output=True,
         text=True,
@@ -363,6 +363,14 @@ def test_the_example_runs_as_it_is_started_by_hand():
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def test_the_example_runs_as_it_is_started_by_hand():
+    done = start_example()
+    if "terminate called without an active exception" in done.stderr:
+        # On a busy machine gloo's threads may outlive the interpreter, once in a
+        # hundred runs or so (pytorch#179291).
+        done = start_example()
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^step (\d): norm [\d.e+]+, scale", done.stdout, re.M) == [
         *"01234"
