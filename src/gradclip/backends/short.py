@@ -22,7 +22,7 @@ FEW = 64
 MOST = 8 * CHUNK
 """Elements up to which a sample of longer rows takes longer than shorter rows do."""
 SMALL = 4096
-"""Elements up to which an array is cheaper to copy in float64."""
+"""Elements up to which arrays are joined: a call each would cost more than a copy."""
 SHARE = 1 / 8
 """The part of the whole that one row may be; what it is wrong by is not more of it."""
 CERTAIN = 1.2e-7
@@ -38,7 +38,7 @@ def short_total(arrays: Sequence[Vector], sizes: Sequence[int]) -> float | None:
     """Return the 2-norm of contiguous arrays, or None where it is in doubt."""
     matrices, rest = [], []
     for x, size in zip(arrays, sizes, strict=True):
-        flat, left = x.reshape(-1), size if size < SMALL else size % SHORT_ROW
+        flat, left = x.reshape(-1), size if size <= SMALL else size % SHORT_ROW
         if left < size:
             matrices.append(flat[: size - left].reshape(-1, SHORT_ROW))
         if left:

@@ -20,7 +20,7 @@ from torch import Tensor
 from gradclip.backends import CHUNK
 from gradclip.backends.combining import Exact, Vector
 from gradclip.backends.rows import Rows, batches, cut, row_squares, wide_squares
-from gradclip.backends.short import fits_short, short_total
+from gradclip.backends.short import SMALL, fits_short, short_total
 from gradclip.torch.exact import (
     WIDE,
     converted,
@@ -31,8 +31,6 @@ from gradclip.torch.exact import (
     wide_moduli,
 )
 
-SMALL = 4096
-"""Tensors up to this size are gathered: a call would cost more than the copy."""
 ALONE = 1 << 16
 """Elements up to which one thread of NumPy sums squares faster than all of torch's."""
 BLOCK = 1 << 26
