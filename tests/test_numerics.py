@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -812,6 +813,17 @@ def test_a_few_arrays_are_within_a_unit(name, arrays):
     for norm in (short or exact, told, clip_grad_norm_(params, math.inf).double()):
         # Half of the smallest unit, and in the last that of the report itself.
         assert float(norm) == pytest.approx(exact, rel=6.5e-8 if short else 6e-8)
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 64, 128])
+def test_no_short_row_is_off_by_a_unit(period):
+    rng = np.random.default_rng(period)
+    for draw in (rng.normal, partial(rng.uniform, 1, 2)):
+        rows = np.tile(draw(size=(5000, period)), 128 // period + 1)[:, :128]
+        rows = np.ascontiguousarray(rows, np.float32)
+        exact = np.sum(rows.astype(np.longdouble) ** 2, axis=1)
+        error = np.abs(np.sqrt(np.vecdot(rows, rows) / exact) - 1)
+        assert float(error.max()) < 2**-23
 
 
 def test_rows_that_are_added_one_by_one_are_not_trusted(monkeypatch):

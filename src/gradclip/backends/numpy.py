@@ -177,7 +177,7 @@ class NumPy(Backend):
 def _share_memory(given: Sequence[Array], out: Sequence[Array]) -> bool:
     """Return whether arrays of two places have an element in common."""
     each = given if all(map(is_, given, out)) else [*given, *out]
-    if len(set(map(id, each))) == len(each) and all(x.base is None for x in each):
+    if len(set(map(id, each))) == len(each) and all(x.flags.owndata for x in each):
         # Each has memory of its own.
         return False
     places = [(i, x) for arrays in (given, out) for i, x in enumerate(arrays) if x.size]

@@ -1,7 +1,7 @@
 """The 2-norm of a few float32 arrays, by rows too short to be rounded one way.
 
 The processor adds a row in a dozen of sums at once, and these in pairs, so that each is
-rounded a few times only, by less than two units of a float32 norm, and rows that differ
+rounded a few times only, by less than a unit of a float32 norm, and rows that differ
 are rounded in different ways. Longer rows have to be summed again in a sample, which
 takes longer than all of this where the cache holds the arrays, as do float64 copies.
 """
