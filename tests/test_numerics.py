@@ -838,6 +838,14 @@ def test_rows_that_are_added_one_by_one_are_not_trusted(monkeypatch):
     adds_evenly.cache_clear()
 
 
+def test_what_is_joined_is_little():
+    assert fits_short([4096, 4096, 128 * 50])
+    # Neither many small ones, nor what many large ones leave over.
+    assert not fits_short([4096, 4096, 1])
+    assert not fits_short([128 * 50 + 127] * 65)
+    assert not fits_short([4096, *[128 * 50 + 127] * 60])
+
+
 def test_rows_whose_squares_overflow_are_measured_again():
     x = np.full(5000, 1e30, np.float32)
     x[::2] = 3e29

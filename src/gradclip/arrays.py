@@ -213,6 +213,8 @@ def arranged(tree: Any, like: Any) -> Any:
 
 def dotted(where: str) -> str:
     """Return the path to a leaf as a name: `['a'][0].w` is `a.0.w`, as in JAX."""
+    if (place := where[1:-1]).isdecimal():
+        return place
     return ".".join(map("".join, PLACE.findall(where)))
 
 

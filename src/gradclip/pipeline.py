@@ -98,6 +98,9 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
     told: dict[int, Any] = {}
     for rule, name in found:
         given = getattr(rule, name, None)
+        # Almost all are numbers, or there is none.
+        if given is None or type(given) is float:
+            continue
         if callable(given):
             value = engine.number(asked(given, step, engine.xp.asarray(0.0)))
         elif hasattr(given, "shape"):
@@ -180,6 +183,8 @@ def fitting(rule: Rule, state: State | None, norm: Array, engine: Backend) -> St
     """Return the state for norms of this shape: a new one, or the one at hand."""
     if state is None:
         return rule.init(norm, engine.xp)
+    if not state:
+        return {}
     state = {name: engine.adopt(x, norm) for name, x in state.items()}
     shape = rule.remembers(norm)
     for x in state.values():

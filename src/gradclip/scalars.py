@@ -75,15 +75,17 @@ class Scalars:
     @staticmethod
     def all(x: Any) -> Any:
         """Return whether all of them hold."""
-        return np.bool_(x) if isinstance(x, (bool, np.bool_)) else np.all(x)
+        return x if x is _TRUE or x is _FALSE else np.all(x)
 
     @staticmethod
     def any(x: Any) -> Any:
         """Return whether any of them holds."""
-        return np.bool_(x) if isinstance(x, (bool, np.bool_)) else np.any(x)
+        return x if x is _TRUE or x is _FALSE else np.any(x)
 
     def ones_like(self, x: Any) -> Any:
         """Return 1 or true, or an array of them: the same one each time."""
+        if x is _TRUE or x is _FALSE:
+            return _TRUE
         if isinstance(x, np.generic):
             return x.dtype.type(1)
         if self._ones.shape != x.shape or self._ones.dtype != x.dtype:

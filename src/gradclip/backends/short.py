@@ -23,6 +23,11 @@ MOST = 8 * CHUNK
 """Elements up to which a sample of longer rows takes longer than shorter rows do."""
 SMALL = 4096
 """Elements up to which arrays are joined: a call each would cost more than a copy."""
+JOINED = 1 << 13
+"""Elements in all that are joined: from 10,000 on, BLAS starts threads for a `dot`.
+
+Where those of torch keep the cores busy while they wait, that takes milliseconds.
+"""
 SHARE = 1 / 8
 """The part of the whole that one row may be; what it is wrong by is not more of it."""
 CERTAIN = 1.2e-7
@@ -31,23 +36,31 @@ CERTAIN = 1.2e-7
 
 def fits_short(sizes: Sequence[int]) -> bool:
     """Return whether arrays of these sizes are few and small enough, and safe here."""
-    return len(sizes) <= FEW and sum(sizes) <= MOST and adds_evenly()
+    if len(sizes) > FEW or (count := sum(sizes)) > MOST:
+        return False
+    joined = [n if n <= SMALL else n % SHORT_ROW for n in sizes]
+    if count > JOINED and sum(joined) > JOINED:
+        return False
+    return adds_evenly()
 
 
 def short_total(arrays: Sequence[Vector], sizes: Sequence[int]) -> float | None:
     """Return the 2-norm of contiguous arrays, or None where it is in doubt."""
     matrices, rest = [], []
     for x, size in zip(arrays, sizes, strict=True):
-        flat, left = x.reshape(-1), size if size <= SMALL else size % SHORT_ROW
-        if left < size:
-            matrices.append(flat[: size - left].reshape(-1, SHORT_ROW))
-        if left:
-            rest.append(flat[size - left :])
-    with np.errstate(all="ignore"):
-        square, sure = _by_rows(matrices) if matrices else (0.0, True)
-        if rest:
-            wide = np.concatenate(rest, dtype=np.float64)
-            square += np.square(wide, out=wide).sum()
+        if size <= SMALL:
+            rest.append(x.ravel())
+        elif left := size % SHORT_ROW:
+            flat = x.ravel()
+            matrices.append(flat[:-left].reshape(-1, SHORT_ROW))
+            rest.append(flat[-left:])
+        else:
+            matrices.append(x.reshape(-1, SHORT_ROW))
+    square, sure = _by_rows(matrices) if matrices else (0.0, True)
+    if rest:
+        wide = np.concatenate(rest, dtype=np.float64)
+        # Nobody sees in float32 that `dot` adds one by one.
+        square += float(wide.dot(wide))
     # Squares in float32 may have over- or underflowed on the way.
     fine = sure and 1e-20 < square < math.inf
     return math.sqrt(square) if fine else None
@@ -55,11 +68,13 @@ def short_total(arrays: Sequence[Vector], sizes: Sequence[int]) -> float | None:
 
 def _by_rows(matrices: Sequence[Vector]) -> tuple[float, bool]:
     """Return the sum of squares of rows, and whether it can be trusted."""
-    parts = list(map(np.vecdot, matrices, matrices))
+    # Squares may overflow, which the total shows.
+    with np.errstate(all="ignore"):
+        parts = list(map(np.vecdot, matrices, matrices))
     # Rows that are all alike are rounded alike, and so are those of a constant.
     alike = any(x[0] == x[len(x) // 2] == x[-1] != 0 for x in parts)
-    sums = np.concatenate(parts)
-    square = float(sums.sum(dtype=np.float64))
+    sums = np.concatenate(parts, dtype=np.float64)
+    square = float(sums.sum())
     return square, not alike and float(sums.max()) <= SHARE * square
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+USUAL = frozenset({Tensor, torch.nn.Parameter})
+"""The classes of almost all tensors, which a set tells from others in one pass."""
+
 
 def is_dtensor(t: Tensor) -> bool:
     """Return whether a tensor knows where its other parts are."""
@@ -21,7 +24,7 @@ def holds_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Return whether there is a DTensor among tensors; quick for many."""
     if torch.compiler.is_compiling():
         return False
-    kinds = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
+    kinds = set(map(type, tensors)) - USUAL
     module = sys.modules.get("torch.distributed.tensor") if kinds else None
     return module is not None and any(issubclass(k, module.DTensor) for k in kinds)
 

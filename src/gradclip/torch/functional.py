@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
 from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
-from gradclip.torch.exact import WIDE, on_host, tensor_of
+from gradclip.torch.exact import WIDE, host_number, on_host, tensor_of
 from gradclip.torch.gradients import (
     check_strided,
     collect,
@@ -34,6 +34,7 @@ Tensors = Tensor | Iterable[Tensor]
 FLOAT32 = torch.finfo(torch.float32).max
 # One for all threads: they keep nothing between calls.
 _VERBS, _ONE = InPlace(), OneNumber()
+_NUMBERS = (int, float)
 
 
 def clip_grad_norm_(
@@ -90,8 +91,11 @@ def clip_grad_norm_(
         networks. arXiv 1211.5063, 2013.
     """
     policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
-    rule = Norm(max_norm, p=_order(norm_type))
-    return _clip_parameters(parameters, rule, policy, split_over, verify)
+    # A number is checked once, and not at every step. Dynamo warns of any cache.
+    plain = type(max_norm) in _NUMBERS and type(norm_type) in _NUMBERS
+    seen_before = plain and not torch.compiler.is_compiling()
+    rule, alone = (_known_norm if seen_before else _norm)(max_norm, norm_type)
+    return _clip_parameters(parameters, rule, alone, policy, split_over, verify)
 
 
 def clip_grad_value_(
@@ -134,7 +138,8 @@ def clip_grad_value_(
         tensor([-1.0000,  0.5000])
     """
     rule = Value(clip_value)
-    _clip_parameters(parameters, rule, on_nonfinite, split_over, verify)
+    _refuse_schedules(rule)
+    _clip_parameters(parameters, rule, False, on_nonfinite, split_over, verify)
 
 
 @torch.no_grad()
@@ -258,13 +263,13 @@ def clip_grads_with_norm_(
 def _clip_parameters(
     parameters: Tensors,
     rule: Rule,
+    alone: bool,
     policy: Policy,
     split_over: SplitOver,
     verify: Verify,
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
     check_policy(policy)
-    _refuse_schedules(rule)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None
@@ -277,8 +282,7 @@ def _clip_parameters(
     if layout is not None:
         verbs: InPlace = Sharded(layout, rule, found.present)
     else:
-        alone = one_number(rule) and on_host(found.leaves)
-        verbs = _ONE if alone else _VERBS
+        verbs = _ONE if alone and on_host(found.leaves) else _VERBS
     clip = partial(
         run,
         verbs,
@@ -294,6 +298,16 @@ def _clip_parameters(
     if policy == "skip" and not only_records(rule):
         drop(params, info.kept)
     return _reported(info.norm, found.dtypes)
+
+
+def _norm(max_norm: Any, norm_type: Any) -> tuple[Norm, bool]:
+    """Return the rule of torch's function, and whether it needs plain numbers alone."""
+    rule = Norm(max_norm, p=_order(norm_type))
+    _refuse_schedules(rule)
+    return rule, one_number(rule)
+
+
+_known_norm = lru_cache(maxsize=64, typed=True)(_norm)
 
 
 def _order(norm_type: Any) -> float:
@@ -336,5 +350,4 @@ def _reported(norm: Any, dtypes: set[torch.dtype]) -> Tensor:
     dtype = torch.float32 if narrow else torch.float64
     if isinstance(norm, Tensor):
         return norm.to(dtype)
-    # A number of NumPy stays on the host, whatever torch's default device is.
-    return torch.scalar_tensor(float(norm), dtype=dtype, device="cpu")
+    return host_number(float(norm), dtype)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gradclip.backends.narrow import at_home
-from gradclip.torch.dtensors import holds_dtensor, local_grad, local_of
+from gradclip.torch.dtensors import USUAL, holds_dtensor, local_grad, local_of
 from gradclip.torch.exact import on_host
 
+_REAL = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 Params: TypeAlias = (
@@ -94,7 +95,7 @@ def tensors_only(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
             "the generator has no parameters left: it was used up; pass a list, or "
             "call module.parameters() again."
         )
-    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+    if not set(map(type, tensors)) <= USUAL:
         tensors = [p for _, p in _enumerated(tensors)]
     return tensors
 
@@ -116,7 +117,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _several(params: Any) -> Iterable[Any]:
     """Return what can be looked through, or say what is meant."""
-    if not isinstance(params, Iterable):
+    if not hasattr(params, "__iter__"):
         raise TypeError(
             f"{params!r} is {type(params).__name__}, not a parameter or a list of "
             "them; hand over model.parameters()."
@@ -185,21 +186,21 @@ def collect(
     if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
-    if not (whole := _all_plain(leaves, any(d.is_complex for d in dtypes))):
+    if not (whole := _all_plain(leaves, dtypes)):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
     if not weights:
-        here = []
-    elif not whole or holds_dtensor(here):
+        return Gradients(at_home(leaves), present, [], dtypes, leaves)
+    if not whole or holds_dtensor(here):
         here = [_weight(p, units) for p in here]
     return Gradients(at_home(leaves), present, at_home(list(here)), dtypes, leaves)
 
 
-def _all_plain(leaves: list[Tensor], complex_ones: bool) -> bool:
+def _all_plain(leaves: list[Tensor], dtypes: set[torch.dtype]) -> bool:
     """Return whether all gradients can be changed as they are; quick for many."""
     try:
         whole = all(map(Tensor.is_contiguous, leaves))
         # Compiled code cannot ask for lazy signs.
-        asks = complex_ones and not torch.compiler.is_compiling()
+        asks = not (dtypes <= _REAL or torch.compiler.is_compiling())
         return whole and not (asks and any(map(Tensor.is_conj, leaves)))
     except RuntimeError:
         # Only a dense tensor can say, and a pass over the list for layouts costs more.

@@ -44,6 +44,7 @@ MANY = 100
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPE = attrgetter("dtype")
+_SIMPLE = {Tensor}, {torch.float32}
 
 
 def fast_total(tensors: Sequence[Tensor]) -> float | None:
@@ -51,7 +52,7 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     sizes = list(map(Tensor.numel, tensors))
     count = sum(sizes)
     largest = max(sizes)
-    if largest > SMALL and fits_short(sizes):
+    if fits_short(sizes):
         norm = _few_total(tensors, sizes)
         if norm is not None:
             return norm
@@ -74,7 +75,8 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
 
 def _few_total(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float | None:
     """Return the norm of a few plain tensors that the cache holds, or None."""
-    if not all(map(_simple, tensors)):
+    kinds = set(map(type, tensors)), set(map(_DTYPE, tensors))
+    if kinds != _SIMPLE or not all(map(Tensor.is_contiguous, tensors)):
         return None
     with suppress(RuntimeError):
         # Of lazy signs, and of what has a graph, NumPy gets no view.

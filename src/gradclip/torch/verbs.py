@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
 from gradclip.torch.constants import sent
-from gradclip.torch.exact import on_host, safe_norm
+from gradclip.torch.exact import host_number, on_host, safe_norm
 
 CPU = torch.device("cpu")
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -142,7 +143,7 @@ class InPlace(TorchArrays):
         # One factor serves all types, so that the coarsest decides how it is rounded.
         scale = inward(scale, max(eps), self.xp)
         if isinstance(scale, float):
-            scale = torch.scalar_tensor(scale, dtype=torch.float64, device=CPU)
+            scale = host_number(scale, torch.float64)
         amplified = before / scale
         if here and not 1e-30 < amplified.item() < 1e30:
             return False
@@ -290,10 +291,7 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
         far = on_host([scale]) and bool(((scale < 1e-30) | (scale > 1e30)).any())
 
     def to_tensor(x: Any, dtype: torch.dtype) -> Tensor:
-        # `as_tensor` would put either on torch's default device, whatever that is.
-        return (
-            torch.scalar_tensor(x, dtype=dtype, device=CPU) if number else x.to(dtype)
-        )
+        return host_number(x, dtype) if number else x.to(dtype)
 
     if eps < 1e-12:
         return [to_tensor(scale, torch.float64)]
@@ -305,7 +303,7 @@ def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
 
 def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
-    dtypes = {t.dtype for t in leaves}
+    dtypes = set(map(attrgetter("dtype"), leaves))
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     if len(dtypes) == 1 and (isinstance(scale, float) or on_host([scale])):
         groups[dtypes.pop(), CPU] = list(leaves)
