@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from operator import getitem
 from typing import Any, TypeAlias
 
@@ -44,7 +44,7 @@ class Rows:
 
     def counted(self, matrices: list[Any]) -> None:
         """Sum all rows so far, with these, if there are many of them."""
-        self.count += sum(x.shape[0] for x in matrices)
+        self.count += sum(map(len, matrices))
         if self.count > CHUNK // 2:
             self.settle()
 
@@ -123,6 +123,14 @@ def cut(x: Any, size: int, width: int) -> list[Any]:
     return [flat[:whole].reshape(-1, width), flat[whole:].reshape(1, -1)]
 
 
+def cut_all(arrays: Sequence[Any], sizes: Sequence[int], width: int) -> list[Any]:
+    """Return contiguous tensors or arrays as rows, all matrices in one list."""
+    even = {size: _width(size, width) for size in set(sizes)}
+    if all(even.values()):
+        return [x.reshape(-1, even[n]) for x, n in zip(arrays, sizes, strict=True)]
+    return list(chain.from_iterable(map(cut, arrays, sizes, repeat(width))))
+
+
 @lru_cache(1 << 12)
 def _width(size: int, most: int) -> int:
     """Return how long rows are if nothing is to be left over; 0 for none such."""
@@ -133,8 +141,7 @@ def _width(size: int, most: int) -> int:
 
 def row_squares(matrices: Sequence[Vector]) -> Vector:
     """Return the sums of squares of all rows, taken in float32, as one vector."""
-    squares = np.concatenate(list(map(np.vecdot, matrices, matrices)))
-    return squares.astype(np.float64, copy=False)
+    return np.concatenate(list(map(np.vecdot, matrices, matrices)), dtype=np.float64)
 
 
 def wide_squares(matrices: Sequence[Any], places: Vector, row: Cut = getitem) -> Vector:
@@ -152,6 +159,7 @@ def wide_squares(matrices: Sequence[Any], places: Vector, row: Cut = getitem) ->
         most = max(1, 2 * CHUNK // width)
         for start in range(0, len(chosen), most):
             some = chosen[start : start + most]
-            wide = np.array([rows[i] for i in some], dtype=np.float64)
+            wide = np.concatenate([rows[i] for i in some], dtype=np.float64)
+            wide = wide.reshape(-1, width)
             found[some] = np.vecdot(wide, wide)
     return found

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, repeat
 from operator import attrgetter
 
 import numpy as np
@@ -19,7 +18,14 @@ from torch import Tensor
 
 from gradclip.backends import CHUNK
 from gradclip.backends.combining import Exact, Vector
-from gradclip.backends.rows import Rows, batches, cut, row_squares, wide_squares
+from gradclip.backends.rows import (
+    Rows,
+    batches,
+    cut,
+    cut_all,
+    row_squares,
+    wide_squares,
+)
 from gradclip.backends.short import SMALL, fits_short, short_total
 from gradclip.torch.exact import (
     WIDE,
@@ -60,12 +66,12 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
     if largest <= SMALL or count <= 2 * CHUNK:
         rows.short, rows.lengths = list(tensors), sizes
         return rows.total()
-    alone = []
+    alone, simple = [], _all_simple(tensors)
     for t, size in zip(tensors, sizes, strict=True):
         if size <= SMALL:
             rows.short.append(t)
             rows.lengths.append(size)
-        elif size <= ALONE and _simple(t):
+        elif size <= ALONE and (simple or _simple(t)):
             alone.append(t)
         else:
             rows.add_tensor(t)
@@ -75,8 +81,7 @@ def fast_total(tensors: Sequence[Tensor]) -> float | None:
 
 def _few_total(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float | None:
     """Return the norm of a few plain tensors that the cache holds, or None."""
-    kinds = set(map(type, tensors)), set(map(_DTYPE, tensors))
-    if kinds != _SIMPLE or not all(map(Tensor.is_contiguous, tensors)):
+    if not _all_simple(tensors):
         return None
     with suppress(RuntimeError):
         # Of lazy signs, and of what has a graph, NumPy gets no view.
@@ -87,6 +92,12 @@ def _few_total(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float | None:
 def _simple(t: Tensor) -> bool:
     """Return whether NumPy may read a tensor as one vector of float32."""
     return t.dtype == torch.float32 and type(t) is Tensor and t.is_contiguous()
+
+
+def _all_simple(tensors: Sequence[Tensor]) -> bool:
+    """Return the same of all tensors; quick for many."""
+    kinds = set(map(type, tensors)), set(map(_DTYPE, tensors))
+    return kinds == _SIMPLE and all(map(Tensor.is_contiguous, tensors))
 
 
 class TensorRows(Rows):
@@ -124,8 +135,7 @@ class TensorRows(Rows):
                 for t in some:
                     self.add_tensor(t)
                 continue
-            pieces = map(cut, arrays, map(Tensor.numel, some), repeat(self.width))
-            self.add(list(chain.from_iterable(pieces)))
+            self.add(cut_all(arrays, list(map(Tensor.numel, some)), self.width))
 
     def total(self) -> float | None:
         """Return the norm of everything, or None if it is in doubt."""

@@ -17,11 +17,9 @@ from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
 from gradclip.torch.constants import sent
-from gradclip.torch.exact import host_number, on_host, safe_norm
+from gradclip.torch.exact import WIDE_VECTORS, host_number, on_host, safe_norm
 
 CPU = torch.device("cpu")
-WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether torch multiplies with AVX-512, which is slow for bfloat16 from memory."""
 
 
 class InPlace(TorchArrays):
@@ -312,6 +310,7 @@ def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
             groups.setdefault((t.dtype, t.device), []).append(t)
     for (dtype, device), group in groups.items():
         large: list[Tensor] = []
+        # With AVX-512, torch is slow to multiply bfloat16 from memory.
         if dtype == torch.bfloat16 and WIDE_VECTORS and on_host(group):
             large = list(filter(_slow_from_memory, group))
             group = [t for t in group if not _slow_from_memory(t)]
