@@ -35,6 +35,16 @@ def test_proper_use_is_silent():
         optimizer.step()
 
 
+@pytest.mark.parametrize("last", [gc.Norm(1e-9, over="tensor"), gc.Norm(1e-9)])
+def test_norms_and_limits_of_other_shapes_are_compared(last):
+    net, _, clipper = setting(gc.chain(gc.Norm(1e9), last))
+    backward(net)
+    info = clipper.clip_()
+    assert info.limit.dim() == (last.over == "tensor")
+    # What is far above its limit is looked at once.
+    assert "scaled" not in clipper._doctor.checks
+
+
 def test_clipping_twice():
     net, _, clipper = setting()
     backward(net)

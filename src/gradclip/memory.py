@@ -72,6 +72,10 @@ class Memory:
     def count(self, missed: Any) -> None:
         """Count one step; `missed` is 1 where it was skipped, else 0."""
         self.step = self.step + 1
+        if type(missed) is int and missed == 0:
+            # Almost always, and each operation on a tensor takes microseconds.
+            self.in_a_row = self.in_a_row * 0
+            return
         self.skipped = self.skipped + missed
         self.in_a_row = (self.in_a_row + 1) * missed
 

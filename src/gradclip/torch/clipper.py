@@ -213,9 +213,9 @@ class Clipper:
             self.verify, self.names, self.params, self._layout
         )
         others = self._layout is not None or self._verifier is not None
-        self._one_number = one_number(self._bound) and not (
-            others or self.deterministic
-        )
+        single = one_number(self._bound) and not (others or self.deterministic)
+        # For all steps: what rules count in a window is kept in it.
+        self._one_number = OneNumber() if single else None
         self._memory.states = list(map(self._empty, stages(self._bound)))
         self._memory.names = self.names
         if self._layout is not None:
@@ -245,8 +245,9 @@ class Clipper:
         self, found: Gradients, amplified: Tensor | None = None, fused: bool = False
     ) -> InPlace:
         """Return the verbs for this step; missing gradients matter to a memory."""
-        if self._one_number and on_host(found.leaves):
-            return OneNumber(amplified, fused)
+        if self._one_number is not None and on_host(found.leaves):
+            self._one_number.amplified, self._one_number.fused = amplified, fused
+            return self._one_number
         missing = len(found.present) < len(self.params)
         minds = self.rule.stateful or any(
             stage.by_place or stage.over == "tensor" for stage in stages(self.rule)
@@ -281,7 +282,7 @@ class Clipper:
             policy=policy,
             weights=found.weights,
             name_of=lambda i: self.names[found.present[i]],
-            absent=verbs.absent(home(self.params[0].device)),
+            absent=verbs.absent(self.params[0].device),
         )
         with verbs.quiet():
             if self._verifier is None:
@@ -292,10 +293,11 @@ class Clipper:
         bring_back(found.leaves, found.origins)
         _, info, states = outcome
         before = memory.states, memory.skipped, memory.in_a_row
+        goes = not self._skipping or verbs.known(info.kept) is True
         info, memory.states = verbs.reported(info), verbs.lasting(states)
         if self.history is not None:
             self.history.record(memory.step, info)
-        memory.count((~info.kept).to(torch.int64) if self._skipping else 0)
+        memory.count(0 if goes else (~info.kept).to(torch.int64))
         if captured:
             _stay(memory, *before)
         if watched:

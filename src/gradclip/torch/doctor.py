@@ -128,8 +128,7 @@ class Doctor:
 
     def _look_for_scaler(self, info: Info) -> None:
         """Ask for loss scalers, once, when a norm is very far above the limit."""
-        far_above = (info.norm > SCALED * info.limit) & info.finite
-        if not bool(far_above.any()):
+        if not _far_above(info):
             return
         kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
         # There may be millions of objects: a call for each would take a second.
@@ -174,6 +173,14 @@ class Doctor:
                 f"size now, and the learning rate means something else. {advice}",
             )
         self.checks.discard("rate")
+
+
+def _far_above(info: Info) -> bool:
+    """Return whether a norm is so far above its limit as no gradient makes it."""
+    if info.norm.dim() == info.limit.dim() == 0:
+        # This is asked at every step, and of single numbers Python is quicker.
+        return bool(info.finite) and info.norm.item() > SCALED * info.limit.item()
+    return bool(((info.norm > SCALED * info.limit) & info.finite).any())
 
 
 def _users_level() -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradclip.backends import CHUNK, Scaling, TorchArrays, at_most, inward
+from gradclip.backends.narrow import home
 from gradclip.decision import Info
 from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import NUMBERS, Scalars
@@ -100,7 +101,7 @@ class InPlace(TorchArrays):
             return None
         absent = np.ones(self.cells[0], dtype=bool)
         absent[self.cells[1]] = False
-        return sent(absent, device)
+        return sent(absent, home(device))
 
     def multiply(
         self, leaves: Sequence[Tensor], scale: Tensor, over: Scope
