@@ -75,10 +75,12 @@ def converted(flat: Tensor, dtype: torch.dtype, unit: int = 1) -> Iterator[Tenso
 
     The next piece overwrites the one before; both ends stay in the cache.
     """
-    room = (
-        scratch(dtype)[:AT_ONCE] if dtype == torch.float32 else scratch(dtype)[:CHUNK]
-    )
-    for piece in flat.split(room.numel() // unit * unit):
+    most = AT_ONCE if dtype == torch.float32 else CHUNK
+    units = -(-flat.numel() // unit)
+    # Pieces of one length: a short last one takes almost as long.
+    count = max(1, -(-units // max(1, most // unit)))
+    room = scratch(dtype)
+    for piece in flat.split(max(1, -(-units // count)) * unit):
         yield room[: piece.numel()].copy_(piece)
 
 
