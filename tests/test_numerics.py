@@ -28,6 +28,7 @@ from gradclip.torch import (
     rows,
     verbs,
 )
+from gradclip.torch.exact import converted
 from gradclip.torch.verbs import OneNumber
 
 F32_ULP = 2.0**-23
@@ -836,6 +837,19 @@ def test_rows_that_are_added_one_by_one_are_not_trusted(monkeypatch):
     adds_evenly.cache_clear()
     assert not fits_short([5000])
     adds_evenly.cache_clear()
+
+
+@pytest.mark.parametrize("units", [1, 7, 8, 9, 40, 41])
+def test_pieces_are_whole_units_of_one_length(monkeypatch, units):
+    monkeypatch.setattr("gradclip.torch.exact.AT_ONCE", 100)
+    flat = torch.arange(12.0 * units, dtype=torch.bfloat16)
+    pieces = [x.clone() for x in converted(flat, torch.float32, 12)]
+    assert torch.equal(torch.cat(pieces), flat.float())
+    sizes = [len(x) // 12 for x in pieces]
+    # Eight units fit into a piece; the last lacks less than one for each of them.
+    assert max(sizes) <= 8
+    assert len(sizes) == -(-units // 8)
+    assert max(sizes) - min(sizes) < len(sizes)
 
 
 def test_what_is_joined_is_little():
