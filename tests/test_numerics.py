@@ -854,10 +854,10 @@ def test_pieces_are_whole_units_of_one_length(monkeypatch, units):
 
 def test_what_is_joined_is_little():
     assert fits_short([4096, 4096, 128 * 50])
-    # Neither many small ones, nor what many large ones leave over.
+    # Neither more small ones, nor what many large ones leave over.
     assert not fits_short([4096, 4096, 1])
-    assert not fits_short([128 * 50 + 127] * 65)
     assert not fits_short([4096, *[128 * 50 + 127] * 60])
+    assert fits_short([4096, *[128 * 50] * 60])
 
 
 def test_rows_whose_squares_overflow_are_measured_again():

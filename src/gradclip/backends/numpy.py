@@ -197,12 +197,9 @@ def _factor(scale: Array, dtype: Any) -> Array:
     """Return what elements of a type are to be multiplied by."""
     eps = float(np.finfo(dtype).eps)
     scale = scale[()]  # An array of one number takes five times as long as it.
-    if isinstance(scale, float):
-        scale = inward(scale, eps, NUMBERS)
-        narrow = 1e-30 < scale < 1e30
-    else:
-        scale = inward(scale, eps, np)
-        narrow = np.all((scale > 1e-30) & (scale < 1e30))
+    xp = NUMBERS if isinstance(scale, float) else np
+    scale = inward(scale, eps, xp)
+    narrow = xp.all((scale > 1e-30) & (scale < 1e30))
     # float16 cannot hold the scale, and float32 not one for a norm of 1e38.
     return scale.astype(np.float32 if eps > 1e-12 and narrow else np.float64)
 

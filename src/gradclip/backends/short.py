@@ -26,7 +26,7 @@ SMALL = 4096
 JOINED = 1 << 13
 """Elements in all that are joined: from 10,000 on, BLAS starts threads for a `dot`.
 
-Where those of torch keep the cores busy while they wait, that takes milliseconds.
+Where those of torch keep the cores busy while they wait, it may take milliseconds.
 """
 SHARE = 1 / 8
 """The part of the whole that one row may be; what it is wrong by is not more of it."""

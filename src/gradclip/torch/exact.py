@@ -75,12 +75,12 @@ def converted(flat: Tensor, dtype: torch.dtype, unit: int = 1) -> Iterator[Tenso
 
     The next piece overwrites the one before; both ends stay in the cache.
     """
-    most = AT_ONCE if dtype == torch.float32 else CHUNK
-    units = -(-flat.numel() // unit)
+    most = (AT_ONCE if dtype == torch.float32 else CHUNK) // unit
+    units = max(1, flat.numel() // unit)
     # Pieces of one length: a short last one takes almost as long.
-    count = max(1, -(-units // max(1, most // unit)))
+    size = math.ceil(units / math.ceil(units / most)) * unit
     room = scratch(dtype)
-    for piece in flat.split(max(1, -(-units // count)) * unit):
+    for piece in flat.split(size):
         yield room[: piece.numel()].copy_(piece)
 
 

@@ -93,8 +93,8 @@ def clip_grad_norm_(
     policy: Policy = "raise" if error_if_nonfinite else on_nonfinite
     # A number is checked once, and not at every step. Dynamo warns of any cache.
     plain = type(max_norm) in _NUMBERS and type(norm_type) in _NUMBERS
-    seen_before = plain and not torch.compiler.is_compiling()
-    rule, alone = (_known_norm if seen_before else _norm)(max_norm, norm_type)
+    kept = plain and not torch.compiler.is_compiling()
+    rule, alone = (_kept_norm if kept else _norm)(max_norm, norm_type)
     return _clip_parameters(parameters, rule, alone, policy, split_over, verify)
 
 
@@ -139,7 +139,8 @@ def clip_grad_value_(
     """
     rule = Value(clip_value)
     _refuse_schedules(rule)
-    _clip_parameters(parameters, rule, False, on_nonfinite, split_over, verify)
+    alone = one_number(rule)
+    _clip_parameters(parameters, rule, alone, on_nonfinite, split_over, verify)
 
 
 @torch.no_grad()
@@ -301,13 +302,13 @@ def _clip_parameters(
 
 
 def _norm(max_norm: Any, norm_type: Any) -> tuple[Norm, bool]:
-    """Return the rule of torch's function, and whether it needs plain numbers alone."""
+    """Return the rule of torch's function, and whether it needs single numbers only."""
     rule = Norm(max_norm, p=_order(norm_type))
     _refuse_schedules(rule)
     return rule, one_number(rule)
 
 
-_known_norm = lru_cache(maxsize=64, typed=True)(_norm)
+_kept_norm = lru_cache(maxsize=64, typed=True)(_norm)
 
 
 def _order(norm_type: Any) -> float:
