@@ -339,6 +339,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("bench-out/bench.json"))
     parser.add_argument("--page", type=Path, help="a page whose table is written anew")
     asked = parser.parse_args()
+    if unknown := set(asked.groups) - set(GROUPS):
+        known = ", ".join(GROUPS)
+        parser.error(f"unknown: {', '.join(unknown)}; the groups are {known}")
     torch.set_num_threads(os.cpu_count() or 1)
     table = Table("what", "ratio", "bound", "target", "reached", "medians in ms")
     results = []

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gradclip.torch import clip_grad_norm_, clip_grad_value_
+import gradclip as gc
+from gradclip.torch import Clipper, clip_grad_norm_, clip_grad_value_
 
 
 def parameters(seed=0, size=3.0):
@@ -47,3 +48,28 @@ def test_clip_grad_value_compiles_whole():
     params = parameters()
     fast(params)
     assert max(float(p.grad.abs().max()) for p in params) == 0.5
+
+
+# array-api-compat caches the look-up of a namespace, of which Dynamo wants to be told.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
+@pytest.mark.parametrize("rule", [gc.Percentile(window=5), gc.ZScore(warmup=3)])
+def test_a_memory_goes_on_between_compiled_and_other_steps(rule):
+    # Steps that are not compiled count in numbers, and compiled ones in tensors.
+    torch.compiler.reset()
+    clippers = [Clipper(parameters(), rule, doctor=()) for _ in range(2)]
+    fast = torch.compile(clippers[0].clip_, backend="aot_eager")
+    for i in range(16):
+        plain = clippers[0].clip_ if i % 8 < 4 else fast
+        infos = []
+        for clipper, clip in zip(clippers, (plain, clippers[1].clip_), strict=True):
+            for p, new in zip(
+                clipper.params, parameters(i, 1 + 9 * (i % 5 == 4)), strict=True
+            ):
+                p.grad = new.grad
+            infos.append(clip())
+        for a, b in zip(*infos, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    one, two = (clipper.state_dict() for clipper in clippers)
+    assert int(one["step"]) == 16
+    for name, x in two.items():
+        torch.testing.assert_close(one[name], x, rtol=1e-12, atol=0)

@@ -350,6 +350,7 @@ class Attached(Clipper):
         if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return
         self._listed = listed
+        self._keep_numbers(False)
         named = named_by_optimizers([self.optimizer], self._module)
         old, places = self._memory.states, {id(p): i for i, p in enumerate(self.params)}
         self.names = [name for name, _ in named]
@@ -375,11 +376,12 @@ class Attached(Clipper):
     ) -> None:
         """Have the fused step divide by the amplification, or do nothing."""
         device = self.params[0].device
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        bad = zero if kept is None else (~kept).float()
+        bad = torch.zeros((), device=device) if kept is None else (~kept).float()
         self._flags = {flag: getattr(self.optimizer, flag, _NOTHING) for flag in _FLAGS}
         # What was decided on the host has to be where the step is.
-        scale = one if amplified is None else amplified.float().to(device)
+        if amplified is None:
+            amplified = torch.ones((), device=device)
+        scale = amplified.float().to(device)
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = (  # type: ignore[attr-defined]
             bad if found_inf is None else torch.maximum(bad, found_inf)

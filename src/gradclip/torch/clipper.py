@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip.arrays import check_rule
 from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
-from gradclip.memory import Memory, at_least, begin
+from gradclip.memory import COUNTERS, Memory, at_least, begin
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, check_policy, may_drop, only_records
 from gradclip.rules import Rule, State, stages
@@ -19,11 +20,11 @@ from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
-from gradclip.torch.exact import on_host, tensor_of
+from gradclip.torch.exact import at_hand, on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.placement import SplitOver, layout_of
 from gradclip.torch.sharded import Sharded
-from gradclip.torch.verbs import InPlace, OneNumber
+from gradclip.torch.verbs import InPlace, OneNumber, in_tensors
 from gradclip.torch.verify import Verify, verifier_for
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Clipper:
         self.on_nonfinite = check_policy(on_nonfinite)
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
-        self.info: Info | None = None
+        self._info: Info | None = None
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
@@ -132,6 +133,14 @@ class Clipper:
         self.history = history
         begin(history, rule)
 
+    @property
+    def info(self) -> Info | None:
+        """What the latest clip did, in tensors; None before the first."""
+        # Made when it is looked at: it takes as long as the norm of a small network.
+        if self._info is not None and not isinstance(self._info.norm, Tensor):
+            self._info = in_tensors(self._info)
+        return self._info
+
     @torch.no_grad()
     def clip_(self) -> Info:
         """Clip the gradients that the parameters have now.
@@ -151,7 +160,7 @@ class Clipper:
         if self._skipping:
             drop(self.params, info.kept)
         self._check_skips()
-        return info
+        return cast(Info, self.info)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory as tensors, for any kind of checkpoint."""
@@ -214,6 +223,8 @@ class Clipper:
         )
         others = self._layout is not None or self._verifier is not None
         single = one_number(self._bound) and not (others or self.deterministic)
+        self._by_unit = any(stage.over == "unit" for stage in stages(self._bound))
+        self._weighs = any(stage.needs_weight for stage in stages(self._bound))
         # For all steps: what rules count in a window is kept in it.
         self._one_number = OneNumber() if single else None
         self._memory.states = list(map(self._empty, stages(self._bound)))
@@ -236,9 +247,9 @@ class Clipper:
     def _collect(self) -> Gradients:
         return collect(
             self.params,
-            weights=any(stage.needs_weight for stage in stages(self.rule)),
+            weights=self._weighs,
             split=self._layout is not None,
-            units=any(stage.over == "unit" for stage in stages(self.rule)),
+            units=self._by_unit,
         )
 
     def _verbs(
@@ -265,6 +276,7 @@ class Clipper:
     def _run(self, found: Gradients, verbs: InPlace, policy: Policy) -> Info:
         """Take the gradients through the rule and count the step."""
         memory, watched = self._memory, not torch.compiler.is_compiling()
+        self._keep_numbers(verbs is self._one_number)
         captured = watched and captures(self.params[0])
         if captured:
             check_graph(self.rule)
@@ -288,32 +300,54 @@ class Clipper:
             if self._verifier is None:
                 outcome = clip()
             else:
-                units = any(stage.over == "unit" for stage in stages(self.rule))
-                outcome = self._verifier.compare(clip, units)
+                outcome = self._verifier.compare(clip, self._by_unit)
         bring_back(found.leaves, found.origins)
         _, info, states = outcome
         before = memory.states, memory.skipped, memory.in_a_row
-        goes = not self._skipping or verbs.known(info.kept) is True
-        info, memory.states = verbs.reported(info), verbs.lasting(states)
+        memory.states = states
         if self.history is not None:
             self.history.record(memory.step, info)
-        memory.count(0 if goes else (~info.kept).to(torch.int64))
+        kept = verbs.known(info.kept) if self._skipping else True
+        memory.count((~info.kept).to(torch.int64) if kept is None else int(not kept))
         if captured:
             _stay(memory, *before)
         if watched:
             if found.leaves:
                 self._doctor.after(found.leaves, info)
             # Gradients may all be elsewhere: only a norm of 0 says that there are none.
-            elif on_host([info.norm]) and info.norm.numel() and not info.norm.any():
+            elif at_hand(info.norm) and info.norm.numel() and not info.norm.any():
                 self._doctor.tell("missing", NOTHING.format(len(self.params)))
-            self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
-        self.info = info._replace(skipped=memory.skipped)
-        return self.info
+            if isinstance(memory.in_a_row, Tensor):
+                self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
+        self._info = info._replace(skipped=memory.skipped)
+        return self._info
+
+    def _keep_numbers(self, single: bool) -> None:
+        """Count and remember in single numbers, or in tensors again.
+
+        Each operation on a tensor takes microseconds, but compiled code and graphs go
+        on with nothing else.
+        """
+        memory = self._memory
+        if single is isinstance(memory.step, int):
+            return
+        for name in COUNTERS:
+            x = getattr(memory, name)
+            # The step stays on the host, where schedules ask for it.
+            device = "cpu" if name == "step" else home(self.params[0].device)
+            setattr(memory, name, int(x) if single else torch.tensor(x, device=device))
+        if not single:
+            memory.states = [
+                state and {name: as_tensor(x) for name, x in state.items()}
+                for state in memory.states
+            ]
 
     def _check_skips(self) -> None:
         """Raise after too many skipped steps, which leave no gradients behind."""
         if not torch.compiler.is_compiling():
-            self._memory.check(int(self._in_a_row), self.max_consecutive_skips)
+            found = self._memory.in_a_row
+            row = found if isinstance(found, int) else int(self._in_a_row)
+            self._memory.check(row, self.max_consecutive_skips)
 
     def _record_tensors(
         self, history: "History", found: Gradients, verbs: InPlace
@@ -333,6 +367,11 @@ class Clipper:
     def _skipping(self) -> bool:
         """Whether a step may have to be dropped."""
         return may_drop(self.rule, self.on_nonfinite)
+
+
+def as_tensor(x: Any) -> Tensor:
+    """Return a tensor as it is, and what is NumPy's as one, also in compiled code."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
 
 
 def captures(p: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradclip.decision import Info
 from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Value, stages
-from gradclip.torch.exact import on_host
+from gradclip.torch.exact import at_hand, tensor_of
 
 CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "attached", "rate")
 STEPS = 500
@@ -87,7 +87,7 @@ class Doctor:
             # Two are enough, and all of them would take a pass over the list.
             ends = leaves[0], leaves[-1]
             self._seen = [(weakref.ref(t), t._version) for t in ends]
-        if "scaled" in self.checks and on_host([info.norm]):
+        if "scaled" in self.checks and at_hand(info.norm):
             self._look_for_scaler(info)
         if "rate" in self.checks and self._steps <= STEPS + DELAY:
             self._watch_rate(info)
@@ -155,8 +155,8 @@ class Doctor:
         self._steps += 1
         self._clipped = self._clipped + info.clipped
         if self._steps == STEPS:
-            self._rate.copy_(self._clipped / STEPS, non_blocking=True)
-        if self._steps == STEPS + (0 if on_host([info.norm]) else DELAY):
+            self._rate.copy_(tensor_of(self._clipped / STEPS), non_blocking=True)
+        if self._steps == STEPS + (0 if at_hand(info.norm) else DELAY):
             self._judge_rate(float(self._rate))
 
     def _judge_rate(self, rate: float) -> None:
@@ -177,7 +177,7 @@ class Doctor:
 
 def _far_above(info: Info) -> bool:
     """Return whether a norm is so far above its limit as no gradient makes it."""
-    if info.norm.dim() == info.limit.dim() == 0:
+    if info.norm.ndim == info.limit.ndim == 0:
         # This is asked at every step, and of single numbers Python is quicker.
         return bool(info.finite) and info.norm.item() > SCALED * info.limit.item()
     return bool(((info.norm > SCALED * info.limit) & info.finite).any())

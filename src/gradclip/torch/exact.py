@@ -32,6 +32,11 @@ def on_host(tensors: Iterable[Tensor]) -> bool:
     return not torch.compiler.is_compiling() and all(map(_IS_CPU, tensors))
 
 
+def at_hand(x: Any) -> bool:
+    """Return whether one number can be read without waiting for a device."""
+    return not isinstance(x, Tensor) or on_host([x])
+
+
 def tensor_of(x: Any) -> Tensor:
     """Return a tensor as it is; numbers and arrays on the host, whatever the default.
 

@@ -16,7 +16,7 @@ from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
 from gradclip.rules import Norm, Rule, Value
 from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
-from gradclip.torch.exact import WIDE, host_number, on_host, tensor_of
+from gradclip.torch.exact import WIDE, at_hand, host_number, on_host, tensor_of
 from gradclip.torch.gradients import (
     check_strided,
     collect,
@@ -345,8 +345,7 @@ def _reported(norm: Any, dtypes: set[torch.dtype]) -> Tensor:
     It stays in float64 for gradients of that type, and where float32 cannot hold it.
     """
     # In the type of the gradients, a split would change the norm (pytorch#194033).
-    known = not isinstance(norm, Tensor) or on_host([norm])
-    beyond = known and FLOAT32 < float(norm) < math.inf
+    beyond = at_hand(norm) and FLOAT32 < float(norm) < math.inf
     narrow = dtypes.isdisjoint(WIDE) and not beyond
     dtype = torch.float32 if narrow else torch.float64
     if isinstance(norm, Tensor):

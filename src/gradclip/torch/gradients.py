@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.backends.narrow import at_home
 from gradclip.torch.dtensors import USUAL, holds_dtensor, local_grad, local_of
-from gradclip.torch.exact import on_host
+from gradclip.torch.exact import at_hand
 
 _REAL = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -256,7 +256,7 @@ def drop(params: Iterable[Tensor], finite: Any) -> None:
     Without gradients no optimizer touches parameters or state. Where the flag would
     have to be waited for, they become 0 instead, as far as that protects.
     """
-    if not isinstance(finite, Tensor) or on_host([finite]):
+    if at_hand(finite):
         for p in params if not finite else ():
             p.grad = None
         return

@@ -215,7 +215,7 @@ class InBackward(Clipper):
         memory.count((~kept).to(torch.int64))
         # NaN here would be NaN in the estimates of all passes to come.
         self._previous = torch.where(info.finite, now.total, self._previous)
-        self.info = now.report(info, kept)._replace(skipped=memory.skipped)
+        self._info = now.report(info, kept)._replace(skipped=memory.skipped)
         self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
         memory.check(int(self._in_a_row), self.max_consecutive_skips)
 

@@ -18,7 +18,7 @@ from gradclip.rules import Rule, Scope, State
 from gradclip.scalars import NUMBERS, Scalars
 from gradclip.torch import norms
 from gradclip.torch.constants import sent
-from gradclip.torch.exact import WIDE_VECTORS, host_number, on_host, safe_norm
+from gradclip.torch.exact import WIDE_VECTORS, at_hand, host_number, on_host, safe_norm
 
 CPU = torch.device("cpu")
 
@@ -137,16 +137,14 @@ class InPlace(TorchArrays):
         if min(eps) < 1e-12:
             # The optimizer would take the factor in float32.
             return False
-        before = 1.0 if self.amplified is None else self.amplified
-        here = isinstance(scale, float) or on_host([scale])
         # One factor serves all types, so that the coarsest decides how it is rounded.
         scale = inward(scale, max(eps), self.xp)
-        if isinstance(scale, float):
-            scale = host_number(scale, torch.float64)
+        before = 1.0 if self.amplified is None else self.amplified.double()
         amplified = before / scale
-        if here and not 1e-30 < amplified.item() < 1e30:
+        if at_hand(amplified) and not 1e-30 < amplified < 1e30:
             return False
-        self.amplified = amplified
+        alone = isinstance(amplified, float)
+        self.amplified = host_number(amplified, torch.float64) if alone else amplified
         return True
 
     def _to_multiply(
@@ -221,10 +219,6 @@ class InPlace(TorchArrays):
         """Return what keeps a library from warnings of what rules count on."""
         return nullcontext()
 
-    def reported(self, info: Info) -> Info:
-        """Return the report in tensors."""
-        return info
-
 
 class OneNumber(InPlace):
     """The verbs where one norm decides, and that is on the host: a number of NumPy.
@@ -251,13 +245,6 @@ class OneNumber(InPlace):
         """Return an array of a memory in NumPy; what is 0-d as a number."""
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x)[()]
 
-    def lasting(self, states: list[Any]) -> list[Any]:
-        """Return a memory in tensors again, as compiled code goes on with it."""
-        return [
-            state and {k: torch.from_numpy(np.array(x)) for k, x in state.items()}
-            for state in states
-        ]
-
     def number(self, x: Any) -> Any:
         """Return what a schedule said as a number."""
         return np.float64(x)
@@ -270,13 +257,15 @@ class OneNumber(InPlace):
         """Return how many elements of a tensor, no number, are NaN or infinite."""
         return int((~x.isfinite()).sum())
 
-    def reported(self, info: Info) -> Info:
-        """Return the report in tensors, made in two calls."""
-        lengths = [info.norm, info.limit, info.scale, info.norm_after]
-        flags = [info.finite, info.clipped, info.kept]
-        norm, limit, scale, after = torch.from_numpy(np.array(lengths)).unbind()
-        finite, clipped, kept = torch.from_numpy(np.array(flags)).unbind()
-        return Info(norm, limit, scale, finite, clipped, after, kept=kept)
+
+def in_tensors(info: Info) -> Info:
+    """Return a report of single numbers in tensors, made in a few calls."""
+    lengths = [info.norm, info.limit, info.scale, info.norm_after]
+    flags = [info.finite, info.clipped, info.kept]
+    norm, limit, scale, after = torch.from_numpy(np.array(lengths)).unbind()
+    finite, clipped, kept = torch.from_numpy(np.array(flags)).unbind()
+    skipped = torch.from_numpy(np.array(info.skipped))
+    return Info(norm, limit, scale, finite, clipped, after, skipped, kept)
 
 
 def factors(scale: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -304,7 +293,7 @@ def _multiply_all(leaves: Sequence[Tensor], scale: Any) -> None:
     """Multiply all tensors by one scale, one call for each type and device."""
     dtypes = set(map(attrgetter("dtype"), leaves))
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    if len(dtypes) == 1 and (isinstance(scale, float) or on_host([scale])):
+    if len(dtypes) == 1 and at_hand(scale):
         groups[dtypes.pop(), CPU] = list(leaves)
     else:
         for t in leaves:
