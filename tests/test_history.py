@@ -339,6 +339,30 @@ def test_a_full_disk_warns_once(tmp_path):
     history.record(1, info_of(1.0))
 
 
+def test_two_clippers_of_one_history_are_noticed_and_told_apart(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    pair = [gc.Clipper(gc.Norm(x), history=history) for x in (1.0, 1000.0)]
+    for i in range(1, 9):
+        for clipper, norm in zip(pair, (i, 100.0 * i), strict=True):
+            clipper.clip(np.array([norm]))
+    with pytest.warns(RuntimeWarning, match="two clippers.*a History of its own"):
+        history.flush()
+    norms = [*range(1, 9), *range(100, 900, 100)]
+    assert gc.History.load(history.path).norm.tolist() == norms
+
+
+def test_who_goes_back_again_and_again_is_one_clipper(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    clipper = gc.Clipper(gc.Norm(1.0), history=history)
+    saved = clipper.state_dict()
+    for _ in range(6):
+        for i in range(3):
+            clipper.clip(np.array([2.0 + i]))
+        clipper.load_state_dict(saved)
+    history.flush()
+    assert gc.History.load(history.path).norm.tolist()[-3:] == [2.0, 3.0, 4.0]
+
+
 @pytest.mark.parametrize(("rank", "written"), [("0", True), ("1", False)])
 def test_only_the_first_process_writes(tmp_path, monkeypatch, rank, written):
     monkeypatch.setenv("RANK", rank)

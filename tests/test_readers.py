@@ -841,6 +841,18 @@ def test_jobs_that_take_turns_are_told_apart():
     assert "jobs that took turns" in notes
 
 
+def test_jobs_at_the_same_steps_are_told_apart():
+    step = np.repeat(np.arange(30), 3)
+    runs, _ = split_runs(step, np.arange(90.0))
+    assert runs == [list(range(i, 90, 3)) for i in range(3)]
+
+
+def test_one_step_that_was_tried_again_is_a_resume():
+    runs, notes = steps_of([*range(10), *range(9, 20)])
+    assert runs == [list(range(20))]
+    assert "1 steps that it replaces" in notes
+
+
 def test_lines_that_every_process_prints_count_once(tmp_path):
     twice = "\n".join(
         f"step {i} grad_norm {n}" for i, n in enumerate(NORMS) for _ in "ab"

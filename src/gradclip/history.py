@@ -24,7 +24,8 @@ class History:
 
     Each line is JSON and complete by itself: a header with the rule and the facts about
     the run, then the steps. A crash loses the steps since the last flush, and never an
-    earlier one; opening the file again goes on behind them.
+    earlier one; opening the file again goes on behind them. Each clipper needs a
+    history of its own.
 
     Args:
         path: The file; it and its folder are made when the first steps are written.

@@ -41,7 +41,7 @@ class Recorder:
         self._steps: list[Taken] = []
         self._tensors: list[TakenTensors] = []
         self._written_rule: str | None = None
-        self._warned, self._owner = False, os.getpid()
+        self._warned, self._shared, self._owner = False, False, os.getpid()
         self._flushed = time.monotonic()
         _flush_at_exit(self)
 
@@ -98,17 +98,19 @@ class Recorder:
         self._write(steps, tensors)
 
     def _write(self, steps: Sequence[Taken], tensors: Sequence[TakenTensors]) -> None:
+        numbers = list(map(int, to_numpy([x for x, *_ in steps]))) if steps else []
         try:
             # Tensors first: a reader looks for their step in the lines behind them.
             lines = [
                 *self._head(),
                 *self._tensor_lines(tensors),
-                *step_lines(steps, self.p),
+                *step_lines(steps, numbers, self.p),
             ]
             append(self.path, "".join(line + "\n" for line in lines))
             self._written_rule = self.rule
         except OSError as error:
             self._warn(error)
+        self._look_for_turns(numbers)
 
     def _head(self) -> list[str]:
         """Return the header line where this file still needs one from us."""
@@ -130,6 +132,18 @@ class Recorder:
                 f"the history {self.path} cannot be written: "
                 f"{error.strerror or error}; the training goes on, and steps are lost "
                 "from the record.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _look_for_turns(self, numbers: Sequence[int]) -> None:
+        """Warn, once, where two clippers write: their lines say nothing of which."""
+        if not self._shared and take_turns(numbers):
+            self._shared = True
+            warnings.warn(
+                f"the history {self.path} gets its steps more than once, as from two "
+                "clippers, and no line tells which it is from: give each a History of "
+                "its own.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -175,22 +189,33 @@ def process_rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def step_lines(steps: Sequence[Taken], p: float = 2.0) -> list[str]:
+def take_turns(numbers: Sequence[int]) -> bool:
+    """Return whether steps go back, and then on from before, time and again.
+
+    Who goes back to a checkpoint goes on from there.
+    """
+    steps = zip(numbers, numbers[1:], numbers[2:], strict=False)
+    return sum(b <= a and c == a + 1 for a, b, c in steps) > 2
+
+
+def step_lines(
+    steps: Sequence[Taken], numbers: Sequence[int], p: float = 2.0
+) -> list[str]:
     """Return one line for each step, with one copy from the device for all.
 
-    `p` is the order of the norms, where a step has several.
+    `numbers` are those of the steps, and `p` is the order of the norms, where a step
+    has several.
     """
     if not steps:
         return []
     infos = [info for _, info, _ in steps]
-    numbers = to_numpy([step for step, _, _ in steps])
     norms, limits, scales, kept, finite, clipped = (
         to_numpy([getattr(info, name) for info in infos])
         for name in ("norm", "limit", "scale", "kept", "finite", "clipped")
     )
     return [
         _line(
-            {"step": int(numbers[i]), **facts},
+            {"step": numbers[i], **facts},
             whole(norms[i], p, bool(finite[i])),
             whole(limits[i], p),
             smallest(scales[i]),

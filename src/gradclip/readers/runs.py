@@ -73,9 +73,10 @@ def _threads(step: Steps, rows: list[int]) -> list[Thread]:
     usual = int(np.median(gaps)) if gaps.size else 1
     threads: list[Thread] = []
     recent: list[Thread] = []
-    for row in rows:
+    for row, behind in zip(rows, [*rows[1:], None], strict=True):
         at = int(step[row])
-        thread = _continued(recent, at, row)
+        again = behind is not None and step[behind] == at
+        thread = _continued(recent, at, row, again)
         if thread is None:
             thread = Thread([row], at, usual)
             threads.append(thread)
@@ -90,12 +91,15 @@ def _threads(step: Steps, rows: list[int]) -> list[Thread]:
     return threads
 
 
-def _continued(recent: list[Thread], at: int, row: int) -> Thread | None:
-    """Return the thread that a step goes on with, if any."""
+def _continued(recent: list[Thread], at: int, row: int, again: bool) -> Thread | None:
+    """Return the thread that a step goes on with, if any.
+
+    `again` is whether the row behind has the same step.
+    """
     alive = [t for t in recent if row - t.rows[-1] <= ALIVE]
-    for thread in alive:
-        if at - thread.last == thread.gap:
-            return thread
+    if fitting := [t for t in alive if at - t.last == t.gap]:
+        # Of two jobs that write in turn, the one that wrote last comes second.
+        return fitting[-1 if again else 0]
     # After a hole no thread fits, and the one that wrote last goes on.
     if recent and at > recent[0].last:
         return recent[0]
@@ -128,6 +132,6 @@ def _joined(
             f"and {dropped} steps that it replaces were left out.",
         ]
     if len(runs) > 1:
-        how = "jobs that took turns" if jobs else "runs, one after the other"
-        notes = [*notes, f"{len(runs)} {how}, are in this log."]
+        how = "jobs that took turns" if jobs else "runs, one after the other,"
+        notes = [*notes, f"{len(runs)} {how} are in this log."]
     return runs, notes
