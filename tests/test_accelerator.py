@@ -195,6 +195,32 @@ def test_a_step_does_not_make_the_host_wait(device, kind, options, policy, rule)
     same(sides[0][0], sides[1][0])
 
 
+@pytest.mark.parametrize("rule", [gc.ZScore(warmup=2), gc.Percentile(50, window=5)])
+def test_a_memory_moves_to_the_accelerator_with_the_parameters(device, rule):
+    # On the host it is held in numbers, which no accelerator takes.
+    sides = []
+    for _ in range(2):
+        optimizer = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+        sides.append((optimizer, attach(optimizer, rule, on_nonfinite="ignore")))
+    group = sides[0][0].param_groups[0]
+    for step in range(8):
+        if step == 4:
+            group["params"] = [far(group["params"][0].detach()).requires_grad_()]
+        for optimizer, _ in sides:
+            (p,) = optimizer.param_groups[0]["params"]
+            g = torch.full((3,), 1.5 ** (step % 3))
+            p.grad = far(g) if isinstance(p, Far) else g
+            with device.waiting():
+                optimizer.step()
+    there, here = (optimizer.param_groups[0]["params"] for optimizer, _ in sides)
+    assert isinstance(there[0], Far)
+    same(there, here)
+    with device.waiting():
+        one, two = (attached.state_dict() for _, attached in sides)
+    for name, x in two.items():
+        torch.testing.assert_close(near(one[name]), x, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_fused_step_leaves_out_what_is_not_finite(device, kind):
     params, _ = parameters()

@@ -473,3 +473,14 @@ def test_a_copy_clips_as_the_original_does(duplicate, attached):
     assert (float(step.norm()) < 0.6) == attached
     clipper.detach()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1e37, 1e-6), (1e30, 1.0)])
+def test_a_factor_that_float32_cannot_hold_is_not_left_to_a_fused_step(size, limit):
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float32))
+    optimizer = torch.optim.SGD([p], lr=1.0 / limit, fused=True)
+    attach(optimizer, gc.Norm(limit), doctor=())
+    p.grad = size * torch.tensor([3.0, 4.0])
+    optimizer.step()
+    want = torch.tensor([-0.6, -0.8])
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=0)

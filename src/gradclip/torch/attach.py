@@ -350,7 +350,6 @@ class Attached(Clipper):
         if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return
         self._listed = listed
-        self._keep_numbers(False)
         named = named_by_optimizers([self.optimizer], self._module)
         old, places = self._memory.states, {id(p): i for i, p in enumerate(self.params)}
         self.names = [name for name, _ in named]
