@@ -17,6 +17,7 @@ from gradclip.advice import call
 from gradclip.cli import app
 from gradclip.evidence import (
     level_change,
+    lost_from,
     quantile_intervals,
     spike_scores,
     tail_index,
@@ -558,7 +559,7 @@ def test_a_replay_says_that_other_networks_are_in_the_log(tmp_path):
     text = "step {i} actor/grad_norm: 1.{i} critic/grad_norm: 2.0"
     path.write_text("\n".join(text.format(i=i) for i in range(30)))
     words = ("replay", path, "--rule", "Norm(1.0)")
-    assert "critic/grad_norm belong to other networks" in run(*words).stdout
+    assert "critic/grad_norm belongs to other networks" in run(*words).stdout
     told = json.loads(run(*words, "--json").stdout)
     assert told["column"] == "actor/grad_norm"
     assert "critic/grad_norm" in told["notes"][0]
@@ -715,3 +716,31 @@ def test_the_call_of_groups_is_one():
 def test_a_key_that_is_no_text_is_no_traceback(log):
     result = run("replay", log, "--rule", "by_name({{}: Norm(1.0)})")
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.2])
+@pytest.mark.parametrize("lost", [400, 600, 900])
+def test_a_run_that_is_lost_late_is_dated_by_more_than_one_noisy_loss(noise, lost):
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        good = np.arange(1000) < lost
+        loss = np.where(good, 1 + 4 * np.exp(-np.arange(1000) / 150), 20.0)
+        loss *= generator.lognormal(sigma=noise, size=1000)
+        norm = np.where(good, 1.0, 30.0) * generator.lognormal(sigma=0.2, size=1000)
+        assert abs(lost_from(loss) - lost) <= 2
+        advice = gc.advise(gc.History.of(norm, loss=loss))
+        assert advice.lost
+        assert 0.9 < advice.limit < 1.2
+        assert f"the median of the {lost_from(loss)} norms before" in advice.reasons[0]
+
+
+def test_a_loss_that_creeps_up_before_it_jumps_is_lost_at_the_jump():
+    loss = np.concatenate([np.linspace(2.0, 2.005, 500), np.full(500, 9.0)])
+    assert lost_from(loss) == 500
+
+
+def test_a_limit_is_not_rounded_past_norms_that_hardly_differ():
+    norm = np.random.default_rng(0).normal(1.01, 0.003, size=2000)
+    advice = gc.advise(gc.History.of(norm))
+    assert np.quantile(norm, 0.9) <= advice.limit <= np.quantile(norm, 0.95)
+    assert advice.clip_rate(advice.limit) >= 0.05

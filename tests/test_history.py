@@ -218,7 +218,7 @@ def test_a_resumed_clipper_goes_on_counting_its_steps(tmp_path):
     history = gc.History.load(path)
     assert history.step.tolist() == [0, 1, 2]
     assert history.norm.tolist() == [1.0, 2.0, 30.0]
-    assert any("resumed 1 times" in note for note in history.notes)
+    assert any("resumed 1 time from" in note for note in history.notes)
 
 
 def test_reopening_goes_on_behind_the_earlier_steps(tmp_path):

@@ -412,7 +412,7 @@ def test_global_step_of_max_steps_and_a_last_step_repeated_with_null(tmp_path):
     history = load(tmp_path / "log.jsonl", "\n".join(map(json.dumps, rows)))
     assert history.step.tolist() == [1, 2, 3]
     assert history.norm.tolist() == NORMS
-    assert any("1 rows repeat" in note for note in history.notes)
+    assert any("1 row repeats" in note for note in history.notes)
 
 
 def test_two_networks_on_a_line_are_read_one_by_one(tmp_path):
@@ -850,7 +850,7 @@ def test_jobs_at_the_same_steps_are_told_apart():
 def test_one_step_that_was_tried_again_is_a_resume():
     runs, notes = steps_of([*range(10), *range(9, 20)])
     assert runs == [list(range(20))]
-    assert "1 steps that it replaces" in notes
+    assert "the 1 step that it replaces was" in notes
 
 
 def test_lines_that_every_process_prints_count_once(tmp_path):

@@ -89,7 +89,7 @@ def replay(
     Example: gradclip replay run.jsonl --rule "ZScore(z=2.5)" --rule "Norm(1.0)"
     """
     from gradclip.replaying import PLAINLY
-    from gradclip.telling import sentence
+    from gradclip.wording import sentence
 
     with plain_errors():
         history = History.load(log, format=format, column=column)

@@ -260,7 +260,9 @@ def lost_from(loss: Floats) -> int:
 
     A run counts as lost if the median loss of its last tenth is more than half above
     where it began, or not finite. It began at its first loss, or at the median of the
-    first three if that is above it; it is lost from the first loss above that.
+    first three if that is above it. The rise to half above that is where it leaves the
+    fewest losses on the wrong side; it began behind the last loss before it that was
+    less than a tenth above.
 
     Args:
         loss: The loss at each step; nothing is said if most are NaN.
@@ -281,9 +283,12 @@ def lost_from(loss: Floats) -> int:
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
     if not 0 < 1.5 * first < end:
         return size
-    risen = np.flatnonzero(loss > first)
-    # A gap says nothing, but those at the end are of a loss that became NaN.
-    return int(risen[0] if risen.size else known[-1] + 1)
+    # A single loss that is high is noise. What was no number any more is high.
+    high = np.where(np.isnan(loss), 0, np.where(loss > 1.5 * first, 1, -1))
+    high[known[-1] + 1 :] = 1
+    risen = int(np.argmin(np.concatenate([[0], np.cumsum(high)])))
+    low = np.flatnonzero(loss[:risen] <= 1.1 * first)
+    return int(low[-1]) + 1 if low.size else risen
 
 
 def stands_still(loss: Floats) -> bool:

@@ -22,6 +22,7 @@ from gradclip.history import is_finite
 from gradclip.record import Floats, Record, kind_of
 from gradclip.rules import Norm, Percentile, Rule, stages
 from gradclip.ruletext import recorded_rule
+from gradclip.wording import counted, ordinal
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 FEWEST = 20
@@ -139,6 +140,7 @@ class Facts:
         whole = self.measured.over == "all"
         self.in_force = _in_force(self.record.limit) if whole else math.nan
         self.still = stands_still(self.record.loss)
+        self.lost_at = lost_from(self.record.loss)
         self.spikes = find_spikes(self.record)
         self._note_gaps()
         self._note_oddities()
@@ -159,7 +161,7 @@ class Facts:
         gap = int(np.median(gaps)) if gaps.size else 1
         if gap > 1:
             self.notes.append(
-                f"the log has every {gap}th step: spikes between them are not in it, "
+                f"the log has every {ordinal(gap)} step: spikes between them are not in it, "
                 "and some loggers write the mean since the last line."
             )
 
@@ -204,7 +206,7 @@ class Facts:
     @property
     def healthy(self) -> Floats | None:
         """The norms before the loss rose for good; None if it did not."""
-        cut = lost_from(self.record.loss)
+        cut = self.lost_at
         if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
             return None
         usable = is_finite(self.record.norm)
@@ -227,8 +229,8 @@ class Facts:
             )
         if self.norm.size < FEWEST:
             return (
-                f"{self.norm.size} usable norms are too few; record at least {FEWEST}, "
-                "better a few hundred steps."
+                f"{counted(self.norm.size, 'usable norms are')} too few; record at "
+                f"least {FEWEST}, better a few hundred steps."
             )
         if not self._varies():
             return f"every norm is {self.norm[0]:.4g}: such a log says nothing."
@@ -288,9 +290,10 @@ class Facts:
         """Return what little a run says that was lost: the norms before."""
         limit = rounded_up(float(np.median(before)))
         reason = (
-            "the loss rose early and never came back, so that the later norms are "
-            f"those of a broken model: {limit:g} is the median of the "
-            f"{before.size} norms before. Run again with it, and ask again."
+            f"the loss rose for good at step {self.record.step[self.lost_at]}, so that "
+            f"the later norms are those of a broken model: {limit:g} is the median of "
+            f"the {counted(before.size, 'norms')} before. Run again with it, and ask "
+            "again."
         )
         return limit, Norm(limit, p=self.measured.p), "low", [reason]
 
@@ -301,7 +304,10 @@ class Facts:
                 f"{self.in_force:g} was in force and is just above the typical norm: "
                 "there is nothing to change."
             )
-        limit = rounded_up(self.quantiles[0.9][0])
+        # Never past the next norms: of narrow ones, two digits would clip none.
+        digits = (rounded_up(self.quantiles[0.9][0], n) for n in range(2, 7))
+        limit = next((x for x in digits if x <= self.quantiles[0.95][0]), None)
+        limit = limit or self.quantiles[0.9][0]
         return limit, (
             f"{limit:g} is the 90th percentile of the norms"
             f"{' after the warm-up' if self.warmup else ''}: just above the typical "
@@ -345,7 +351,9 @@ class Facts:
         """Return the published rules of thumb, with what they would clip."""
         if not self.steady.size:
             return ()
-        mean, ordered = float(np.mean(self.steady)), np.sort(self.steady)
+        ordered = np.sort(self.steady)
+        # Of norms near 1e308, the sum overflows.
+        mean = float(np.mean(ordered / ordered[-1]) * ordered[-1])
         median = float(np.median(self.steady))
         rows = (
             ("half the mean", mean / 2, "Pascanu 2013, lower end"),
@@ -365,7 +373,7 @@ def _too_few(before: Floats) -> str:
     if before.size >= FEWEST_BEFORE:
         return ""
     told = (
-        f"of the {before.size} norms before the median says nothing"
+        f"of the {counted(before.size, 'norms')} before the median says nothing"
         if before.size
         else "no norm before that is usable"
     )
@@ -451,13 +459,13 @@ def regime(rate: float) -> str:
     return "always on" if rate > ALWAYS_ON else "in between"
 
 
-def rounded_up(value: float) -> float:
-    """Return the next number with the two digits that a limit deserves.
+def rounded_up(value: float, digits: int = 2) -> float:
+    """Return the next number with the two digits that a limit deserves, or more.
 
     Example:
         >>> rounded_up(1.234), rounded_up(0.5), rounded_up(1961.0)
         (1.3, 0.5, 2000.0)
     """
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     # 0.14 / 0.01 is a little above 14, which would be rounded up to 0.15.
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}")

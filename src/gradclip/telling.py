@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gradclip.wording import counted, sentence
+
 if TYPE_CHECKING:
     from gradclip.advice import Advice
 
@@ -35,17 +37,13 @@ def _lines(advice: "Advice") -> Iterator[str]:
         share = f"{rate:.1%} of the finite norms{apart}"
         yield f"Limit {advice.limit:g} clips {share}: {advice.regime}."
     yield from (f"  - {sentence(reason)}" for reason in advice.reasons)
-    yield f"Norms: {advice.steps} steps, of them {advice.nonfinite} not finite."
+    steps = counted(advice.steps, "steps")
+    yield f"Norms: {steps}, of them {advice.nonfinite} not finite."
     yield from _numbers(advice)
     yield from _spikes(advice)
     if advice.notes:
         yield "Noticed:"
         yield from (f"  - {sentence(note)}" for note in advice.notes)
-
-
-def sentence(text: str) -> str:
-    """Return a text that begins with a capital, unless it begins with a name."""
-    return text[0].upper() + text[1:]
 
 
 def _numbers(advice: "Advice") -> Iterator[str]:
@@ -56,7 +54,9 @@ def _numbers(advice: "Advice") -> Iterator[str]:
         yield f"  {share:>10.0%}   {value:<10.4g} {low:.4g} to {high:.4g}"
     drift = f"drift: last fifth / first fifth = {advice.drift:.2f}"
     yield f"  {drift}; {_tail(advice.tail)}"
-    yield "Rules of thumb        limit      clips"
+    # Zeros and the warm-up are not among them, as they are in the line at the top.
+    apart = " (of the norms in this table)" if advice.warmup or advice.zeros else ""
+    yield f"Rules of thumb        limit      clips{apart}"
     for expert in advice.experts:
         row = f"  {expert.name:<20}{expert.limit:<10.4g} {expert.clip_rate:<7.1%}"
         yield f"{row} {expert.source}"
@@ -76,7 +76,8 @@ def _spikes(advice: "Advice") -> Iterator[str]:
         return
     share = len(spikes) / advice.steps
     shown = min(len(spikes), SHOWN)
-    yield f"{len(spikes)} spikes ({share:.2%} of the steps); the largest {shown}:"
+    many = f"; the largest {shown}" if shown > 1 else ""
+    yield f"{counted(len(spikes), 'spikes')} ({share:.2%} of the steps){many}:"
     for spike in spikes[:SHOWN]:
         carried = ", ".join(f"{name} {norm:.3g}" for name, norm in spike.tensors)
         tail = f"  carried by {carried}" if carried else ""

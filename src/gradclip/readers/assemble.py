@@ -44,7 +44,8 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
     record = replace(record, format=format, column=name, networks=networks)
     if networks:
         notes.append(
-            f"read {name}; {', '.join(networks)} belong to other networks: "
+            f"read {name}; {', '.join(networks)} "
+            f"belong{'' if networks[1:] else 's'} to other networks: "
             "name them with column=… (--column)."
         )
     if norm.bad:

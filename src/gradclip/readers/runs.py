@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from gradclip.record import Floats, Steps
+from gradclip.wording import counted
 
 ALIVE = 20
 """After how many rows of others a thread counts as ended."""
@@ -63,7 +64,8 @@ def _without_repeats(
     swap = np.flatnonzero(same & np.isnan(norm[:-1]) & ~np.isnan(norm[1:]))
     repeated[swap + 1], repeated[swap] = False, True
     count = int(repeated.sum())
-    notes = [f"{count} rows repeat the step before and were left out."] if count else []
+    told = f"{counted(count, 'rows repeat the step before and were')} left out."
+    notes = [told] if count else []
     return np.flatnonzero(~repeated).tolist(), notes
 
 
@@ -128,8 +130,9 @@ def _joined(
     if resumed:
         notes = [
             *notes,
-            f"resumed {resumed} times from an earlier step: the newest branch counts, "
-            f"and {dropped} steps that it replaces were left out.",
+            f"resumed {counted(resumed, 'times')} from an earlier step: the newest "
+            f"branch counts, and the {counted(dropped, 'steps that it replaces were')} "
+            "left out.",
         ]
     if len(runs) > 1:
         how = "jobs that took turns" if jobs else "runs, one after the other,"
