@@ -484,3 +484,27 @@ def test_a_factor_that_float32_cannot_hold_is_not_left_to_a_fused_step(size, lim
     optimizer.step()
     want = torch.tensor([-0.6, -0.8])
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=0)
+
+
+def test_a_report_that_is_read_while_another_thread_clips_is_not_kept(monkeypatch):
+    from gradclip.torch import clipper as module
+
+    p = torch.nn.Parameter(torch.zeros(2))
+    attached = attach(torch.optim.SGD([p], lr=0.1), gc.Norm(1.0), doctor=())
+
+    def step(size):
+        p.grad = size * torch.tensor([3.0, 4.0])
+        attached.optimizer.step()
+
+    original = module.in_tensors
+
+    def while_another_step_is_made(info):
+        monkeypatch.setattr(module, "in_tensors", original)
+        step(10.0)
+        return original(info)
+
+    step(1.0)
+    monkeypatch.setattr(module, "in_tensors", while_another_step_is_made)
+    assert float(attached.info.norm) == 5.0
+    assert float(attached.info.norm) == 50.0
+    assert attached.info is attached.info

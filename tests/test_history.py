@@ -527,3 +527,17 @@ def test_a_run_is_waited_for_before_there_is_a_file(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(watching.time, "sleep", ended)
     watching.follow(tmp_path / "run.jsonl", once=False, every=1.0)
     assert "Waiting for the first steps" in capsys.readouterr().out
+
+
+def test_who_takes_a_step_back_to_try_it_again_is_one_clipper(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    clipper = gc.Clipper(gc.Norm(1.0), history=history)
+    for i in range(30):
+        saved = clipper.state_dict()
+        clipper.clip(np.array([1.0 + i]))
+        if i % 5 == 4:
+            clipper.load_state_dict(saved)
+            clipper.clip(np.array([100.0 + i]))
+    history.flush()
+    norm = gc.History.load(history.path).norm
+    assert norm[4::5].tolist() == [104.0 + i for i in range(0, 30, 5)]

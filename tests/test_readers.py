@@ -19,10 +19,13 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import gradclip as gc
+from gradclip.readers.assemble import assemble
+from gradclip.readers.columns import Columns
 from gradclip.readers.runs import split_runs
 from gradclip.record import LogError
 
 FIXTURES = Path(__file__).parent / "fixtures"
+FEW = ("1,148", "0,594", "1,002")
 MEGATRON = (
     " iteration {step:8d}/     500 | consumed samples: {step:12d} | elapsed time per "
     "iteration (ms): 6779.2 | learning rate: 4.687E-08 | global batch size:    32 | lm "
@@ -971,3 +974,50 @@ def test_damage_to_any_fixture_is_survived_or_refused(tmp_path_factory, data):
     except LogError:
         refused = True
     assert refused or len(history) == history.step.size > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("log.csv", 'step,grad_norm\n0,"1,148"\n1,"0,594"\n2,"1,002"\n'),
+        ("log.tsv", "step\tgrad_norm\n0\t1,148\n1\t0,594\n2\t1,002\n"),
+        ("log.txt", "".join(f"step {i} grad_norm {x}\n" for i, x in enumerate(FEW))),
+        (
+            "log.jsonl",
+            "".join(f'{{"step": {i}, "grad_norm": "{x}"}}\n' for i, x in enumerate(FEW)),
+        ),
+    ],
+)
+def test_a_comma_is_the_decimal_sign_where_one_cell_can_mean_nothing_else(
+    tmp_path, name, text
+):
+    (tmp_path / name).write_text(text)
+    assert gc.History.load(tmp_path / name).norm.tolist() == [1.148, 0.594, 1.002]
+
+
+def test_a_run_that_another_overlaps_almost_whole_is_not_resumed_by_it():
+    runs, notes = steps_of([*range(0, 4000, 10), *range(10, 4010, 10)])
+    assert runs == [list(range(0, 4000, 10)), list(range(10, 4010, 10))]
+    assert "2 runs, one after the other, are in this log" in notes
+
+
+def test_rows_without_an_order_are_put_in_that_of_their_steps():
+    step = np.random.default_rng(0).permutation(200)
+    runs, notes = steps_of(step)
+    assert runs == [list(range(200))]
+    assert "in no order" in notes
+
+
+def test_steps_that_were_tried_again_leave_one_run():
+    runs, notes = steps_of([*range(5), *range(4, 10), *range(9, 15), *range(14, 20)])
+    assert runs == [list(range(20))]
+    assert "resumed 3 times" in notes
+
+
+def test_steps_with_fractions_are_counted():
+    columns = Columns()
+    for i in range(30):
+        columns.add({"step": i / 2, "grad_norm": 1.0 + i})
+    record = assemble(columns, "log", "CSV")
+    assert record.step.tolist() == list(range(30))
+    assert any("0.5 are no whole numbers" in note for note in record.notes)

@@ -161,8 +161,8 @@ class Facts:
         gap = int(np.median(gaps)) if gaps.size else 1
         if gap > 1:
             self.notes.append(
-                f"the log has every {ordinal(gap)} step: spikes between them are not in it, "
-                "and some loggers write the mean since the last line."
+                f"the log has every {ordinal(gap)} step: spikes between them are not "
+                "in it, and some loggers write the mean since the last line."
             )
 
     def _note_oddities(self) -> None:

@@ -5,7 +5,6 @@ written with one call. A file that cannot be written costs the record, never the
 """
 
 import atexit
-import contextlib
 import json
 import math
 import os
@@ -47,9 +46,12 @@ class Recorder:
 
     def __del__(self) -> None:
         """Write what is left, where a history ends before the program does."""
-        # At the very end of a program there may be nothing left to write with.
-        with contextlib.suppress(Exception):
+        # At the very end of a program there may be nothing left to write with, nor
+        # `contextlib.suppress`.
+        try:  # noqa: SIM105
             self.flush()
+        except Exception:
+            pass
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the buffer: a copy must not write it once more."""
@@ -190,12 +192,13 @@ def process_rank() -> int:
 
 
 def take_turns(numbers: Sequence[int]) -> bool:
-    """Return whether steps go back, and then on from before, time and again.
+    """Return whether steps go back, and then on from before, about every second time.
 
-    Who goes back to a checkpoint goes on from there.
+    Who goes back to a checkpoint goes on from there, and not as often.
     """
-    steps = zip(numbers, numbers[1:], numbers[2:], strict=False)
-    return sum(b <= a and c == a + 1 for a, b, c in steps) > 2
+    steps = list(zip(numbers, numbers[1:], numbers[2:], strict=False))
+    turns = sum(b <= a and c == a + 1 for a, b, c in steps)
+    return turns > 2 and sum(b <= a for a, b, _ in steps) > 0.4 * len(steps)
 
 
 def step_lines(

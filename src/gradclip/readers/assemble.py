@@ -124,6 +124,9 @@ def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
     step = _filled(step)
     if column.rounded:
         return _unrounded(step)
+    if np.any(step != np.floor(step)):
+        note = f"steps such as {step[step != np.floor(step)][0]:g} are no whole numbers"
+        return count, [f"{note}; they were counted from 0."]
     if (epochs := columns.found.get("epoch")) and name.lower() != "epoch":
         step = _through_epochs(step, _aligned(epochs, rows))
     return step.astype(np.int64), []

@@ -9,6 +9,9 @@ from typing import Any
 
 WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
 ROUNDED = re.compile(r"(?:\.(\d*))?e\+(\d+)")
+COMMA = re.compile(r"[-+]?\d+,\d+")
+GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+"""A number whose digits are parted by commas."""
 WHOLE = 2.0**53
 """From here on a float skips integers, so that it cannot be a step."""
 NAMED = {"nan", "inf", "infinity", "-inf", "-infinity", "+inf", "null", "none", "-nan"}
@@ -24,6 +27,10 @@ class Column:
         """How many cells hold no number, and what the first of them holds."""
         self.rounded = False
         """Whether a number came as `2.06e+04`, so that its last digits are lost."""
+        self._doubtful = array("q")
+        """Which numbers came as `1,148`, that could be either."""
+        self._decimal = False
+        """Whether one came as `0,594`, in which the comma is the decimal sign."""
 
     def add(self, row: int, text: Any) -> None:
         """Take in what stands in a row, if it is a number."""
@@ -35,9 +42,23 @@ class Column:
             return
         self.rows.append(row)
         self.values.append(value)
-        if isinstance(text, str) and (found := ROUNDED.search(text)):
+        if not isinstance(text, str):
+            return
+        if found := ROUNDED.search(text):
             decimals, exponent = found.groups()
             self.rounded |= len(decimals or "") < int(exponent)
+        if found := COMMA.fullmatch(text.strip()):
+            self._weigh_comma(bool(GROUPED.fullmatch(found.group())))
+
+    def _weigh_comma(self, doubtful: bool) -> None:
+        """Take the numbers with a comma as decimal ones, once one cannot be another."""
+        if doubtful:
+            self._doubtful.append(len(self.values) - 1)
+        self._decimal |= not doubtful
+        if self._decimal:
+            for i in self._doubtful:
+                self.values[i] /= 1000
+            self._doubtful = array("q")
 
 
 class Columns:
@@ -87,10 +108,6 @@ def parsed(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
-"""A number whose digits are parted by commas."""
 
 
 def number(text: Any) -> float | None:

@@ -17,6 +17,10 @@ from gradclip.wording import counted
 
 ALIVE = 20
 """After how many rows of others a thread counts as ended."""
+AFRESH = 20
+"""Of a run that is resumed, more than one part in so many is kept."""
+MOST = 20
+"""More threads than this that take turns are no jobs, but rows without an order."""
 
 
 @dataclass
@@ -48,7 +52,18 @@ def split_runs(
         notes = ["the newest step stands first; the steps were turned round."]
         return [list(range(step.size))[::-1]], notes
     rows, notes = _without_repeats(step, norm, starts)
-    return _joined(_threads(step, rows), step, notes)
+    threads = _threads(step, rows)
+    if (
+        len(threads) > MOST
+        and _take_turns(threads)
+        and np.unique(step).size == len(rows)
+    ):
+        notes = [
+            *notes,
+            "the rows are in no order; they were put in that of their steps.",
+        ]
+        return [sorted(rows, key=step.__getitem__)], notes
+    return _joined(threads, step, notes)
 
 
 def _without_repeats(
@@ -105,8 +120,16 @@ def _continued(recent: list[Thread], at: int, row: int, again: bool) -> Thread |
     # After a hole no thread fits, and the one that wrote last goes on.
     if recent and at > recent[0].last:
         return recent[0]
-    later = [t for t in alive if at > t.last]
+    # A branch that was left does not go on, other than a job that was overtaken.
+    begun = max((t.rows[0] for t in recent), default=0)
+    later = [t for t in alive if at > t.last and t.rows[-1] > begun]
     return min(later, key=lambda t: at - t.last, default=None)
+
+
+def _take_turns(threads: Sequence[Thread]) -> bool:
+    """Return whether a thread goes on behind the first row of the next one."""
+    # A resumed run begins behind the last row of the one before.
+    return any(a.rows[-1] > b.rows[0] for a, b in pairwise(threads))
 
 
 def _joined(
@@ -115,15 +138,14 @@ def _joined(
     """Put threads together that follow each other; the newest branch replaces."""
     runs: list[list[int]] = []
     dropped = resumed = 0
-    # A resumed run begins behind the last row of the one before.
-    jobs = any(a.rows[-1] > b.rows[0] for a, b in pairwise(threads))
+    jobs = _take_turns(threads)
     for thread in threads:
         first = int(step[thread.rows[0]])
-        # What begins before the first step of a run does not resume it.
-        if jobs or not runs or first <= int(step[runs[-1][0]]):
+        kept = [row for row in runs[-1] if step[row] < first] if runs else []
+        # What leaves hardly a row of a run does not resume it: it is another one.
+        if jobs or not runs or len(kept) <= len(runs[-1]) / AFRESH:
             runs.append(thread.rows)
             continue
-        kept = [row for row in runs[-1] if step[row] < first]
         dropped += len(runs[-1]) - len(kept)
         resumed += 1
         runs[-1] = kept + thread.rows

@@ -1,20 +1,17 @@
 """Tables: CSV with any delimiter, and Parquet."""
 
 import csv
-import re
-import sys
-from collections.abc import Container, Iterable, Sequence
-from itertools import chain, count, islice, zip_longest
+from collections.abc import Iterable
+from itertools import chain, count, islice
 from pathlib import Path
 
 from gradclip.readers.choice import NORM, STEPS
-from gradclip.readers.columns import GROUPED, Columns, number
+from gradclip.readers.columns import Columns, number
 from gradclip.record import LogError
 
 DELIMITERS = ",\t;"
-COMMA = re.compile(r"[-+]?\d+,\d+")
 SOME = 1000
-"""Lines in which a decimal comma is looked for."""
+"""Lines in which the sign between cells is looked for."""
 
 
 def delimiter_of(head: str) -> str | None:
@@ -62,7 +59,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     sign = delimiter_of("".join([first, *some])) or max(DELIMITERS, key=first.count)
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
-    lines, commas = chain(some, lines), _with_commas(some, sign)
+    lines = chain(some, lines)
     # A crash may leave NUL in a file, which csv refuses before Python 3.11.
     rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
     while True:
@@ -74,8 +71,9 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             ) from None
         if cells is None:
             break
-        if commas:
-            cells = [_with_point(x) if i in commas else x for i, x in enumerate(cells)]
+        # Spreadsheets part cells by it where the comma is the decimal sign.
+        if sign == ";":
+            cells = list(map(_with_point, cells))
         if len(cells) == len(names):
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
@@ -97,25 +95,6 @@ def _apart(names: Iterable[str]) -> list[str]:
     for name in names:
         others = (f"{name}.{i}" for i in count(1))
         found.append(next(x for x in chain([name], others) if x not in found))
-    return found
-
-
-def _with_commas(lines: Sequence[str], sign: str) -> Container[int]:
-    """Return the columns of a table in which the comma is the decimal sign.
-
-    Between tabs, 1,234 could be either, unless others are no groups of three.
-    """
-    # Spreadsheets part cells by it where the comma is the decimal sign.
-    if sign == ";":
-        return range(sys.maxsize)
-    if sign == ",":
-        return ()
-    found = set()
-    for i, cells in enumerate(zip_longest(*csv.reader(lines, delimiter=sign))):
-        plainly = [cell.strip() for cell in cells if cell]
-        fractions = [x for x in plainly if COMMA.fullmatch(x)]
-        if any(not GROUPED.fullmatch(x) for x in fractions):
-            found.add(i)
     return found
 
 

@@ -107,6 +107,7 @@ class Clipper:
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
         self._info: Info | None = None
+        self._made: tuple[Info, Info] | None = None
         named = named_parameters(params)
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
@@ -136,10 +137,14 @@ class Clipper:
     @property
     def info(self) -> Info | None:
         """What the latest clip did, in tensors; None before the first."""
+        found, made = self._info, self._made
+        if found is None or isinstance(found.norm, Tensor):
+            return found
         # Made when it is looked at: it takes as long as the norm of a small network.
-        if self._info is not None and not isinstance(self._info.norm, Tensor):
-            self._info = in_tensors(self._info)
-        return self._info
+        # Kept with what it is made from, since another thread may clip meanwhile.
+        if made is None or made[0] is not found:
+            made = self._made = found, in_tensors(found)
+        return made[1]
 
     @torch.no_grad()
     def clip_(self) -> Info:
