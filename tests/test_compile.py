@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradclip as gc
-from gradclip.torch import Clipper, clip_grad_norm_, clip_grad_value_
+from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
 
 
 def parameters(seed=0, size=3.0):
@@ -73,3 +73,32 @@ def test_a_memory_goes_on_between_compiled_and_other_steps(rule):
     assert int(one["step"]) == 16
     for name, x in two.items():
         torch.testing.assert_close(one[name], x, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "options", "bad"),
+    [
+        (torch.optim.SGD, {"fused": True}, False),
+        (torch.optim.AdamW, {"fused": True}, True),
+        (torch.optim.AdamW, {}, True),
+    ],
+)
+def test_a_compiled_step_clips_as_another_one(kind, options, bad):
+    torch.compiler.reset()
+    sides = []
+    for compiles in (False, True):
+        params = parameters()
+        optimizer = kind(params, lr=0.1, **options)
+        attached = attach(optimizer, gc.Norm(0.1), doctor=())
+        step = optimizer.step
+        if compiles:
+            step = torch.compile(lambda call=step: call(), backend="aot_eager")
+        for i in range(4):
+            for p, new in zip(params, parameters(i), strict=True):
+                p.grad = new.grad * (math.nan if bad and i == 2 else 1)
+            step()
+        sides.append((params, attached.info))
+    for a, b in zip(*(params for params, _ in sides), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert int(sides[0][1].skipped) == int(sides[1][1].skipped) == bad

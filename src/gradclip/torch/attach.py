@@ -320,6 +320,8 @@ class Attached(Clipper):
             # A loss scaler finds its scale by overflowing, and skips such a step.
             policy = "skip"
         fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        # Compiled code loses what a hook sets on an optimizer that it breaks off at.
+        fused = fused and not torch.compiler.is_compiling()
         verbs = self._verbs(found, scale, fused)
         info = self._run(found, verbs, policy)
         self._check_skips()
