@@ -1018,3 +1018,51 @@ def test_steps_with_fractions_are_counted():
     record = assemble(columns, "log", "CSV")
     assert record.step.tolist() == list(range(30))
     assert any("0.5 are no whole numbers" in note for note in record.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", "step,grad_norm\n0,1.2 au\n1,1.3 au\n", "grad_norm holds a number.*au"),
+        ("a.jsonl", '{"grad_norm": [1]}\n{"grad_norm": [2]}\n', "number, but lists"),
+        ("a.json", "[1.5, 2.5]", "a JSON list of float"),
+        ("b.json", '{"step": [0, 1], "grad_norm": [1.5]}', "grad_norm has 1 entries"),
+        ("c.csv", "step,log_grad_norm\n0,1.5\n", "it has log_grad_norm, step"),
+        ("d.csv", "step,grad_norm_ratio\n0,1.5\n", "it has grad_norm_ratio, step"),
+    ],
+)
+def test_what_is_no_norm_is_said_to_be_there(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LogError, match=told):
+        gc.History.load(tmp_path / name)
+
+
+def test_another_kind_is_no_history_without_steps(tmp_path):
+    (tmp_path / "a.csv").write_text("step,grad_norm\n0,1.5\n")
+    with pytest.raises(LogError, match="line 1 is none of its lines"):
+        gc.History.load(tmp_path / "a.csv", format="gradclip")
+    with pytest.raises(LogError, match="no event file"):
+        gc.History.load(tmp_path, format="tensorboard")
+
+
+def test_a_folder_with_a_history_is_read(tmp_path):
+    for i in (1, 2, 10):
+        path = tmp_path / f"run-{i}" / "run.jsonl"
+        with gc.History(path) as history:
+            gc.Clipper(gc.Norm(1.0), history=history).clip(np.array([float(i)]))
+    (tmp_path / "other.jsonl").write_text('{"grad_norm": 5}\n')
+    history = gc.History.load(tmp_path)
+    assert history.norm.tolist() == [10.0]
+    assert any("run-10/run.jsonl was read" in note for note in history.notes)
+
+
+def test_norms_are_read_deep_in_a_row_in_one_column_and_as_arrays(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"m": {"train": {"grad_norm": 1.5}}}\n')
+    (tmp_path / "a.csv").write_text("grad_norm\n1.5\n2.5\n")
+    (tmp_path / "a.log").write_text(
+        'step 3 grad_norm tensor(1.5, device="cuda:0")\n'
+        "step 4 grad_norm np.float32(2.5)\n"
+    )
+    names = ("a.jsonl", "a.csv", "a.log")
+    found = [gc.History.load(tmp_path / name).norm.tolist() for name in names]
+    assert found == [[1.5], [1.5, 2.5], [1.5, 2.5]]

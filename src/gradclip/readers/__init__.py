@@ -104,11 +104,20 @@ def _inside(path: Path, format: str | None) -> Path:
     for name in KNOWN_FILES:
         if found := sorted(path.rglob(name), key=_natural):
             return found[-1]
+    own = [x for x in path.rglob("*.jsonl") if x.stat().st_size and _is_own(x)]
+    if own:
+        return max(own, key=_natural)
     inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
     raise LogError(
         f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "
         "the file."
     )
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file is a history of gradclip's."""
+    with path.open("rb") as file:
+        return file.read(12).startswith(b'{"gradclip":')
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -157,6 +166,7 @@ def _guess_text(head: str) -> str:
     if text[0] in "{[" and text[1:].lstrip()[:1] in ("", '"', "{", "[", "]", "}"):
         return "json" if not _lines_of_json(lines) else "jsonl"
     table = tabular.delimiter_of(head) or tabular.is_heading(text)
+    table = table or tabular.is_one_column(text)
     return "csv" if table else "console"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradclip.readers.columns import Columns
 from gradclip.record import LogError
+from gradclip.wording import sentence
 
 # Whole words only: avg_norm and img_norm end in a g as well.
 NORM = re.compile(
@@ -27,8 +28,11 @@ LIMIT = re.compile(
 AFTER = re.compile(
     r"(?<![a-z])after|(?-i:After)|post[\W_]*clip|(?<!un)clipped(?![a-z])", re.IGNORECASE
 )
-EXTREME = re.compile(r"__(?:MIN|MAX)$")
-"""Weights & Biases exports the range of each column beside it."""
+OTHER = re.compile(
+    r"__(?:MIN|MAX)$|(?i:(?<![a-z])log_grad"
+    r"|norms?[\W_]*(?:ratio|sq(?:uared?)?|log|std|var)(?![a-z]))"
+)
+"""What is made of a norm; Weights & Biases exports the range of each column."""
 RUN = re.compile(r"^.+ - ")
 """What it puts before a column: the name of the run."""
 AVERAGE = re.compile(r"avg|average|mean|(?:^|[\W_])ema", re.IGNORECASE)
@@ -85,13 +89,22 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     # The bare word may be a norm of anything, where a gradient's has its name.
     found = [name for name in columns.found if NORM.search(_own(name))]
     found = found or [name for name in columns.found if name == "norm"]
-    found = [x for x in found if not (_is_limit(x) or EXTREME.search(x))]
-    found = [name for name in found if len(columns.found[name].values)]
+    found = [x for x in found if not (_is_limit(x) or OTHER.search(x))]
+    empty = [name for name in found if not len(columns.found[name].values)]
+    found = [name for name in found if name not in empty]
+    if not found and empty:
+        first = columns.found[empty[0]].first_bad
+        held = f"such as {first[:40]!r}" if first else "but lists, or nothing at all"
+        raise LogError(
+            f"{source}: no cell of {empty[0]} holds a number, {held}; write plain "
+            "numbers there, or name another column with column=… (--column)."
+        )
     if not found:
         shown = ", ".join(columns.names[:20]) or "nothing that looks like a number"
+        noted = "".join(f" {sentence(note)}" for note in columns.notes)
         raise LogError(
             f"{source}: no gradient norm in it; it has {shown}. If one of them is the "
-            "norm before clipping, name it with column=… (--column)."
+            f"norm before clipping, name it with column=… (--column).{noted}"
         )
     before = [name for name in found if not AFTER.search(_own(name))]
     if not before:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
@@ -75,12 +75,9 @@ class Columns:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in one row."""
-        for name, value in row.items():
-            if isinstance(value, Mapping):
-                for inner, deeper in value.items():
-                    self._put(f"{name}/{inner}", deeper)
+        for name, value in _flat(row):
             # A null may stand for a norm, and makes no column of anything else.
-            elif value is not None or name in self.found or "norm" in name:
+            if value is not None or name in self.found or "norm" in name:
                 self._put(name, value)
         self.count += 1
 
@@ -100,6 +97,16 @@ class Columns:
     def names(self) -> list[str]:
         """The names of all columns, with or without numbers."""
         return sorted([*self.found, *self.ignored])
+
+
+def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the cells of a row; those in a dictionary under the names of both."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            for inner, deeper in _flat(value):
+                yield f"{name}/{inner}", deeper
+        else:
+            yield name, value
 
 
 def parsed(line: str) -> Any:

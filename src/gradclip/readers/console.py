@@ -15,6 +15,8 @@ NUMBER = (
 )
 # Colours of 24 bits may be written with colons.
 COLOURS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
+WRAPPED = re.compile(rf"(?:tensor|Array|np\.float\d+)\(\s*({NUMBER})\s*(?:,[^()]*)?\)")
+"""How a number is printed that is an array of a library."""
 BARE = re.compile(r"(?<=[:\s\[,])(-?)(?:nan|NaN|inf|Infinity)(?=\s*[,}\]])")
 LIMIT = re.compile(
     r"(?<![a-zA-Z])(?:max_grad_norm|clip[-_]grad(?:_norm)?|grad(?:ient)?[-_]clip(?:ping"
@@ -175,6 +177,7 @@ def _rows(
     for raw in lines:
         # torchtitan colours its fields, and some logs are padded with wide spaces.
         line = COLOURS.sub("", raw).replace("\u3000", " ")
+        line = WRAPPED.sub(r"\1", line) if "(" in line else line
         if cell := BOX.match(line) or (box and BELOW.match(line)):
             box[cell["name"]] = cell["value"]
             continue

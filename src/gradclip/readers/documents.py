@@ -38,6 +38,11 @@ def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, 
         _add_all(document["log_history"], columns)
         return columns, "Hugging Face trainer state"
     if isinstance(document, list):
+        if document and not any(isinstance(x, dict) for x in document):
+            raise LogError(
+                f"{path}: a JSON list of {type(document[0]).__name__}, and not of "
+                'steps such as {"step": 0, "grad_norm": 1.5}.'
+            )
         _add_all(document, columns)
         return columns, "JSON list"
     lists = _lists(document)
@@ -47,6 +52,13 @@ def columns_of(document: Any, path: Path, column: str | None) -> tuple[Columns, 
         raise LogError(
             f"{path}: JSON that holds no list of steps; it has {held[:200]}."
         )
+    whole = max(map(len, lists.values()))
+    for name, x in document.items():
+        if isinstance(x, list) and name not in lists and "norm" in name:
+            columns.notes.append(
+                f"{name} has {len(x)} entries where others have {whole}, and was left "
+                "out."
+            )
     for values in zip(*lists.values(), strict=True):
         columns.add(dict(zip(lists, values, strict=True)))
     return columns, "JSON columns"

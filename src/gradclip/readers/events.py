@@ -60,6 +60,8 @@ def read(path: Path, column: str | None) -> Columns:
         ModuleNotFoundError: If tensorboard is not installed.
     """
     columns, files = Columns(column), event_files(path)
+    if not files:
+        raise LogError(f"{path}: no event file of TensorBoard's is in this folder.")
     # The loss of a step may be in another file than its norm.
     gathered = Gathered(columns, MOST if len(files) == 1 else math.inf)
     for file in files:

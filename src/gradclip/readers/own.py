@@ -99,6 +99,11 @@ def read(path: Path) -> Record:
     check_version(found.heads, path)
     columns = {name: np.frombuffer(x).copy() for name, x in found.columns.items()}
     if not columns["norm"].size:
+        if not found.heads and found.damaged:
+            raise LogError(
+                f"{path}: no history of gradclip's; line {found.damaged[0]} is none of "
+                "its lines, nor is any other. Without format=… the kind is guessed."
+            )
         raise LogError(
             f"{path}: a history without steps; the run ended before the first."
         )

@@ -46,6 +46,15 @@ def is_heading(text: str) -> bool:
     )
 
 
+def is_one_column(text: str) -> bool:
+    """Return whether a text is the name of a norm, and numbers below it."""
+    name, *cells = [
+        line.strip().strip('"') for line in text.splitlines() if line.strip()
+    ]
+    known = NORM.fullmatch(name) is not None
+    return known and bool(cells) and all(number(x) is not None for x in cells[:2])
+
+
 def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     """Return the columns of a table; rows of another width are left out and counted.
 
