@@ -744,3 +744,18 @@ def test_a_limit_is_not_rounded_past_norms_that_hardly_differ():
     advice = gc.advise(gc.History.of(norm))
     assert np.quantile(norm, 0.9) <= advice.limit <= np.quantile(norm, 0.95)
     assert advice.clip_rate(advice.limit) >= 0.05
+
+
+def test_a_replay_refuses_what_it_cannot_tell():
+    norms = np.full(30, -1.5)
+    with pytest.raises(
+        ValueError, match=r"30 of 30 numbers are below 0, such as -1\.5"
+    ):
+        gc.replay(gc.History.of(norms), gc.Norm(1.0))
+    # A step without a norm is written as -1 by some loggers.
+    gc.replay(gc.History.of([1.0, -1.0, 2.0]), gc.Norm(1.0))
+    both = gc.chain(gc.Norm(1.0, over="tensor"), gc.Norm(1.0))
+    with pytest.raises(
+        ValueError, match="at all gradients and at each tensor, in turn"
+    ):
+        gc.replay(gc.History.of([1.0, 2.0]), both)

@@ -33,6 +33,8 @@ WRONG = {
     "outside_closure": "remade",
     "before_sync": "unsynced",
     "twice": "twice",
+    "twice_attached": "twice",
+    "twice_clipper": "twice",
     "clipper_after_step": "used",
     "clipper_before_unscale": "scaled",
 }
@@ -55,6 +57,12 @@ def test_misuse_is_told(name):
     assert "clip" in text[int(line) - 1]
 
 
+def test_the_first_wrong_call_is_dated_where_no_optimizer_has_its_parameters():
+    ledger, _ = seen("wrong/exhausted_iterator", 5)
+    (found,) = findings(ledger)
+    assert found["first"] == "after step 1 of SGD"
+
+
 @pytest.mark.parametrize("name", PROPER)
 def test_proper_use_is_silent(name):
     ledger, ended = seen(f"right/{name}")
@@ -71,7 +79,8 @@ def test_all_that_happened_is_told():
     ledger, ended = seen("right/norm_then_value", steps=7)
     text = to_text(Path("train.py"), ledger, ended)
     assert "train.py was ended after step 7; backward() was called 7 times." in text
-    assert "SGD: 7 steps; before 7 of them a clip was called, for 4 of its 4" in text
+    told = "SGD: 7 steps; 7 of them with gradients as a clip had left them (4 of its 4"
+    assert told in text
     fired = r"7 calls, 7 of them clipped; norm [\d.]+ to [\d.]+, limit 0.1; 4 of 4"
     assert re.search(fired, text)
     assert "6 without a limit, to measure" in text

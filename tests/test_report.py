@@ -254,3 +254,9 @@ def test_a_run_without_tensors_beside_one_that_has_them(tmp_path, history):
         gc.History.from_record(replace(record, tensors=none), None), tmp_path
     )
     assert run["heat"] is None
+
+
+def test_a_page_is_written_whole_whatever_the_name_and_the_folder(tmp_path):
+    out = tmp_path / "new" / "page.html"
+    write_report([("a\udcff.csv", gc.History.of(np.full(50, 2.0)))], out)
+    assert "a?.csv" in out.read_text("utf-8")

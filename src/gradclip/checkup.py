@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from gradclip.exits import FAILED, INTERRUPTED, REFUSED
 from gradclip.torch.ledger import EFFECTIVE, INSIDE, MEASURES, Clip, Ledger
 from gradclip.torch.observing import Enough, observing
+from gradclip.wording import counted
 
 
 class Fault(NamedTuple):
@@ -237,8 +238,9 @@ def to_text(script: Path, ledger: Ledger, ended: Ended) -> str:
     if not any(s.steps for s in ledger.steppers):
         parts.append("No torch optimizer took a step in this process.")
     parts += [
-        f"{s.name}: {s.steps} steps; before {s.clipped_for} of them a clip was called, "
-        f"for {s.covered} of its {s.params} parameters."
+        f"{s.name}: {counted(s.steps, 'steps')}; {s.clipped_for} of them with "
+        "gradients as a clip had left them "
+        f"({s.covered} of its {s.params} parameters)."
         for s in ledger.steppers
     ]
     parts += [f"\n{line.site}\n{told(line)}" for line in lines_of(ledger)]
@@ -262,7 +264,8 @@ def told(line: Line) -> str:
     )
     return (
         f"    {line.call}\n"
-        f"    {len(clips)} calls, {fired} of them clipped; norm {span(norms)}, limit "
+        f"    {counted(len(clips), 'calls')}, {fired} of them clipped; "
+        f"norm {span(norms)}, limit "
         f"{span(limits)}; {present} of {given} tensors with a gradient\n"
         f"    {places}"
     )

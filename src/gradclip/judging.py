@@ -19,7 +19,7 @@ from gradclip.evidence import (
     transient_length,
 )
 from gradclip.history import is_finite
-from gradclip.record import Floats, Record, kind_of
+from gradclip.record import NOT_TAKEN, Floats, Record, kind_of
 from gradclip.rules import Norm, Percentile, Rule, stages
 from gradclip.ruletext import recorded_rule
 from gradclip.wording import counted, ordinal
@@ -31,8 +31,6 @@ FEWEST_BEFORE = 3
 ALIKE = 2
 """Medians that differ by a factor above this are those of different norms."""
 INSURANCE, ALWAYS_ON = 0.1, 0.5
-NOT_TAKEN = -1
-"""What loggers write for a norm that was not taken, as at a step that was skipped."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from gradclip.ruletext import recorded_rule
 
 Floats: TypeAlias = NDArray[np.float64]
 Steps: TypeAlias = NDArray[np.int64]
+NOT_TAKEN = -1
+"""What loggers write for a norm that was not taken, as at a step that was skipped."""
 
 
 class LogError(ValueError):

@@ -14,7 +14,7 @@ from gradclip.decision import Info, decide
 from gradclip.history import History
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
-from gradclip.record import Floats, Record, Steps, kind_of
+from gradclip.record import NOT_TAKEN, Floats, Record, Steps, kind_of
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
 from gradclip.scalars import Scalars
 
@@ -64,7 +64,8 @@ def replay(
         Limits and factors, and the clip rate.
 
     Raises:
-        ValueError: If the rule needs more than the history holds.
+        ValueError: If the rule needs more than the history holds, and for numbers
+            below 0.
 
     Example:
         >>> import gradclip as gc
@@ -76,6 +77,7 @@ def replay(
     check_rule(rule)
     record = history.recorded
     _check(rule)
+    _check_norms(record)
     norms, bound = _norms(record, rule), rule
     _check_order(record, norms, rule)
     if record.tensors is not None and norms.ndim == 2:
@@ -124,7 +126,8 @@ def _check(rule: Rule) -> None:
         if stage.over in ("unit", "element", "singular"):
             raise ValueError(
                 f"replay: {stage!r} looks at each {stage.over}, and a history holds "
-                "the norm of all gradients; use over='all'."
+                "the norm of all gradients: it can only be tried in training, or a "
+                "rule over 'all' here."
             )
 
 
@@ -134,16 +137,28 @@ def _norms(record: Record, rule: Rule) -> Floats:
     if scopes == {"all"}:
         return record.norm
     tensors = record.tensors
-    if (
-        tensors is None
-        or scopes != {"tensor"}
-        or not np.array_equal(tensors.step, record.step)
-    ):
+    if scopes != {"tensor"}:
+        raise ValueError(
+            f"replay: {rule!r} looks at all gradients and at each tensor, in turn; a "
+            "replay does one or the other, or it can be tried in training."
+        )
+    if tensors is None or not np.array_equal(tensors.step, record.step):
         raise ValueError(
             f"replay: {rule!r} needs the norm of each parameter at every step; record "
-            "them with History(path, tensors_every=1)."
+            "them with History(path, tensors_every=1) and a clipper of gradclip.torch."
         )
     return tensors.norm
+
+
+def _check_norms(record: Record) -> None:
+    """Refuse numbers that are no norms, other than those of steps without one."""
+    low = record.norm[(record.norm < 0) & (record.norm != NOT_TAKEN)]
+    if low.size:
+        raise ValueError(
+            f"replay: {low.size} of {record.norm.size} numbers are below 0, such as "
+            f"{low[0]:.4g}, and no norm is. Another column is named with column=… "
+            "(--column)."
+        )
 
 
 def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:

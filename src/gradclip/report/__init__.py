@@ -11,7 +11,7 @@ def write_report(named: Sequence[tuple[str, History]], out: str | Path) -> None:
 
     Args:
         named: The histories, each with a name; several are compared.
-        out: The file to write; its folder has to exist.
+        out: The file to write; it and its folder are made.
 
     Raises:
         ModuleNotFoundError: If plotly, jinja2 or tsdownsample is not installed.
@@ -30,4 +30,7 @@ def write_report(named: Sequence[tuple[str, History]], out: str | Path) -> None:
             'pip install "gradclip[report]"',
             name=missing.name,
         ) from None
-    out.write_text(render(named), "utf-8")
+    # A name may hold bytes that are no text; whole, or a page would be left empty.
+    page = render(named).encode("utf-8", "replace")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(page)

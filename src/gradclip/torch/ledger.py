@@ -40,7 +40,7 @@ class Clip:
     site: str
     call: str
     after: str
-    """The latest step before it of the optimizer that holds its parameters, if any."""
+    """The latest step before it: of the optimizer of its parameters, or else of any."""
     given: int
     """How many tensors were handed over."""
     present: int
@@ -50,13 +50,14 @@ class Clip:
     clipped: bool = False
     measures: bool = False
     """Whether it has no limit, and is there for the norm."""
+    kind: str = ""
+    """What it does, so that another of its kind is one too many."""
     verdict: str = ""
     detail: str = ""
 
-    @property
-    def kind(self) -> str:
-        """The name of the function, without the library."""
-        return self.call.rpartition(".")[2]
+    def __post_init__(self) -> None:
+        """Take the name of the function, without the library, for what it does."""
+        self.kind = self.kind or self.call.rpartition(".")[2]
 
     def judge(self, verdict: str, detail: str = "") -> None:
         """Say what came of it; the first that is said stays."""
@@ -99,6 +100,7 @@ class Ledger:
         self._left: Any = WeakTensorKeyDictionary()
         self._used: Any = WeakTensorKeyDictionary()
         self._holder: Any = WeakTensorKeyDictionary()
+        self._latest = ""
         self._in_vain: list[tuple[Clip, list[Tensor]]] = []
         self._standing: list[tuple[Tensor, Any, bool]] = []
 
@@ -137,7 +139,7 @@ class Ledger:
             if p in self._left and not self._left[p][1].holds(p):
                 del self._left[p]
         steppers = [s for p in given if (s := self._holder.get(p))]
-        after = steppers[0].latest if steppers else ""
+        after = steppers[0].latest if steppers else self._latest
         clip = Clip(site, call, after, len(given), len(present))
         self.clips.append(clip)
         fresh = [p for p in present if not self._was_used(p)]
@@ -164,9 +166,11 @@ class Ledger:
                 # A clip that comes too late makes no new gradient of an old one.
                 self._used[p] = (self._used[p][0], trace(p))
 
-    def inside_step(self, clip: Clip, given: Sequence[Tensor]) -> None:
-        """Note a clip that a step makes itself: it cannot be out of place."""
-        clip.verdict = INSIDE
+    def inside_step(self, clip: Clip, given: Sequence[Tensor], fresh: Any) -> None:
+        """Note a clip that a step makes itself: in its place, if it is the only one."""
+        if not clip.measures:
+            self._look_for_twin(clip, fresh)
+        clip.judge(INSIDE)
         for p in given:
             if gradient(p) is not None and p in self._holder:
                 self._holder[p].reached.add(id(p))
@@ -249,6 +253,7 @@ class Ledger:
         """Note which gradients are used now; return the number of the step."""
         stepper = self._steppers[optimizer]
         stepper.steps += 1
+        self._latest = stepper.latest
         stepper.clipped_for += bool(stepper.reached)
         stepper.covered = max(stepper.covered, len(stepper.reached))
         for p in params_of(optimizer):

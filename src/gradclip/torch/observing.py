@@ -26,6 +26,7 @@ import gradclip.torch
 import gradclip.torch.functional
 from gradclip.decision import Info
 from gradclip.policy import only_records
+from gradclip.rules import Norm, Rule, Value
 from gradclip.torch.attach import Attached
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.functional import get_total_norm
@@ -134,8 +135,9 @@ class _Watch:
             note.limit, note.norm = numbers["limit"], numbers["norm"]
             note.clipped = bool(numbers["clipped"])
             note.measures = only_records(clipper.rule)
+            note.kind = _kind(clipper.rule) or note.kind
             if inside:
-                self.ledger.inside_step(note, clipper.params)
+                self.ledger.inside_step(note, clipper.params, fresh)
             else:
                 self.ledger.after_clip(note, clipper.params, fresh)
             return info
@@ -238,6 +240,13 @@ def _between(path: Path) -> bool:
         return True
     # Packages may be installed inside of the folder of the standard library.
     return LIBRARY in path.parents and INSTALLED not in path.parents
+
+
+def _kind(rule: Rule) -> str:
+    """Return which function of torch's does what a rule does, or nothing."""
+    if isinstance(rule, Norm) and rule.over == "all":
+        return "clip_grad_norm_"
+    return "clip_grad_value_" if isinstance(rule, Value) else ""
 
 
 def _largest(given: list[torch.Tensor]) -> Any:
