@@ -140,3 +140,24 @@ def test_a_script_that_fails_in_another_folder_shows_its_own_traceback(tmp_path)
     assert done.returncode == 1
     assert "train.py failed with ZeroDivisionError" in done.stdout
     assert done.stderr.splitlines()[1] == f'  File "{script}", line 5, in <module>'
+
+
+def test_a_script_that_is_no_program_shows_its_line_and_nothing_of_ours(tmp_path):
+    (tmp_path / "train.py").write_text("x = (\n")
+    done = program(tmp_path / "train.py")
+    assert done.returncode == 1
+    assert "train.py" in done.stderr
+    assert "SyntaxError" in done.stderr
+    assert "checkup.py" not in done.stderr
+
+
+def test_a_training_in_a_thread_ends_without_an_error(tmp_path):
+    body = (SCRIPTS / "right" / "plain.py").read_text().replace("\n", "\n    ")
+    script = f"def train():\n    {body}\n"
+    script += (
+        "import threading\nt = threading.Thread(target=train)\nt.start()\nt.join()\n"
+    )
+    (tmp_path / "train.py").write_text(script)
+    done = program("--steps", "5", tmp_path / "train.py")
+    assert "5 steps; 5 of them" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")

@@ -316,4 +316,6 @@ def without_us(error: BaseException, script: Path) -> BaseException:
     here = error.__traceback__
     while here and here.tb_frame.f_code.co_filename != str(script):
         here = here.tb_next
-    return error.with_traceback(here) if here else error
+    # What cannot be read as a program has no frame, and names its line itself.
+    unread = isinstance(error, SyntaxError) and error.filename == str(script)
+    return error.with_traceback(here) if here or unread else error

@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -69,6 +70,7 @@ def observing(ledger: Ledger, steps: int, folder: Path) -> Iterator[None]:
             (torch.amp.GradScaler, "unscale_", watch.unscaling),
             (torch.distributed, "all_reduce", watch.reducing),
             (torch.optim.Optimizer, "add_param_group", watch.holding),
+            (threading, "excepthook", watch.failing),
         )
         for owner, name, make in others:
             if hasattr(owner, name):
@@ -182,6 +184,15 @@ class _Watch:
             return original(tensor, *args, **kwargs)
 
         return all_reduce
+
+    def failing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what threads tell their errors to, silent at the end that we made."""
+
+        def told(args: Any) -> None:
+            if not issubclass(args.exc_type, Enough):
+                original(args)
+
+        return told
 
     def holding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return `Optimizer.add_param_group`, noted; a new optimizer calls it too."""
