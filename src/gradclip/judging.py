@@ -19,7 +19,7 @@ from gradclip.evidence import (
     transient_length,
 )
 from gradclip.history import is_finite
-from gradclip.record import NOT_TAKEN, Floats, Record, kind_of
+from gradclip.record import NOT_TAKEN, Floats, Record, kind_of, no_norms
 from gradclip.rules import Norm, Percentile, Rule, stages
 from gradclip.ruletext import recorded_rule
 from gradclip.wording import counted, ordinal
@@ -241,13 +241,8 @@ class Facts:
                 f"{self.record.rule} looks at each element, and what it recorded is "
                 "the largest modulus. Record norms with Norm(float('inf'))."
             )
-        low = self.record.norm[(self.record.norm < 0) & (self.record.norm != NOT_TAKEN)]
-        if low.size:
-            return (
-                f"{low.size} of {self.record.norm.size} numbers are below 0, such as "
-                f"{low[0]:.4g}, and no norm is. Is it a logarithm? Another column is "
-                "named with column=… (--column)."
-            )
+        if why := no_norms(self.record.norm):
+            return why
         varies = self.norm.size >= FEWEST and self._varies()
         # Norms that are all alike sit at the largest, too, and are refused for that.
         if varies and (share := pile_up(self.norm)) > 0.1:

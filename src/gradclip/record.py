@@ -17,6 +17,17 @@ NOT_TAKEN = -1
 """What loggers write for a norm that was not taken, as at a step that was skipped."""
 
 
+def no_norms(norm: Floats) -> str:
+    """Return why numbers are no norms; empty if none but a missing one is below 0."""
+    low = norm[(norm < 0) & (norm != NOT_TAKEN)]
+    if not low.size:
+        return ""
+    return (
+        f"{low.size} of {norm.size} numbers are below 0, such as {low[0]:.4g}, and no "
+        "norm is. Is it a logarithm? Another column is named with column=… (--column)."
+    )
+
+
 class LogError(ValueError):
     """A file cannot be read as a log; the message names the file and the line."""
 

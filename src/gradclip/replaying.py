@@ -14,7 +14,7 @@ from gradclip.decision import Info, decide
 from gradclip.history import History
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
-from gradclip.record import NOT_TAKEN, Floats, Record, Steps, kind_of
+from gradclip.record import Floats, Record, Steps, kind_of, no_norms
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
 from gradclip.scalars import Scalars
 
@@ -77,7 +77,8 @@ def replay(
     check_rule(rule)
     record = history.recorded
     _check(rule)
-    _check_norms(record)
+    if why := no_norms(record.norm):
+        raise ValueError(f"replay: {why}")
     norms, bound = _norms(record, rule), rule
     _check_order(record, norms, rule)
     if record.tensors is not None and norms.ndim == 2:
@@ -148,17 +149,6 @@ def _norms(record: Record, rule: Rule) -> Floats:
             "them with History(path, tensors_every=1) and a clipper of gradclip.torch."
         )
     return tensors.norm
-
-
-def _check_norms(record: Record) -> None:
-    """Refuse numbers that are no norms, other than those of steps without one."""
-    low = record.norm[(record.norm < 0) & (record.norm != NOT_TAKEN)]
-    if low.size:
-        raise ValueError(
-            f"replay: {low.size} of {record.norm.size} numbers are below 0, such as "
-            f"{low[0]:.4g}, and no norm is. Another column is named with column=… "
-            "(--column)."
-        )
 
 
 def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:

@@ -53,16 +53,10 @@ def split_runs(
         return [list(range(step.size))[::-1]], notes
     rows, notes = _without_repeats(step, norm, starts)
     threads = _threads(step, rows)
-    if (
-        len(threads) > MOST
-        and _take_turns(threads)
-        and np.unique(step).size == len(rows)
-    ):
-        notes = [
-            *notes,
-            "the rows are in no order; they were put in that of their steps.",
-        ]
-        return [sorted(rows, key=step.__getitem__)], notes
+    once = np.unique(step).size == len(rows)
+    if once and len(threads) > MOST and _take_turns(threads):
+        note = "the rows are in no order; they were put in that of their steps."
+        return [sorted(rows, key=step.__getitem__)], [*notes, note]
     return _joined(threads, step, notes)
 
 
