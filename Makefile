@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-integrations test-oldest test-published golden fuzz bench studies docs dist clean
+.PHONY: demo test test-integrations test-oldest test-published golden fuzz bench bench-gpu studies docs dist clean
 
 demo: .venv/ready
 	$(BIN)/gradclip demo --out demo-out $(ARGS)
@@ -39,6 +39,10 @@ fuzz: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# On a GPU; ARGS="--device cpu" only tries the lines.
+bench-gpu: .venv/ready
+	$(BIN)/python -m benchmarks.accelerator $(ARGS)
 
 # About 25 CPU minutes; what is in docs/studies already is not computed again.
 studies: .venv/ready
