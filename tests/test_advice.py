@@ -739,6 +739,18 @@ def test_a_loss_that_creeps_up_before_it_jumps_is_lost_at_the_jump():
     assert lost_from(loss) == 500
 
 
+def test_a_slow_rise_begins_where_the_loss_leaves_its_start():
+    rise = np.linspace(5.6, 12.0, 100)
+    loss = np.concatenate([np.full(20, 5.0), rise, np.full(100, 12.0)])
+    assert lost_from(loss) == 20
+
+
+def test_a_loss_that_becomes_nan_is_lost_there_and_not_at_a_gap():
+    loss = np.linspace(5.0, 1.0, 100)
+    loss[[10, 11, 50]], loss[60:] = np.nan, np.nan
+    assert lost_from(loss) == 60
+
+
 def test_a_limit_is_not_rounded_past_norms_that_hardly_differ():
     norm = np.random.default_rng(0).normal(1.01, 0.003, size=2000)
     advice = gc.advise(gc.History.of(norm))

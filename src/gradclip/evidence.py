@@ -283,9 +283,9 @@ def lost_from(loss: Floats) -> int:
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
     if not 0 < 1.5 * first < end:
         return size
-    # A single loss that is high is noise. What was no number any more is high.
+    # A single loss that is high is noise. A gap, and a loss that became NaN, counts on
+    # neither side.
     high = np.where(np.isnan(loss), 0, np.where(loss > 1.5 * first, 1, -1))
-    high[known[-1] + 1 :] = 1
     risen = int(np.argmin(np.concatenate([[0], np.cumsum(high)])))
     low = np.flatnonzero(loss[:risen] <= 1.1 * first)
     return int(low[-1]) + 1 if low.size else risen
