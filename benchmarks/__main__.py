@@ -26,7 +26,7 @@ from rich.table import Table
 
 import gradclip as gc
 from benchmarks import peers
-from benchmarks.page import put_between
+from benchmarks.page import put_between, reached
 from benchmarks.shapes import GPT2, SETS, parameters
 from benchmarks.timing import alternate
 from gradclip.torch import Clipper, attach, clip_grad_norm_
@@ -299,12 +299,6 @@ GROUPS = {
     "jit": jit,
     "memory": memory,
 }
-
-
-def reached(ratio, target):
-    """Return whether a ratio is on the right side of its target."""
-    side, value = target.split()
-    return ratio >= float(value) if side == ">=" else ratio <= float(value)
 
 
 def shown(bound):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradclip as gc
-from benchmarks.page import put_between
+from benchmarks.page import put_between, reached
 from benchmarks.shapes import GPT2
 from benchmarks.timing import alternate
 from gradclip.torch import Clipper, attach, clip_grad_norm_, get_total_norm
@@ -257,10 +257,9 @@ def main():
     device, rows = Device(asked.device), []
     for group in (waits, graphs, memory, bandwidth, functions, overheads):
         for what, ratio, target, times in group(device, asked.rounds):
-            side, bound = target.split()
-            good = ratio >= float(bound) if side == ">=" else ratio <= float(bound)
+            good = "yes" if reached(ratio, target) else "no"
             shown = ", ".join(f"{name} {value:.3g} ms" for name, value in times.items())
-            rows.append((what, f"{ratio:.3g}", target, "yes" if good else "no", shown))
+            rows.append((what, f"{ratio:.3g}", target, good, shown))
     heads = "what", "measured", "wanted", "reached", "medians"
     table = Table(*heads)
     for row in rows:

@@ -1,4 +1,10 @@
-"""Write a table between the marks of a page."""
+"""Tables of ratios: what was reached, and between which marks of a page they stand."""
+
+
+def reached(ratio, target):
+    """Return whether a ratio is on the right side of its target."""
+    side, value = target.split()
+    return ratio >= float(value) if side == ">=" else ratio <= float(value)
 
 
 def put_between(page, marks, lines):

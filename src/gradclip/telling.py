@@ -55,7 +55,9 @@ def _numbers(advice: "Advice") -> Iterator[str]:
     drift = f"drift: last fifth / first fifth = {advice.drift:.2f}"
     yield f"  {drift}; {_tail(advice.tail)}"
     # Zeros and the warm-up are not among them, as they are in the line at the top.
-    apart = " (of the norms in this table)" if advice.warmup or advice.zeros else ""
+    apart = (
+        " (of the norms in the table above)" if advice.warmup or advice.zeros else ""
+    )
     yield f"Rules of thumb        limit      clips{apart}"
     for expert in advice.experts:
         row = f"  {expert.name:<20}{expert.limit:<10.4g} {expert.clip_rate:<7.1%}"

@@ -168,6 +168,8 @@ class Ledger:
 
     def inside_step(self, clip: Clip, given: Sequence[Tensor], fresh: Any) -> None:
         """Note a clip that a step makes itself: in its place, if it is the only one."""
+        # It cannot come too late, and gradients that another step has used are its own.
+        clip.verdict = ""
         if not clip.measures:
             self._look_for_twin(clip, fresh)
         clip.judge(INSIDE)
