@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from gradclip.checkup import examine, findings, to_text
-from gradclip.torch import Clipper
+from gradclip.checkup import Program, examine, findings, lines_of, to_text
+from gradclip.torch import Clipper, observing
 
 SCRIPTS = Path(__file__).with_name("scripts")
 PROPER = sorted(path.stem for path in (SCRIPTS / "right").glob("*.py"))
@@ -44,7 +44,7 @@ def seen(name, steps=100):
     with warnings.catch_warnings():
         # Torch itself warns of some of these, once.
         warnings.simplefilter("ignore")
-        return examine(SCRIPTS / f"{name}.py", [], steps)
+        return examine(Program(str(SCRIPTS / f"{name}.py")), [], steps)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -77,7 +77,7 @@ def test_every_wrong_script_is_listed():
 
 def test_all_that_happened_is_told():
     ledger, ended = seen("right/norm_then_value", steps=7)
-    text = to_text(Path("train.py"), ledger, ended)
+    text = to_text(Program("train.py"), ledger, ended)
     assert "train.py was ended after step 7; backward() was called 7 times." in text
     told = "SGD: 7 steps; 7 of them with gradients as a clip had left them (4 of its 4"
     assert told in text
@@ -110,10 +110,14 @@ def program(*arguments, cwd=None):
 def test_the_program_prints_json_and_nothing_else(tmp_path):
     script = tmp_path / "train.py"
     body = (SCRIPTS / "wrong" / "after_step.py").read_text()
-    script.write_text(f"{body}    import sys; print(sys.argv[1:])\n")
+    others = (
+        "import atexit, os, sys\natexit.register(print, 'bye')\nos.system('echo hi')\n"
+    )
+    script.write_text(f"{others}{body}    print(sys.argv[1:])\n")
     done = program("--json", "--steps", "5", script, "--lr", "0.1")
     assert done.returncode == 3, done.stderr
-    assert "['--lr', '0.1']" in done.stderr
+    for printed in ("['--lr', '0.1']", "bye", "hi"):
+        assert printed in done.stderr.splitlines()
     told = json.loads(done.stdout)
     assert told["optimizers"][0]["steps"] == 5
     assert told["clips"][0]["came_to"] == {"used": 4}
@@ -149,6 +153,68 @@ def test_a_script_that_is_no_program_shows_its_line_and_nothing_of_ours(tmp_path
     assert "train.py" in done.stderr
     assert "SyntaxError" in done.stderr
     assert "checkup.py" not in done.stderr
+
+
+PACKAGE = {
+    "__init__.py": "",
+    "clipping.py": "import torch\n\n\ndef clip(params):\n"
+    "    torch.nn.utils.clip_grad_norm_(params, 0.1)\n",
+}
+TRAINING = """
+import sys
+
+import torch
+
+from {home}clipping import clip
+
+net = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for _ in range(int(sys.argv[1])):
+    optimizer.zero_grad()
+    net(torch.ones(8, 4)).square().mean().backward()
+    clip(net.parameters())
+    optimizer.step()
+"""
+
+
+def written(folder, files):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def test_a_module_is_run_as_python_would(tmp_path):
+    written(tmp_path / "work", PACKAGE | {"train.py": TRAINING.format(home=".")})
+    done = program("--steps", "3", "-m", "work.train", "9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "work.train was ended after step 3; backward() was called 3" in done.stdout
+    assert "\nwork/clipping.py:5\n" in done.stdout
+
+
+def test_a_module_that_is_not_there(tmp_path):
+    done = program("-m", "work.train", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "No module named 'work'" in done.stderr
+    assert "gradclip" not in done.stderr
+    assert "work.train failed with ImportError" in done.stdout
+
+
+def test_a_script_that_is_not_there(tmp_path):
+    done = program("train", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no file train" in done.stderr
+
+
+def test_packages_inside_the_folder_are_not_the_programs_own(tmp_path, monkeypatch):
+    installed = tmp_path / ".venv"
+    written(installed / "trainer", PACKAGE)
+    monkeypatch.setattr(observing, "INSTALLED", installed)
+    monkeypatch.syspath_prepend(installed)
+    (tmp_path / "train.py").write_text(TRAINING.format(home="trainer."))
+    ledger, ended = examine(Program(str(tmp_path / "train.py")), ["3"], 100)
+    assert ended.error is None
+    (line,) = lines_of(ledger)
+    assert line.site == "trainer/clipping.py:5, from train.py:13"
 
 
 def test_a_training_in_a_thread_ends_without_an_error(tmp_path):

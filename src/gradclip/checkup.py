@@ -5,14 +5,15 @@ do is not guessed.
 """
 
 import json
+import os
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from gradclip.exits import FAILED, INTERRUPTED, REFUSED
 from gradclip.torch.ledger import EFFECTIVE, INSIDE, MEASURES, Clip, Ledger
@@ -124,22 +125,46 @@ class Ended(NamedTuple):
     error: BaseException | None = None
 
 
-def examine(script: Path, arguments: Sequence[str], steps: int) -> tuple[Ledger, Ended]:
-    """Run a script as Python would, until one optimizer has made so many steps.
+class Program(NamedTuple):
+    """What is run: a file, or a module by the name that `python -m` takes."""
+
+    name: str
+    is_module: bool = False
+
+    def placed(self) -> "Program":
+        """Name a file by its whole path, since a script may change its folder."""
+        return self if self.is_module else Program(str(Path(self.name).resolve()))
+
+    def folder(self) -> Path:
+        """Return where Python looks first for what the program imports."""
+        return Path.cwd() if self.is_module else Path(self.name).parent
+
+    def run(self) -> None:
+        """Run it as Python does."""
+        if self.is_module:
+            runpy.run_module(self.name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(self.name, run_name="__main__")
+
+
+def examine(
+    program: Program, arguments: Sequence[str], steps: int
+) -> tuple[Ledger, Ended]:
+    """Run a program as Python would, until one optimizer has made so many steps.
 
     Args:
-        script: The file.
-        arguments: What the script finds in `sys.argv`.
+        program: The file, or the module.
+        arguments: What it finds in `sys.argv`.
         steps: How many steps are watched.
 
     Returns:
         What was seen, and how it ended.
     """
-    # At once, since the script may change the folder that it was named from.
-    ledger, script = Ledger(), script.resolve()
-    with started_as(script, arguments), observing(ledger, steps, script.parent):
+    ledger, program = Ledger(), program.placed()
+    folder = program.folder()
+    with started_as(program, arguments), observing(ledger, steps, folder):
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            program.run()
         except Enough:
             return ledger, Ended(f"was ended after step {steps}")
         except SystemExit as error:
@@ -153,12 +178,12 @@ def examine(script: Path, arguments: Sequence[str], steps: int) -> tuple[Ledger,
 
 
 @contextmanager
-def started_as(script: Path, arguments: Sequence[str]) -> Iterator[None]:
-    """Let a script find the arguments and the import path that Python gives it."""
+def started_as(program: Program, arguments: Sequence[str]) -> Iterator[None]:
+    """Let a program find the arguments and the import path that Python gives it."""
     before = sys.argv, sys.path[:]
-    sys.argv = [str(script), *arguments]
+    sys.argv = [program.name, *arguments]
     # run_path adds a folder or an archive to the path, but not that of a plain file.
-    sys.path.insert(0, str(script.parent))
+    sys.path.insert(0, str(program.folder()))
     try:
         yield
     finally:
@@ -232,9 +257,10 @@ def to_dict(ledger: Ledger, ended: Ended) -> dict[str, Any]:
     }
 
 
-def to_text(script: Path, ledger: Ledger, ended: Ended) -> str:
+def to_text(program: Program, ledger: Ledger, ended: Ended) -> str:
     """Return all that was seen, as a person reads it."""
-    parts = [f"{script} {ended.how}; backward() was called {ledger.backwards} times."]
+    times = counted(ledger.backwards, "times")
+    parts = [f"{program.name} {ended.how}; backward() was called {times}."]
     if not any(s.steps for s in ledger.steppers):
         parts.append("No torch optimizer took a step in this process.")
     parts += [
@@ -280,25 +306,26 @@ def span(numbers: Sequence[float]) -> str:
 
 
 def check_up(
-    script: Path, arguments: Sequence[str], steps: int, as_json: bool = False
+    program: Program,
+    arguments: Sequence[str],
+    steps: int,
+    json_to: TextIO | None = None,
 ) -> int:
-    """Run a script, print what was seen, and return the exit code.
+    """Run a program, tell what was seen, and return the exit code.
 
     Args:
-        script: The file.
+        program: The file, or the module.
         arguments: What it is started with.
         steps: How many steps are watched.
-        as_json: Print JSON alone; what the script prints goes to the errors.
+        json_to: Where JSON is written; None prints text.
     """
-    # At once, since the script may change the folder that it was named from.
-    place = script.resolve()
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        ledger, ended = examine(place, arguments, steps)
+    ledger, ended = examine(program, arguments, steps)
     # An exit is the script's own word, and no fault whose place has to be shown.
     if ended.error is not None and not isinstance(ended.error, SystemExit):
-        traceback.print_exception(without_us(ended.error, place))
+        traceback.print_exception(without_us(ended.error))
     seen = to_dict(ledger, ended)
-    print(json.dumps(seen, indent=2) if as_json else to_text(script, ledger, ended))
+    text = json.dumps(seen, indent=2) if json_to else to_text(program, ledger, ended)
+    print(text, file=json_to, flush=True)
     if isinstance(ended.error, KeyboardInterrupt):
         return INTERRUPTED
     if ended.error is not None or not any(s.steps for s in ledger.steppers):
@@ -306,16 +333,23 @@ def check_up(
     return REFUSED if seen["findings"] else 0
 
 
-def without_us(error: BaseException, script: Path) -> BaseException:
-    """Return an error whose traceback begins in the script, if it gets there.
+def output_apart() -> TextIO:
+    """Return the output, to which nobody else in this process writes from now on.
 
-    Args:
-        error: What ended the script.
-        script: The whole path of the script.
+    What a program prints goes to the errors: also what it prints when Python ends,
+    and what other processes and libraries print that it starts and calls.
     """
+    sys.stdout.flush()
+    apart = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return apart
+
+
+def without_us(error: BaseException) -> BaseException:
+    """Return an error whose traceback begins in the program, if it gets there."""
+    ours = {__file__, runpy.run_path.__code__.co_filename}
     here = error.__traceback__
-    while here and here.tb_frame.f_code.co_filename != str(script):
+    while here and here.tb_frame.f_code.co_filename in ours:
         here = here.tb_next
-    # What cannot be read as a program has no frame, and names its line itself.
-    unread = isinstance(error, SyntaxError) and error.filename == str(script)
-    return error.with_traceback(here) if here or unread else error
+    return error.with_traceback(here)

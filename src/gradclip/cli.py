@@ -108,12 +108,13 @@ def demo(
 # What stands behind the script is the script's, even if it looks like an option.
 @app.command(context_settings={"allow_interspersed_args": False})
 def doctor(
-    script: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="A program that trains.")
-    ],
+    script: Annotated[str, typer.Argument(help="A program that trains.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="What it is started with.")
     ] = None,
+    module: Annotated[
+        bool, typer.Option("--module", "-m", help="SCRIPT is one for python -m.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="End it after so many.")] = 50,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, nothing else.")
@@ -123,13 +124,21 @@ def doctor(
 
     Example: gradclip doctor --steps 20 train.py --lr 0.1
 
+    What `python -m` starts: gradclip doctor -m project.train --lr 0.1
+
     Ends with 0 if all is well, 1 if the script fails or takes no step, 3 if a clip is
     out of place.
     """
+    if not module and not os.path.isfile(script):
+        raise typer.BadParameter(
+            f"there is no file {script}; a module is named after -m.",
+            param_hint="'SCRIPT'",
+        )
     _require("doctor", "torch", "torch")
-    from gradclip.checkup import check_up
+    from gradclip.checkup import Program, check_up, output_apart
 
-    code = check_up(script, arguments or [], steps, as_json)
+    json_to = output_apart() if as_json else None
+    code = check_up(Program(script, module), arguments or [], steps, json_to)
     if code:
         raise typer.Exit(code)
 

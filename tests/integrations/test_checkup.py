@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from gradclip.checkup import examine, findings, lines_of
+from gradclip.checkup import Program, examine, findings, lines_of
 
 SCRIPTS = Path(__file__).with_name("scripts")
 PROPER = sorted(path.stem for path in (SCRIPTS / "right").glob("*.py"))
@@ -26,7 +26,7 @@ def fresh():
 @pytest.mark.parametrize("name", PROPER)
 def test_proper_use_is_silent(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ledger, ended = examine(SCRIPTS / "right" / f"{name}.py", [], 8)
+    ledger, ended = examine(Program(str(SCRIPTS / "right" / f"{name}.py")), [], 8)
     assert ended.how == "was ended after step 8"
     assert findings(ledger) == []
     # Hugging Face also measures a norm where it does not clip.
@@ -38,7 +38,7 @@ def test_proper_use_is_silent(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", WRONG)
 def test_misuse_is_told(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ledger, _ = examine(SCRIPTS / "wrong" / f"{name}.py", [], 8)
+    ledger, _ = examine(Program(str(SCRIPTS / "wrong" / f"{name}.py")), [], 8)
     (told,) = findings(ledger)
     assert told["kind"] == WRONG[name]
     assert f"{name}.py:" in told["line"]

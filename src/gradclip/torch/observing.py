@@ -223,9 +223,13 @@ class _Watch:
         """Return the line that calls, and the line of the program behind it."""
         lines = list(_lines_outside())
         called = lines[0] if lines else (Path("?"), 0)
-        own = next((x for x in lines if self.folder in x[0].parents), called)
+        own = next((x for x in lines if self._own(x[0])), called)
         told = self._told(*called)
         return told if own == called else f"{told}, from {self._told(*own)}"
+
+    def _own(self, path: Path) -> bool:
+        # An environment often lies in the folder of what is trained with it.
+        return self.folder in path.parents and INSTALLED not in path.parents
 
     def _told(self, path: Path, line: int) -> str:
         for root in (INSTALLED, self.folder):
