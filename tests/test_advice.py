@@ -495,6 +495,7 @@ def test_every_rule_is_made_from_its_own_text(name):
         "lambda: 1",
         "Norm(*[1.0])",
         "by_name({**{}})",
+        "Norm(**{'limit': 1.0})",
         "by_name({'*': open('x')})",
         "Norm(1.0",
         "1.0",
@@ -507,6 +508,27 @@ def test_every_rule_is_made_from_its_own_text(name):
 def test_other_text_is_refused_and_never_run(text):
     with pytest.raises(ValueError, match=r"rule|only rules"):
         rule_from(text)
+
+
+@pytest.mark.parametrize("given", ["run.jsonl", [1.0, 2.0]])
+def test_what_is_no_history_is_refused_in_a_sentence(given):
+    for ask in (gc.advise, lambda x: gc.replay(x, gc.Norm(1.0))):
+        with pytest.raises(TypeError, match=r"use History\.load\(path\) for a file"):
+            ask(given)
+
+
+@pytest.mark.parametrize("name", ["step", "limit", "scale", "loss"])
+def test_numbers_of_another_length_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} has 1 numbers, and norm 2"):
+        gc.History.of([1.0, 2.0], **{name: [3.0]})
+
+
+@pytest.mark.parametrize("rule", [gc.Norm(1.0), gc.ZScore()])
+@pytest.mark.parametrize("steps", [500, 2500])
+def test_progress_is_told_of_every_step(rule, steps):
+    told = []
+    gc.replay(gc.History.of(np.ones(steps)), rule, progress=told.append)
+    assert sum(told) == steps
 
 
 def test_known_rules_are_those_of_the_library():

@@ -75,8 +75,10 @@ def test_the_header_is_json_that_other_tools_can_read(tmp_path):
     head = json.loads(lines(path)[0], parse_constant=pytest.fail)
     told = {"lr": "NaN", "betas": [0.9, "Infinity"], "more": {"least": "-Infinity"}}
     assert head["run"] == told
-    again = json.dumps(gc.History(path, run=run).arguments(), allow_nan=False)
-    assert json.loads(again)["run"] == told
+    history = gc.History(path, run=run, flush_seconds=math.inf, flush_every=7)
+    again = json.loads(json.dumps(history.arguments(), allow_nan=False))
+    assert again["run"] == told
+    assert gc.History(**again).arguments() == again
 
 
 @pytest.mark.parametrize("how", ["moved", "emptied"])

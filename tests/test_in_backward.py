@@ -1,5 +1,6 @@
 """One optimizer for each parameter, stepped during backward: what lateness costs."""
 
+import copy
 import math
 import re
 from functools import partial
@@ -47,6 +48,25 @@ def test_the_norm_is_known_when_backward_returns():
         loss_of(net, x).backward()
         assert float(clipper.info.norm) == pytest.approx(expected, rel=1e-6)
         assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_copy_clips_as_the_original_does(attached):
+    net = torch.nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in net.parameters()]
+    clipper = attach(optimizers, gc.Norm(0.5), in_backward=True, doctor=())
+    if not attached:
+        clipper.detach()
+    net, optimizers, clipper = copy.deepcopy((net, optimizers, clipper))
+    for p, optimizer in zip(net.parameters(), optimizers, strict=True):
+        p.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    net(torch.full((8, 4), 100.0)).sum().backward()
+    step = torch.nn.utils.parameters_to_vector(net.parameters()).detach() - before
+    # Each of the two is clipped by what has come until then.
+    assert (float(step.norm()) < 0.8) == attached
+    clipper.detach()
+    assert not any(o._optimizer_step_pre_hooks for o in optimizers)
 
 
 def test_nothing_changes_to_the_bit_where_nothing_is_clipped():

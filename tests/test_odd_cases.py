@@ -871,6 +871,19 @@ def test_sparse_tensors_stay_sparse():
     assert given.to_dense().tolist() == [3, 0, 4, 0]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: clipped_sum([x], gc.Norm(1.0)),
+        lambda x: gc.UClip(gc.Norm(1.0)).clip([x]),
+    ],
+)
+def test_sparse_tensors_are_refused_where_each_element_has_its_place(call):
+    x = torch.sparse_coo_tensor([[0, 2], [0, 1]], torch.tensor([3.0, 4.0]), (3, 2))
+    with pytest.raises(TypeError, match=r"gradients\[0\] of shape \(3, 2\) is sparse"):
+        call(x)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize(
     "call",

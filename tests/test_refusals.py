@@ -344,5 +344,14 @@ def test_a_memory_that_is_lent_is_not_looked_for_in_a_checkpoint():
     assert int(clipper.state_dict()["1.count"]) == 3
 
 
+@pytest.mark.parametrize(
+    "clipper", [gc.Clipper(gc.Norm(10.0)), Clipper([torch.ones(2)], gc.Norm(10.0))]
+)
+def test_the_rule_of_a_clipper_is_not_exchanged(clipper):
+    with pytest.raises(AttributeError):
+        clipper.rule = gc.Norm(1.0)
+    assert clipper.rule == gc.Norm(10.0)
+
+
 def test_no_number_of_skips_may_be_too_many():
     assert gc.Clipper(gc.Norm(1.0), max_consecutive_skips=math.inf)

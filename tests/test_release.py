@@ -5,12 +5,14 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tomllib
 from packaging.requirements import Requirement
 
 import gradclip
+import gradclip.torch
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -73,6 +75,14 @@ def test_the_version_is_one():
     assert re.search(r"^## (\S+)", changes, re.M)[1] == version
     assert re.search(r"^version: (.+)$", citation, re.M)[1] == version
     assert re.search(r"^license: (.+)$", citation, re.M)[1] == PROJECT["license"]
+
+
+@pytest.mark.parametrize("module", [gradclip, gradclip.torch])
+def test_a_star_brings_the_public_names_and_no_module(module):
+    public = {x for x in vars(module) if not x.startswith("_")}
+    modules = {x for x in public if isinstance(getattr(module, x), ModuleType)}
+    # A function has the name of the file that it stands in.
+    assert set(module.__all__) == public - modules
 
 
 def test_the_metadata_name_every_front():

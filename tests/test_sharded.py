@@ -384,9 +384,10 @@ def test_rules_that_need_what_the_parts_do_not_have_are_refused():
     w = torch.nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="laid flat"):
         Clipper([w], gc.Relative(), split_over=lambda n, p: Pieces(Group(), None))
-    rule = gc.by_name({"*": gc.Norm(1.0)})
-    with pytest.raises(ValueError, match="other processes hold"):
-        Clipper([w], rule, split_over=Group())
+    groups = gc.by_name({"*": gc.Norm(1.0)})
+    for rule in (groups, gc.Skip(groups), gc.chain(gc.Value(1.0), groups)):
+        with pytest.raises(ValueError, match="other processes hold"):
+            Clipper([w], rule, split_over=Group())
     with pytest.raises(TypeError, match="split_over gives int"):
         Clipper([w], gc.Norm(1.0), split_over=lambda n, p: 3)
     rule = gc.chain(gc.Norm(1.0, over="unit"), gc.Norm(1.0, over="unit", axis=-1))

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from gradclip.evidence import share_above, tail_index
-from gradclip.history import History, is_finite, is_norm
+from gradclip.history import History, recorded
 from gradclip.judging import Expert as Expert
 from gradclip.judging import Facts, Spike, comparable, regime, warmup_of
 from gradclip.judging import find_spikes as find_spikes
-from gradclip.record import Floats
+from gradclip.record import Floats, is_norm
 from gradclip.replaying import Replay as Replay
 from gradclip.replaying import replay as replay
-from gradclip.rules import Rule, stages
+from gradclip.rules import Rule, stages, usable
 from gradclip.rules.groups import Groups
 
 
@@ -124,6 +124,9 @@ def advise(history: History) -> Advice:
         The advice. Its limit is None where the log does not support one, and the
         reasons say why.
 
+    Raises:
+        TypeError: For what is no history.
+
     Example:
         >>> import gradclip as gc, numpy as np
         >>> norms = np.random.default_rng(0).lognormal(sigma=0.3, size=2000)
@@ -137,11 +140,10 @@ def advise(history: History) -> Advice:
     Reference:
         Godbole, Dahl, Gilmer, Shallue, Nado: Deep learning tuning playbook. 2023.
     """
-    record = history.recorded
-    record, notes = comparable(record)
-    usable = is_finite(record.norm)
-    norm = record.norm[usable]
-    warmup = warmup_of(record, usable)
+    record, notes = comparable(recorded("advise", history))
+    known = usable(record.norm, np)
+    norm = record.norm[known]
+    warmup = warmup_of(record, known)
     steady = norm[warmup:]
     facts = Facts(record, norm, steady, warmup, notes)
     limit, rule, confidence, reasons = facts.decide()

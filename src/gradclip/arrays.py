@@ -16,7 +16,7 @@ from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import run
 from gradclip.policy import Policy, check_policy
 from gradclip.reading import host_array
-from gradclip.rules import Array, Rule, stages
+from gradclip.rules import Array, Rule
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -112,7 +112,7 @@ class Clipper:
         history: "History | None" = None,
     ) -> None:
         """Check the rule and the policy; the memory is made at the first step."""
-        self.rule = check_rule(rule)
+        check_rule(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
@@ -120,6 +120,11 @@ class Clipper:
         self._memory = Memory(rule)
         self.history = history
         begin(history, rule)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, whose memory this is; for another one make another clipper."""
+        return self._memory.rule
 
     def clip(
         self, grads: Grads, *, params: Any = None, out: Any = None
@@ -162,7 +167,7 @@ class Clipper:
         Raises:
             ValueError: If it was saved by another rule; nothing is changed then.
         """
-        self._memory.load_state_dict(state, np.asarray)
+        self._memory.load_state_dict(state, host_array)
 
 
 def without_memory(rule: Rule, call: str, instead: str) -> None:
@@ -281,6 +286,19 @@ def named_leaves(grads: Any) -> list[tuple[str, Any]]:
     return named
 
 
+def dense(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:
+    """Return arrays ready to be clipped, where each element has to keep its place."""
+    leaves = [engine.prepare(x, where) for where, x in named]
+    for x, (where, given) in zip(leaves, named, strict=True):
+        # Of a sparse tensor a clip needs no more than the values.
+        if tuple(x.shape) != tuple(given.shape):
+            raise TypeError(
+                f"gradients{where} of shape {tuple(given.shape)} is sparse, and here "
+                "each element needs its place; hand over x.to_dense()."
+            )
+    return leaves
+
+
 def _weights(
     rule: Rule,
     grads: Grads,
@@ -288,7 +306,7 @@ def _weights(
     params: Any,
     engine: Backend,
 ) -> list[Array]:
-    if not any(stage.needs_weight for stage in stages(rule)):
+    if not rule.needs_weight:
         return []
     if params is None:
         raise ValueError(

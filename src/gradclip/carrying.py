@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradclip.arrays import Clipper, Grads, dotted, flatten, named_leaves, rebuild
+from gradclip.arrays import (
+    Clipper,
+    Grads,
+    dense,
+    dotted,
+    flatten,
+    named_leaves,
+    rebuild,
+)
 from gradclip.backends import find_backend
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
@@ -57,13 +65,14 @@ class UClip(Clipper):
             The clipped gradients and an `Info` about the sum that was clipped.
 
         Raises:
+            TypeError: For a sparse tensor.
             ValueError: For other gradients than those that something is carried for;
                 nothing is changed then.
         """
         named = named_leaves(grads)
         engine = find_backend(named)
         # A copy, since `out` may be the gradients themselves.
-        given = [engine.prepare(x, where) + 0 for where, x in named]
+        given = [x + 0 for x in dense(engine, named)]
         names = [dotted(where) for where, _ in named]
         # Where keys have dots in them, two tensors may come to one name.
         if len(set(names)) < len(names):

@@ -1,6 +1,7 @@
 """A run's history: written while it trains, read for advice, replay and the report."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gradclip.decision import Info
 from gradclip.memory import at_least
@@ -59,6 +59,8 @@ class History:
         tensors_every: int = 0,
     ) -> None:
         """Check the numbers; no file is touched yet."""
+        flush_every, tensors_every = _number(flush_every), _number(tensors_every)
+        flush_seconds = _number(flush_seconds)
         at_least(1, flush_every=flush_every)
         at_least(0, tensors_every=tensors_every)
         at_least(0.0, flush_seconds=flush_seconds)
@@ -72,7 +74,11 @@ class History:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, format: str | None = None, column: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        column: str | None = None,
     ) -> "History":
         """Read a history, or the log of another tool.
 
@@ -119,6 +125,9 @@ class History:
 
         Returns:
             A history to read from.
+
+        Raises:
+            ValueError: For as many of one as there are not of the norms.
 
         Example:
             >>> import gradclip as gc
@@ -305,17 +314,19 @@ class History:
         return f"<History {where}{record.norm.size} steps, {record.format}>"
 
 
-def is_finite(norm: Floats) -> NDArray[np.bool_]:
-    """Return where a norm says something about size: finite and above 0."""
-    return np.isfinite(norm) & (norm > 0)
+def recorded(call: str, history: Any) -> Record:
+    """Return what a history holds, or say what a function takes."""
+    if not isinstance(history, History):
+        raise TypeError(
+            f"{call}: {history!r:.60} is no history; use History.load(path) for a "
+            "file, and History.of(norms) for numbers."
+        )
+    return history.recorded
 
 
-def is_norm(norm: Floats) -> NDArray[np.bool_]:
-    """Return where a step has a norm that a clip rate counts: finite, not below 0.
-
-    Zeros are those of steps without a signal, which no limit clips.
-    """
-    return np.isfinite(norm) & (norm >= 0)
+def _number(x: Any) -> Any:
+    """Return infinity for its name, by which `arguments` has it."""
+    return math.inf if isinstance(x, str) and x == "Infinity" else x
 
 
 def _plain(x: Any) -> Any:

@@ -249,7 +249,7 @@ def _run(
 ) -> tuple[Any, Info, list[Any]]:
     """Take a tree of gradients through the rule."""
     names, (given, tree) = _names(grads), jax.tree.flatten(grads)
-    weighs = any(stage.needs_weight for stage in stages(rule))
+    weighs = rule.needs_weight
     if weighs and params is None:
         raise ValueError(
             f"{rule!r} compares gradients with parameters; call "

@@ -18,9 +18,8 @@ from gradclip.evidence import (
     stands_still,
     transient_length,
 )
-from gradclip.history import is_finite
 from gradclip.record import NOT_TAKEN, Floats, Record, kind_of, no_norms
-from gradclip.rules import Norm, Percentile, Rule, stages
+from gradclip.rules import Norm, Percentile, Rule, stages, usable
 from gradclip.ruletext import recorded_rule
 from gradclip.wording import counted, ordinal
 
@@ -70,8 +69,8 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
     medians = {}
     for name in names:
         norm = record.norm[record.run == name]
-        if is_finite(norm).sum() >= FEWEST:
-            medians[int(name)] = float(np.median(norm[is_finite(norm)]))
+        if usable(norm, np).sum() >= FEWEST:
+            medians[int(name)] = float(np.median(norm[usable(norm, np)]))
     told = ", ".join(f"{x:.3g}" for x in medians.values())
     if not medians:
         return record, notes
@@ -107,11 +106,11 @@ def _of_one_kind(record: Record) -> Record:
     )
 
 
-def warmup_of(record: Record, usable: Any) -> int:
+def warmup_of(record: Record, known: Any) -> int:
     """Return how long the first run's warm-up is; more runs are not cut."""
     if np.unique(record.run).size > 1:
         return 0
-    return transient_length(record.norm[usable])
+    return transient_length(record.norm[known])
 
 
 @dataclass
@@ -192,7 +191,7 @@ class Facts:
                 f"(median {np.median(self.steady):.3g})."
             )
         if self.change:
-            steps = self.record.step[is_finite(self.record.norm)]
+            steps = self.record.step[usable(self.record.norm, np)]
             before, after = self.steady[: self.change], self.steady[self.change :]
             self.notes.append(
                 f"the level of the norms changes at step "
@@ -207,9 +206,9 @@ class Facts:
         cut = self.lost_at
         if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
             return None
-        usable = is_finite(self.record.norm)
-        before = self.record.norm[:cut][usable[:cut]]
-        after = self.record.norm[cut:][usable[cut:]]
+        known = usable(self.record.norm, np)
+        before = self.record.norm[:cut][known[:cut]]
+        after = self.record.norm[cut:][known[cut:]]
         # A loss that begins near 0, as that of GRPO, soon rises in a sound run as well;
         # and steps without a signal, which move nothing, have broken no run.
         silent = not self.record.norm[:cut].any()
@@ -413,13 +412,13 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
 
 def row_scores(record: Record) -> Floats:
     """Return how far the norm of each row stands out; of a spike, above `SPIKE`."""
-    norm, usable = record.norm, is_finite(record.norm)
+    norm, known = record.norm, usable(record.norm, np)
     scores = np.zeros(norm.shape)
-    if usable.sum() >= FEWEST:
-        cut = warmup_of(record, usable)
-        parts = (norm[usable][:cut], norm[usable][cut:])
+    if known.sum() >= FEWEST:
+        cut = warmup_of(record, known)
+        parts = (norm[known][:cut], norm[known][cut:])
         # Each phase is measured by itself, or all of a warm-up would be spikes.
-        scores[usable] = np.concatenate([spike_scores(part) for part in parts])
+        scores[known] = np.concatenate([spike_scores(part) for part in parts])
     # Where most norms are infinite, the run is broken, and none of them is a spike.
     bad = ~np.isfinite(norm)
     if bad.sum() <= norm.size / 2:

@@ -16,6 +16,7 @@ from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, State, stages
+from gradclip.wording import counted
 
 COUNTERS = ("step", "skipped", "in_a_row")
 
@@ -83,9 +84,10 @@ class Memory:
         """Raise after too many skipped steps in a row."""
         if in_a_row >= most:
             raise NonFiniteError(
-                f"{in_a_row} steps in a row had NaN or infinity in their gradients, or "
-                "were beyond the limit of a Skip, and were skipped; training stands "
-                "still. Look at the loss, or raise max_consecutive_skips."
+                f"{counted(in_a_row, 'steps')} in a row had NaN or infinity in their "
+                "gradients, or were beyond the limit of a Skip, and were skipped; "
+                "training stands still. Look at the loss, or raise "
+                "max_consecutive_skips."
             )
 
     def state_dict(self, asarray: Callable[[Any], Array]) -> dict[str, Array]:

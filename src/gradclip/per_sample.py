@@ -7,7 +7,7 @@ libraries made for them.
 import math
 from typing import Any, TypeVar
 
-from gradclip.arrays import check_rule, named_leaves, rebuild
+from gradclip.arrays import check_rule, dense, named_leaves, rebuild
 from gradclip.backends import Backend, find_backend, inward
 from gradclip.decision import Info, decide
 from gradclip.rules import Array, Measured, Rule, stages
@@ -32,7 +32,8 @@ def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
         adds nothing; `info.finite` tells.
 
     Raises:
-        TypeError: For a rule with memory, and for what is not an array.
+        TypeError: For a rule with memory, and for what is not an array, or is a
+            sparse one.
         ValueError: For another scope, or arrays with other numbers of samples.
 
     Example:
@@ -51,7 +52,7 @@ def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
     check_per_sample(rule)
     named = named_leaves(grads)
     engine = find_backend(named)
-    leaves = [engine.prepare(x, where) for where, x in named]
+    leaves = dense(engine, named)
     if len({tuple(x.shape)[:1] for x in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = ", ".join(str(tuple(x.shape)) for x in leaves)
         raise ValueError(

@@ -91,10 +91,8 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
 
     What is no limit is refused where it can be seen.
     """
-    # Skip has its limit one rule further in, and by_name() one in each group.
-    inner = getattr(stage, "rule", stage)
-    rules = [inner, *(rule for _, rule in getattr(inner, "rules", ()))]
-    found = [(rule, name) for rule in rules for name in ("limit", "low", "high")]
+    names = ("limit", "low", "high")
+    found = [(rule, name) for rule in stage.within() for name in names]
     told: dict[int, Any] = {}
     for rule, name in found:
         given = getattr(rule, name, None)

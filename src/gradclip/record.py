@@ -96,6 +96,14 @@ class Record:
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
 
+def is_norm(norm: Floats) -> NDArray[np.bool_]:
+    """Return where a step has a norm that a clip rate counts: finite, not below 0.
+
+    Zeros are those of steps without a signal, which no limit clips.
+    """
+    return np.isfinite(norm) & (norm >= 0)
+
+
 def kind_of(rule: str) -> tuple[float, bool]:
     """Return what the norms are that were recorded under a rule.
 
@@ -116,16 +124,17 @@ def record_of(
     """Return a record of one run, with everything in arrays of one length."""
     norms = np.asarray(norm, dtype=np.float64).reshape(-1)
 
-    def beside(values: Any) -> Floats:
-        return np.broadcast_to(np.asarray(values, np.float64), norms.shape).copy()
+    def beside(name: str, values: Any) -> Floats:
+        given = np.asarray(values, np.float64)
+        if given.ndim and given.size != norms.size:
+            raise ValueError(f"{name} has {given.size} numbers, and norm {norms.size}.")
+        return np.broadcast_to(given.reshape(-1), norms.shape).copy()
 
-    steps = np.arange(norms.size) if step is None else np.asarray(step).reshape(-1)
-    if steps.size != norms.size:
-        raise ValueError(f"step has {steps.size} numbers, and norm {norms.size}.")
-    limits = beside(limit)
-    scales = scale_under(norms, limits) if scale is None else beside(scale)
+    steps = beside("step", np.arange(norms.size) if step is None else step)
+    limits, losses = beside("limit", limit), beside("loss", loss)
+    scales = scale_under(norms, limits) if scale is None else beside("scale", scale)
     runs = np.zeros(norms.size, np.int64)
-    return Record(steps.astype(np.int64), norms, limits, scales, beside(loss), runs)
+    return Record(steps.astype(np.int64), norms, limits, scales, losses, runs)
 
 
 def scale_under(norm: Floats, limit: Floats) -> Floats:

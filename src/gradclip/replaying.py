@@ -11,7 +11,7 @@ import numpy as np
 
 from gradclip.arrays import check_rule
 from gradclip.decision import Info, decide
-from gradclip.history import History
+from gradclip.history import History, recorded
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
 from gradclip.record import Floats, Record, Steps, kind_of, no_norms
@@ -64,6 +64,7 @@ def replay(
         Limits and factors, and the clip rate.
 
     Raises:
+        TypeError: For what is no history, or no rule.
         ValueError: If the rule needs more than the history holds, and for numbers
             below 0.
 
@@ -75,7 +76,7 @@ def replay(
         ([1.0, 1.0, 0.5, 1.0], 0.25)
     """
     check_rule(rule)
-    record = history.recorded
+    record = recorded("replay", history)
     _check(rule)
     if why := no_norms(record.norm):
         raise ValueError(f"replay: {why}")
@@ -84,7 +85,7 @@ def replay(
     if record.tensors is not None and norms.ndim == 2:
         # Norms have no shapes; rules that ask for them were refused above.
         bound = rule.bind(record.tensors.names, [()] * norms.shape[1])
-    found = np.empty((3, record.norm.size))
+    found, told = np.empty((3, record.norm.size)), 0
     with np.errstate(all="ignore"):
         if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
             _all_at_once(norms, rule, found)
@@ -93,6 +94,9 @@ def replay(
                 found[:, i] = _told(info)
                 if progress and i % 1000 == 999:
                     progress(1000)
+                    told = i + 1
+    if progress and told < record.norm.size:
+        progress(record.norm.size - told)
     return Replay(rule, record.step, record.norm, *found)
 
 

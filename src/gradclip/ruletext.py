@@ -101,8 +101,10 @@ def _called(node: ast.Call, text: str) -> Any:
         raise ValueError(
             f"there is no rule {name!r}; there are {', '.join(sorted(known()))}."
         )
-    named = {x.arg or "": _value(x.value, text) for x in node.keywords}
+    named = {x.arg: _value(x.value, text) for x in node.keywords if x.arg}
+    if len(named) < len(node.keywords):
+        raise ValueError(f"** in the rule {text!r}: name each argument.")
     try:
         return known()[name](*given, **named)
     except TypeError as error:
-        raise ValueError(f"the rule {text!r}: {error}.") from None
+        raise ValueError(f"the rule {text!r}: {str(error).rstrip('.')}.") from None

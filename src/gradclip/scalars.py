@@ -17,7 +17,7 @@ def one_number(rule: Rule) -> bool:
 
     Those of others may ask for more of the array API than single numbers have.
     """
-    parts = [x for s in stages(rule) for x in (s, getattr(s, "rule", None)) if x]
+    parts = [part for stage in stages(rule) for part in (stage, *stage.within())]
     return all(
         type(part).__module__.startswith("gradclip.")
         and part.over == "all"

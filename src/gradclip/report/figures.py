@@ -8,8 +8,8 @@ import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradclip.evidence import share_above
-from gradclip.history import is_finite, is_norm
-from gradclip.record import Floats, Record, Tensors
+from gradclip.record import Floats, Record, Tensors, is_norm
+from gradclip.rules import usable
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -28,7 +28,7 @@ def thinned(values: Floats, points: int = POINTS) -> Any:
     """Return which of many values to draw, so that every extreme is among them."""
     if values.size <= points:
         return np.arange(values.size)
-    finite = is_finite(values)
+    finite = usable(values, np)
     # One infinity would hide all other extremes from the downsampler.
     logs = np.log(
         np.where(finite, values, np.median(values[finite] if finite.any() else 1))
@@ -88,7 +88,7 @@ def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
 
 def histogram(norm: Floats) -> Figure:
     """Return how the norms are spread, on a logarithmic axis."""
-    logs = np.log10(norm[is_finite(norm)])
+    logs = np.log10(norm[usable(norm, np)])
     counts, edges = np.histogram(logs, bins=60, range=None if logs.size else (0, 1))
     bars = {
         "type": "bar",
@@ -107,7 +107,7 @@ def histogram(norm: Floats) -> Figure:
 
 def clip_curve(norm: Floats) -> Figure:
     """Return the clip rate at any limit."""
-    above = norm[is_finite(norm)]
+    above = norm[usable(norm, np)]
     if not above.size:
         return {"data": [], "layout": {}}
     limits = np.geomspace(above.min() * 0.9, above.max() * 1.1, 400)
@@ -124,7 +124,7 @@ def clip_curve(norm: Floats) -> Figure:
 
 def heat_map(tensors: Tensors) -> Figure:
     """Return the norm of each parameter over the steps; the largest ones if many."""
-    norm = np.where(is_finite(tensors.norm), tensors.norm, np.nan)
+    norm = np.where(usable(tensors.norm, np), tensors.norm, np.nan)
     peak = np.nanmax(np.where(np.isnan(norm), 0, norm), axis=0)
     shown = np.sort(np.argsort(-peak, kind="stable")[:ROWS])
     parts = np.array_split(

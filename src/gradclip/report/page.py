@@ -11,12 +11,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise, call
-from gradclip.history import History, is_finite, is_norm
+from gradclip.history import History
 from gradclip.judging import comparable
-from gradclip.record import Record
+from gradclip.record import Record, is_norm
 from gradclip.replaying import PLAINLY, replay
 from gradclip.report import figures
-from gradclip.rules import Norm, Percentile, Rule, ZScore, stages
+from gradclip.rules import Norm, Percentile, Rule, ZScore, stages, usable
 from gradclip.ruletext import recorded_rule
 
 LONGEST = 10_000
@@ -83,12 +83,12 @@ def _run(name: str, history: History) -> dict[str, Any]:
 
 
 def _median(record: Record) -> float:
-    norm = record.norm[is_finite(record.norm)]
+    norm = record.norm[usable(record.norm, np)]
     return float(np.median(norm)) if norm.size else float("nan")
 
 
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
-    norm = np.sort(record.norm[is_finite(record.norm)])
+    norm = np.sort(record.norm[usable(record.norm, np)])
     few, tensors = norm.size <= FEW, record.tensors
     p = stages(recorded_rule(record.rule))[0].p
     return {

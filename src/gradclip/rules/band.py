@@ -153,5 +153,6 @@ def check_band(rule: "Band | MovingBand") -> None:
     top = LARGEST if high is None else min(high, LARGEST)
     if low is not None and not 0 <= low <= top:
         raise ValueError(
-            f"{type(rule).__name__}(low={rule.low!r}): it lies between 0 and high."
+            f"{type(rule).__name__}(low={rule.low!r}, high={rule.high!r}): "
+            "it lies between 0 and high."
         )

@@ -94,6 +94,10 @@ class Rule:
         """Return the rule for tensors of these names and shapes; most do not care."""
         return self
 
+    def within(self) -> "Sequence[Rule]":
+        """Return the rules that say the limits: itself, unless it asks others."""
+        return (self,)
+
     def most(self, seen: Measured) -> Array | float:
         """Return how large the scale may be."""
         return math.inf if self.stretches else 1.0

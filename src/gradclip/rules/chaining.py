@@ -12,6 +12,11 @@ class Chain(Rule):
 
     rules: tuple[Rule, ...]
 
+    def __post_init__(self) -> None:
+        """Take over what any of the rules has to be shown."""
+        needs = any(rule.needs_weight for rule in self.rules)
+        object.__setattr__(self, "needs_weight", needs)
+
     @property
     def stateful(self) -> bool:
         """Whether any of the rules remembers anything."""

@@ -40,11 +40,10 @@ class Groups(Rule):
                 f"by_name(): the groups count units along the axes {sorted(axes)}; "
                 "give them one axis, or a clipper each."
             )
-        rules = [rule for _, rule in self.rules]
         object.__setattr__(self, "over", "unit" if axes else "tensor")
         object.__setattr__(self, "axis", max(axes, default=0))
         for flag in ("needs_weight", "needs_shape", "stretches"):
-            object.__setattr__(self, flag, any(getattr(r, flag) for r in rules))
+            object.__setattr__(self, flag, any(getattr(r, flag) for r in self.within()))
 
     @property
     def stateful(self) -> bool:
@@ -61,6 +60,10 @@ class Groups(Rule):
         """The patterns, and the kinds of their rules."""
         kinds = (f"{pattern!r}: {rule.kind}" for pattern, rule in self.rules)
         return f"by_name({{{', '.join(kinds)}}})"
+
+    def within(self) -> Sequence[Rule]:
+        """Return the rules that say the limits: those of the groups."""
+        return [rule for _, rule in self.rules]
 
     def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> Rule:
         """Return the rule that knows which tensor is in which group."""

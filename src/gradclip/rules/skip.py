@@ -71,6 +71,10 @@ class Skip(Rule):
         """Whether the memory of the rule gets larger in time."""
         return self.rule.grows
 
+    def within(self) -> Sequence[Rule]:
+        """Return the rules that say the limits: those of the rule inside."""
+        return self.rule.within()
+
     def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> Rule:
         """Return the rule for tensors of these names and shapes."""
         return Skip(self.rule.bind(names, shapes))

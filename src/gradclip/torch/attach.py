@@ -17,9 +17,9 @@ from torch import Tensor
 from gradclip.backends.narrow import at_home
 from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
-from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
+from gradclip.torch.hooked import Hooked
 from gradclip.torch.in_backward import InBackward
 from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.placement import SplitOver
@@ -187,7 +187,7 @@ def _take_over(
             state[name][..., : x.shape[-1]] = x
 
 
-class Attached(Clipper):
+class Attached(Hooked):
     """A clipper that an optimizer calls; made by `attach`."""
 
     def __init__(
@@ -225,24 +225,13 @@ class Attached(Clipper):
     def _register(self) -> None:
         """Have the optimizer call this at every step."""
         after = self.optimizer.register_step_post_hook(self._after_step)
-        self._hooks: Any = (
+        self._hooks = (
             self.optimizer.register_step_pre_hook(self._before_step),
             after,
         )
         # The last one to change something for a step is the first to put it back.
         hooks: Any = self.optimizer._optimizer_step_post_hooks
         hooks.move_to_end(after.id, last=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the hooks, which no optimizer takes into a copy."""
-        return {**self.__dict__, "_hooks": bool(self._hooks)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Register the hooks again, unless they had been taken out."""
-        self.__dict__.update(state)
-        self._hooks = ()
-        if state["_hooks"]:
-            self._register()
 
     def _empty(self, stage: Rule) -> State:
         """Return the memory of a stage: nothing where it is the optimizer's."""
@@ -259,15 +248,6 @@ class Attached(Clipper):
         if any(stage.borrows for stage in stages(self.rule)):
             verbs.lender = lender_of(self.optimizer, self.params)
         return verbs
-
-    def detach(self) -> None:
-        """Take the clipping out of the optimizer again."""
-        # A step that was interrupted has left something changed.
-        self._undo()
-        self._doctor.unwatch()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any

@@ -102,7 +102,7 @@ class Clipper:
         verify: Verify = False,
     ) -> None:
         """Check everything before the first step."""
-        self.rule = check_rule(rule)
+        check_rule(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
@@ -133,6 +133,11 @@ class Clipper:
         )
         self.history = history
         begin(history, rule)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, whose memory this is; for another one make another clipper."""
+        return self._memory.rule
 
     @property
     def info(self) -> Info | None:
@@ -229,7 +234,7 @@ class Clipper:
         others = self._layout is not None or self._verifier is not None
         single = one_number(self._bound) and not (others or self.deterministic)
         self._by_unit = any(stage.over == "unit" for stage in stages(self._bound))
-        self._weighs = any(stage.needs_weight for stage in stages(self._bound))
+        self._weighs = self._bound.needs_weight
         # For all steps: what rules count in a window is kept in it.
         self._one_number = OneNumber() if single else None
         self._memory.states = list(map(self._empty, stages(self._bound)))
@@ -386,7 +391,7 @@ def captures(p: Tensor) -> bool:
 
 def check_graph(rule: Rule) -> None:
     """Refuse, inside of a CUDA graph, rules whose memory has no fixed size."""
-    if any(stage.grows for stage in stages(rule)):
+    if rule.grows:
         raise ValueError(
             f"{rule!r} remembers more at every step, and a CUDA graph repeats the same "
             "work on the same memory; give it a window."
@@ -409,9 +414,7 @@ def _stay(memory: Memory, states: Sequence[State | None], *counts: Tensor) -> No
 def check_split(rule: Rule, params: list[Tensor]) -> None:
     """Refuse, for parameters that are split, rules that have to see whole tensors."""
     for stage in stages(rule):
-        rule_of = getattr(stage, "rule", stage)
-        groups = (r for _, r in getattr(rule_of, "rules", ()))
-        inner = {r.over for r in groups if not only_records(r)}
+        inner = {r.over for r in stage.within() if not only_records(r)}
         # Beside units, tensors are measured by their rows, of which others have some.
         if stage.over == "singular" or {"unit"} < inner:
             raise ValueError(

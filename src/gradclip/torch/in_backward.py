@@ -8,6 +8,7 @@ which have come so far in this one, whichever is larger.
 import math
 import sys
 from collections.abc import Iterable
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -22,13 +23,13 @@ from gradclip.decision import Info, clip_scale, decide
 from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
-from gradclip.torch.clipper import Clipper
 from gradclip.torch.exact import safe_norm, tensor_of
-from gradclip.torch.gradients import collect, drop, named_by_optimizers
+from gradclip.torch.gradients import collect, drop, named_by_optimizers, params_of
+from gradclip.torch.hooked import Hooked
 from gradclip.torch.verbs import InPlace
 
 
-class InBackward(Clipper):
+class InBackward(Hooked):
     r"""A clipper that many optimizers call during `backward()`; made by `attach`.
 
     $g_i \leftarrow g_i \cdot \min(1, \text{limit} / n_i)$ with
@@ -56,7 +57,6 @@ class InBackward(Clipper):
                 "in_backward=True has no step at which all parameters have gradients; "
                 "record without tensors_every."
             )
-        self._index = {id(p): i for i, p in enumerate(self.params)}
         device = self.params[0].device
         if lacks_float64(device):
             raise ValueError(
@@ -64,8 +64,13 @@ class InBackward(Clipper):
                 "to go through the host; attach without in_backward=True."
             )
         self._previous = torch.zeros((), dtype=torch.float64, device=device)
-        self._pass: _Pass | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._register()
+
+    def _register(self) -> None:
+        """Have the optimizers call this at every step, and begin with no pass."""
+        self._pass: _Pass | None = None
+        self._number_parameters()
         self._hooks = [
             hook
             for o in self.optimizers
@@ -75,11 +80,8 @@ class InBackward(Clipper):
             )
         ]
 
-    def detach(self) -> None:
-        """Take the clipping out of the optimizers again."""
-        self._doctor.unwatch()
-        for hook in self._hooks:
-            hook.remove()
+    def _number_parameters(self) -> None:
+        self._index = {id(p): i for i, p in enumerate(self.params)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the memory and the norm of the last pass, for any checkpoint."""
@@ -108,8 +110,7 @@ class InBackward(Clipper):
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip what this optimizer is about to use."""
-        groups = [p for group in optimizer.param_groups for p in group["params"]]
-        params = [p for p in groups if p.grad is not None]
+        params = [p for p in params_of(optimizer) if p.grad is not None]
         if not params:
             return
         # Of all parameters only when one is new: this is called for each of them.
@@ -128,14 +129,14 @@ class InBackward(Clipper):
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`; what is remembered is that of all gradients."""
-        held = (p for o in self.optimizers for g in o.param_groups for p in g["params"])
+        held = chain.from_iterable(map(params_of, self.optimizers))
         if all(id(p) in self._index for p in held):
             return
         named = named_by_optimizers(self.optimizers, self._module)
         states = self._memory.states
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        self._index = {id(p): i for i, p in enumerate(self.params)}
+        self._number_parameters()
         self._make_room()
         self._memory.states = states
 
@@ -169,6 +170,9 @@ class InBackward(Clipper):
         return scale
 
     def _after_step(self, *_: Any) -> None:
+        self._undo()
+
+    def _undo(self) -> None:
         """Give back the gradients that were hidden from a step."""
         for p, grad in self._hidden:
             p.grad = grad

@@ -185,8 +185,8 @@ class Layout:
                 "were cut, as FSDP1 does; use fully_shard, or a rule over 'tensor'."
             )
         apart = any(way.kind == "other" for way in parts)
-        groups = [r for stage in stages(rule) for _, r in getattr(stage, "rules", ())]
-        if apart and any(r.over == "all" for r in groups):
+        groups = [s for s in stages(rule) if s.over != "all"]
+        if apart and any(r.over == "all" for s in groups for r in s.within()):
             raise ValueError(
                 f"{rule!r} has a group over 'all', whose tensors other processes hold; "
                 "use over='tensor' in it, or a clipper of its own for the group."
