@@ -81,6 +81,43 @@ def test_the_header_is_json_that_other_tools_can_read(tmp_path):
     assert gc.History(**again).arguments() == again
 
 
+def test_a_file_that_others_write_is_told_once(tmp_path):
+    path = tmp_path / "run.jsonl"
+    histories = [gc.History(path), gc.History(path)]
+
+    def write_in_turn():
+        for step, history in product(range(5), histories):
+            history.record(step, info_of(1.0))
+            history.flush()
+
+    with pytest.warns(RuntimeWarning, match="two clippers or processes") as told:
+        write_in_turn()
+    assert len(told) == len(histories)
+
+
+def test_going_on_in_a_file_that_was_closed_is_no_sharing(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first, second = gc.History(path), gc.History(path)
+    first.record(0, info_of(1.0))
+    first.flush()
+    for step in range(1, 4):
+        second.record(step, info_of(1.0))
+        second.flush()
+    first.record(4, info_of(1.0))
+    first.flush()
+
+
+def test_a_mark_before_the_header_does_not_cost_it(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with gc.History(path) as history:
+        clipper = gc.Clipper(gc.Value(0.5), history=history)
+        clipper.clip(np.array([1.0]))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = gc.History.load(path)
+    assert found.recorded.rule == repr(gc.Value(0.5))
+    assert found.notes == ()
+
+
 @pytest.mark.parametrize("how", ["moved", "emptied"])
 def test_a_file_that_was_taken_away_begins_anew_with_all_it_needs(tmp_path, how):
     path = tmp_path / "run.jsonl"

@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from gradclip.evidence import share_above, tail_index
+from gradclip.evidence import share_above, tail_index, tail_spread
 from gradclip.history import History, recorded
-from gradclip.judging import Expert as Expert
-from gradclip.judging import Facts, Spike, comparable, regime, warmup_of
-from gradclip.judging import find_spikes as find_spikes
+from gradclip.judging import Expert, Facts, Spike, comparable, regime, warmup_of
 from gradclip.record import Floats, is_norm
-from gradclip.replaying import Replay as Replay
-from gradclip.replaying import replay as replay
+from gradclip.replaying import Replay, replay_end
 from gradclip.rules import Rule, stages, usable
 from gradclip.rules.groups import Groups
 
@@ -23,7 +20,10 @@ class Advice:
     """What `advise` found out; `print` it for the whole text."""
 
     limit: float | None
-    """The recommended limit; None where the log does not support one."""
+    """The recommended limit; None where the log does not support one.
+
+    Beside a rule that follows the norms, what a fixed one would be.
+    """
     rule: Rule | None
     """The recommended rule; None where the log does not support one."""
     confidence: str
@@ -41,12 +41,16 @@ class Advice:
     drift: float
     """Median of the last fifth over that of the first."""
     tail: float
-    """Hill's tail index; at 2 or below the norms have no variance."""
+    """Hill's tail index; numbers with one of 2 or below have no variance."""
+    tail_spread: float
+    """By how much the index may be off: twice its standard error."""
     experts: tuple[Expert, ...]
     in_force: float
     """The limit that the run was clipped with; NaN where the log does not tell."""
     lost: bool
     """Whether the loss rose for good, so that the norms are those of a broken model."""
+    followed: Replay | None
+    """The recommended rule on the last steps, where it follows the norms."""
     _ordered: Floats = field(repr=False)
     _steady: Floats = field(repr=False)
 
@@ -60,7 +64,16 @@ class Advice:
         """What clipping at the recommended limit is: by how often it acts."""
         if self.limit is None or self.lost:
             return "unknown"
+        if self.followed:
+            return regime(self.followed.clipped)
         return regime(self.clip_rate(self.limit, after_warmup=True))
+
+    @property
+    def rate(self) -> float | None:
+        """The share of the finite norms that the recommended rule clips."""
+        if self.followed:
+            return self.followed.clipped
+        return self.clip_rate(self.limit) if self.limit else None
 
     def clip_rate(self, limit: float, after_warmup: bool = False) -> float:
         """Return the share of the finite norms that are above a limit.
@@ -79,7 +92,7 @@ class Advice:
         """Return everything as JSON can hold it: NaN and infinity are null."""
         facts = {name: getattr(self, name) for name in _FACTS}
         facts["rule"] = call(self.rule) if self.rule else None
-        facts["clip_rate"] = self.clip_rate(self.limit) if self.limit else None
+        facts["clip_rate"] = self.rate
         facts["quantiles"] = {str(q): list(x) for q, x in self.quantiles.items()}
         facts["spikes"] = [asdict(spike) for spike in self.spikes]
         facts["experts"] = [asdict(expert) for expert in self.experts]
@@ -106,6 +119,7 @@ _FACTS = (
     "warmup",
     "drift",
     "tail",
+    "tail_spread",
     "in_force",
     "lost",
 )
@@ -161,9 +175,11 @@ def advise(history: History) -> Advice:
         spikes=facts.spikes,
         drift=facts.drift,
         tail=tail_index(steady),
+        tail_spread=tail_spread(steady),
         experts=facts.experts(),
         in_force=facts.in_force,
         lost=facts.healthy is not None,
+        followed=replay_end(record, rule) if rule and rule.stateful else None,
         _ordered=np.sort(record.norm[is_norm(record.norm)]),
         _steady=np.sort(steady),
     )

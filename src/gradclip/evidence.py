@@ -18,8 +18,11 @@ SPIKE = 6.0
 WIDTH = 50
 RESAMPLES = 300
 BINS = 2000
+CENTRAL = (0.025, 0.975)
 LEAST = 10
 """Fewer norms than this are no level of their own."""
+FEWEST_TO_SPLIT = 30
+"""Norms that resemble each other and are worth fewer than this show no levels."""
 
 
 def transient_length(norm: Floats) -> int:
@@ -89,7 +92,10 @@ def _largest_change(logs: Floats) -> int:
     place = int(cut[best])
     # A short part does not tell, and one in which the level changes again tells wrong.
     parts = [x for x in (logs[:place], logs[place:]) if x.size >= size // 5]
-    worth = max(size / min(map(_repeats, parts)), math.e)
+    worth = size / min(map(_repeats, parts))
+    # As few as these lie on two levels by chance, however their memory is estimated.
+    if worth < FEWEST_TO_SPLIT:
+        return 0
     # Schwarz's criterion: the place and the height of a cut cost log(size) each. Of
     # noise, the best of all cuts passes it in few logs, and the fewer the longer.
     certain = spread - gain[best] < spread * worth ** (-2 / worth)
@@ -161,9 +167,10 @@ def running_median(values: Floats) -> Floats:
 def quantile_intervals(
     norm: Floats, shares: Sequence[float]
 ) -> list[tuple[float, float, float]]:
-    """Return quantiles, each with the interval that it lies in with 95 % confidence.
+    """Return quantiles, each with the interval that it lies in with about 95 %.
 
-    Neighbouring steps resemble each other, so that whole blocks of them are drawn.
+    Neighbouring steps resemble each other, so that whole blocks of them are drawn, the
+    longer the more they do. In a log of less than ten such blocks it is less.
 
     Args:
         norm: Finite norms, in order.
@@ -187,17 +194,22 @@ def quantile_intervals(
     drawn = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
     levels = np.cumsum(drawn @ counts, axis=1, dtype=np.float64)
     levels /= levels[:, -1:]
+    # A few blocks tell little of how much they differ: the t-distribution's part.
+    wider = 1 + 1.7 / max(blocks - 1, 1)
     ends = []
     for share, value in zip(shares, wanted, strict=True):
         found = edges[np.minimum((levels < share - 1e-12).sum(axis=1), edges.size - 1)]
-        low, high = np.quantile(found, [0.025, 0.975])
+        low, high = (value * (x / value) ** wider for x in np.quantile(found, CENTRAL))
         ends.append((float(value), min(float(low), value), max(float(high), value)))
     return ends
 
 
 def _block_counts(norm: Floats, edges: Floats) -> Floats:
     """Count the norms of each block between the edges."""
-    length = max(math.ceil(norm.size ** (1 / 3)), math.ceil(norm.size / 1000))
+    size = norm.size
+    memory = _repeats(np.log(norm)) ** (2 / 3)
+    length = min(math.ceil(size ** (1 / 3) * memory), max(size // 10, 1))
+    length = max(length, math.ceil(size / 1000))
     blocks = math.ceil(norm.size / length)
     which = np.arange(norm.size) // length
     bins = np.searchsorted(edges, norm)
@@ -229,7 +241,8 @@ def tail_index(norm: Floats) -> float:
     r"""Return Hill's estimate of the tail: how fast large norms become rare.
 
     $P(\lVert g \rVert > x) \sim x^{-\alpha}$ with $1/\alpha$ the mean of
-    $\log(x_i / x_k)$ over the largest twentieth. At 2 or below there is no variance.
+    $\log(x_i / x_k)$ over the largest twentieth. Numbers with an index of 2 or below
+    have no variance; `tail_spread` says how sure that is.
 
     Args:
         norm: Finite norms above 0.
@@ -255,14 +268,29 @@ def tail_index(norm: Floats) -> float:
     return 1 / mean if mean > 0 else math.inf
 
 
+def tail_spread(norm: Floats) -> float:
+    """Return twice the standard error of `tail_index`.
+
+    Args:
+        norm: Finite norms above 0.
+
+    Example:
+        >>> import numpy as np
+        >>> norms = np.random.default_rng(0).pareto(1.5, size=20_000) + 1
+        >>> round(tail_spread(norms), 2)
+        0.1
+    """
+    return 2 * tail_index(norm) / math.sqrt(max(norm.size // 20, 1))
+
+
 def lost_from(loss: Floats) -> int:
     """Return from which step on a run was lost: its loss rose, and never came back.
 
     A run counts as lost if the median loss of its last tenth is more than half above
-    where it began, or not finite. It began at its first loss, or at the median of the
-    first three if that is above it. The rise to half above that is where it leaves the
-    fewest losses on the wrong side; it began behind the last loss before it that was
-    less than a tenth above.
+    where it began, and more than the noise explains, or not finite. It began at its
+    first loss, or at the median of the first three if that is above it. The rise to
+    half above that is where it leaves the fewest losses on the wrong side; it began
+    behind the last loss before it that was less than a tenth above.
 
     Args:
         loss: The loss at each step; nothing is said if most are NaN.
@@ -281,7 +309,8 @@ def lost_from(loss: Floats) -> int:
     # The first may be a lucky one.
     first = float(max(loss[known[0]], np.median(loss[known[:3]])))
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
-    if not 0 < 1.5 * first < end:
+    # Three losses may be low by chance, and by how much their neighbours tell.
+    if not 0 < first * max(1.5, math.exp(1.5 * _noise(loss))) < end:
         return size
     # A single loss that is high is noise. A gap, and a loss that became NaN, counts on
     # neither side.
@@ -289,6 +318,13 @@ def lost_from(loss: Floats) -> int:
     risen = int(np.argmin(np.concatenate([[0], np.cumsum(high)])))
     low = np.flatnonzero(loss[:risen] <= 1.1 * first)
     return int(low[-1]) + 1 if low.size else risen
+
+
+def _noise(loss: Floats) -> float:
+    """Return the standard deviation of the logarithm of single losses."""
+    steps = np.diff(np.log(loss[np.isfinite(loss) & (loss > 0)]))
+    spread = float(np.median(np.abs(steps))) if steps.size else 0.0
+    return NORMAL_MAD * spread / math.sqrt(2)
 
 
 def stands_still(loss: Floats) -> bool:

@@ -30,6 +30,8 @@ FEWEST_BEFORE = 3
 ALIKE = 2
 """Medians that differ by a factor above this are those of different norms."""
 INSURANCE, ALWAYS_ON = 0.1, 0.5
+# With more norms in memory, a limit that follows a rise lags behind, and clips most.
+FOLLOWING = Percentile(q=90.0, window=100)
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ class Facts:
             else ()
         )
         self.measured = stages(recorded_rule(self.record.rule))[0]
-        # Limits of tensors are no limit of the norm that they were recorded as.
-        whole = self.measured.over == "all"
+        # Others have limits of tensors or elements, or do not rescale to them.
+        plain = isinstance(recorded_rule(self.record.rule), Norm)
+        whole = plain and self.measured.over == "all"
         self.in_force = _in_force(self.record.limit) if whole else math.nan
         self.still = stands_still(self.record.loss)
         self.lost_at = lost_from(self.record.loss)
@@ -269,12 +272,15 @@ class Facts:
         rule: Rule = Norm(limit, p=self.measured.p)
         # Where the limit in force fits, there is nothing to change, whatever the drift.
         if limit != self.in_force and not 1 / 3 < self.drift < 3:
-            rule = Percentile(q=90.0)
-            reasons.append(
+            drifting = (
                 f"the norms drift by a factor of {self.drift:.2g} from the first fifth "
-                "to the last, so that no fixed limit fits the whole run: let it follow "
-                "the norms."
+                "to the last, so that no fixed limit fits the whole run"
             )
+            # What follows takes 2-norms.
+            if self.measured.p == 2:
+                rule, reasons = FOLLOWING, [f"{drifting}: let it follow the norms."]
+            else:
+                reasons.append(f"{drifting}.")
         reasons += self._on_the_run()
         return limit, rule, self._confidence(), reasons
 
@@ -317,7 +323,8 @@ class Facts:
         # Norm(inf) only recorded: that nothing was clipped is no finding.
         if not scale.size or np.isposinf(self.record.limit).all():
             return []
-        rate = float(np.mean(scale < 1))
+        # A rule that stretches acts as well.
+        rate = float(np.mean(scale != 1))
         at = f" at {self.in_force:g}" if math.isfinite(self.in_force) else ""
         told = f"the run was clipped{at} on {rate:.0%} of its steps"
         if rate > ALWAYS_ON:
@@ -334,7 +341,8 @@ class Facts:
         _, low, high = self.quantiles[0.9]
         sure = high / low < 1.15 and 1 / 3 < self.drift < 3 and not self.change
         # Runs that repeat each other do not add up to a longer one.
-        longest = int(np.bincount(self.record.run).max()) - self.warmup
+        known = usable(self.record.norm, np)
+        longest = int(np.bincount(self.record.run[known]).max()) - self.warmup
         if longest >= 1000 and sure:
             return "high"
         return "medium" if longest >= 100 and high / low < 2 else "low"

@@ -42,6 +42,7 @@ class Recorder:
         self._written_rule: str | None = None
         self._warned, self._shared, self._owner = False, False, os.getpid()
         self._flushed = time.monotonic()
+        self._end, self._others = 0, 0
         _flush_at_exit(self)
 
     def __del__(self) -> None:
@@ -67,6 +68,7 @@ class Recorder:
         if os.getpid() != self._owner:
             self._steps, self._tensors = [], []
             self._written_rule, self._written_names = None, None
+            self._end, self._others = 0, 0
             self._owner = os.getpid()
             _flush_at_exit(self)
 
@@ -108,8 +110,10 @@ class Recorder:
                 *self._tensor_lines(tensors),
                 *step_lines(steps, numbers, self.p),
             ]
-            append(self.path, "".join(line + "\n" for line in lines))
-            self._written_rule = self.rule
+            begun, end = append(self.path, "".join(line + "\n" for line in lines))
+            # Once may be what another History had left, as in a notebook.
+            self._others += 0 < self._end < begun
+            self._written_rule, self._end = self.rule, end
         except OSError as error:
             self._warn(error)
         self._look_for_turns(numbers)
@@ -139,13 +143,13 @@ class Recorder:
             )
 
     def _look_for_turns(self, numbers: Sequence[int]) -> None:
-        """Warn, once, where two clippers write: their lines say nothing of which."""
-        if not self._shared and take_turns(numbers):
+        """Warn, once, where several write: their lines say nothing of which."""
+        if not self._shared and (take_turns(numbers) or self._others > 1):
             self._shared = True
             warnings.warn(
                 f"the history {self.path} gets its steps more than once, as from two "
-                "clippers, and no line tells which it is from: give each a History of "
-                "its own.",
+                "clippers or processes, and no line tells which it is from: give each "
+                "a History of its own, or set RANK where only the first should write.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -161,8 +165,10 @@ class Recorder:
         return lines
 
 
-def append(path: Path, text: str) -> None:
+def append(path: Path, text: str) -> tuple[int, int]:
     """Append text to a file in one write, on a line of its own.
+
+    Returns where the file ended before, and where it ends now.
 
     A write that was cut short by a crash or a full disk leaves a torn line behind; the
     next text does not continue it.
@@ -171,13 +177,15 @@ def append(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened anew for each batch: nothing is left open to be copied, forked or rotated.
     with path.open("a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
+        begun = file.seek(0, os.SEEK_END)
+        if begun:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 data = b"\n" + data
         # Without a buffer, a write may take less than it was given.
         while data:
             data = data[file.write(data) :]
+        return begun, file.tell()
 
 
 def process_rank() -> int:

@@ -14,7 +14,7 @@ from gradclip.decision import Info, decide
 from gradclip.history import History, recorded
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
-from gradclip.record import Floats, Record, Steps, kind_of, no_norms
+from gradclip.record import Floats, Record, Steps, is_norm, kind_of, no_norms
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
 from gradclip.scalars import Scalars
 
@@ -24,6 +24,10 @@ PLAINLY = (
     "A replay takes the norms as they were. A run clipped in another way would have "
     "had other norms from its first clipped step on."
 )
+
+
+LONGEST = 10_000
+"""Rules that remember take a while for more steps than this."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Replay:
     def clip_rate(self) -> float:
         """The share of steps with a scale below 1."""
         return float(np.mean(self.scale < 1)) if self.scale.size else 0.0
+
+    @property
+    def clipped(self) -> float:
+        """The share of the finite norms with a scale below 1, as in advice."""
+        scale = self.scale[is_norm(self.norm)]
+        return float(np.mean(scale < 1)) if scale.size else math.nan
 
 
 def replay(
@@ -98,6 +108,12 @@ def replay(
     if progress and told < record.norm.size:
         progress(record.norm.size - told)
     return Replay(rule, record.step, record.norm, *found)
+
+
+def replay_end(record: Record, rule: Rule) -> Replay:
+    """Replay a rule, on the last steps only where it remembers others."""
+    part = record.take(slice(-LONGEST, None)) if rule.stateful else record
+    return replay(History.from_record(part, None), rule)
 
 
 def _check_order(record: Record, norms: Floats, rule: Rule) -> None:

@@ -30,7 +30,11 @@ def _lines(advice: "Advice") -> Iterator[str]:
     else:
         yield f"Recommended: {advice.code}    confidence: {advice.confidence}"
     # What share of a broken model's steps is clipped says nothing.
-    if advice.limit is not None and not advice.lost:
+    if advice.followed:
+        count = counted(advice.followed.norm.size, "steps")
+        share = f"{advice.followed.clipped:.1%} of the finite norms"
+        yield f"Replayed over the last {count}, it clips {share}: {advice.regime}."
+    elif advice.limit is not None and not advice.lost:
         rate = advice.clip_rate(advice.limit)
         later = advice.clip_rate(advice.limit, after_warmup=True)
         apart = f", {later:.1%} of those after the warm-up" if advice.warmup else ""
@@ -53,7 +57,7 @@ def _numbers(advice: "Advice") -> Iterator[str]:
     for share, (value, low, high) in advice.quantiles.items():
         yield f"  {share:>10.0%}   {value:<10.4g} {low:.4g} to {high:.4g}"
     drift = f"drift: last fifth / first fifth = {advice.drift:.2f}"
-    yield f"  {drift}; {_tail(advice.tail)}"
+    yield f"  {drift}; {_tail(advice.tail, advice.tail_spread)}"
     # Zeros and the warm-up are not among them, as they are in the line at the top.
     apart = (
         " (of the norms in the table above)" if advice.warmup or advice.zeros else ""
@@ -64,11 +68,14 @@ def _numbers(advice: "Advice") -> Iterator[str]:
         yield f"{row} {expert.source}"
 
 
-def _tail(index: float) -> str:
+def _tail(index: float, spread: float) -> str:
     if math.isnan(index):
         return "too few norms for the tail"
-    kind = "heavy: the norms have no variance" if index <= 2 else "not heavy"
-    return f"tail index {index:.1f}, {kind}"
+    low, high = index - spread, index + spread
+    kind = "not heavy" if low > 2 else "heavy or not"
+    if high <= 2:
+        kind = "heavy, as of numbers without a variance"
+    return f"tail index {index:.1f} ({low:.1f} to {high:.1f}), {kind}"
 
 
 def _spikes(advice: "Advice") -> Iterator[str]:

@@ -30,6 +30,7 @@ def follow(path: Path, once: bool, every: float) -> None:
         console.print(view(History.load(path).recorded, path, console.width))
         return
     seen: int | None = None
+    took = 0.0
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
@@ -37,9 +38,11 @@ def follow(path: Path, once: bool, every: float) -> None:
                 size = _size(path)
                 if size != seen:
                     # Before it is read: what is written meanwhile is seen next.
-                    seen = size
+                    seen, begun = size, time.monotonic()
                     live.update(_now(path, console.width), refresh=True)
-                time.sleep(every)
+                    took = time.monotonic() - begun
+                # A long log may not take a core from the training beside it.
+                time.sleep(max(every, 10 * took))
         except KeyboardInterrupt:
             return
 
@@ -103,9 +106,8 @@ def sparkline(norm: Floats, width: int) -> str:
     parts = np.array_split(norm, min(width, norm.size))
     peaks = np.array([np.max(np.where(np.isnan(part), np.inf, part)) for part in parts])
     shown = np.isfinite(peaks) & (peaks > 0)
-    if not shown.any():
-        return "!" * len(parts)
-    low, high = np.log(peaks[shown].min()), np.log(peaks[shown].max())
+    ends = peaks[shown] if shown.any() else np.ones(1)
+    low, high = np.log(ends.min()), np.log(ends.max())
     with np.errstate(all="ignore"):
         level = (np.log(peaks) - low) / max(high - low, 1e-9) * (len(BARS) - 1)
     return "".join(

@@ -156,7 +156,7 @@ def _with_rules(record: Record, rows: Steps, found: Found) -> Record:
 
 def _chunks(path: Path) -> Iterator[tuple[int, list[str]]]:
     # Damaged bytes cost their line only.
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         start = 1
         while lines := list(islice(file, CHUNK)):
             yield start, lines

@@ -13,6 +13,7 @@ from gradclip.rules import usable
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dot", "dashdot", "longdash")
 POINTS = 4000
 COLUMNS, ROWS = 400, 60
 
@@ -50,7 +51,9 @@ def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
     for i, (name, record) in enumerate(named):
         colour = COLOURS[i % len(COLOURS)]
         rows = thinned(record.norm)
-        line = {"color": colour, "width": 1}
+        # What has the colour of another line is drawn in another way.
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        line = {"color": colour, "width": 1, "dash": dash}
         traces.append(
             _line(f"{name}: norm", record.step[rows], record.norm[rows], line)
         )

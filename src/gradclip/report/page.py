@@ -1,6 +1,7 @@
 """The page: what it says is gathered here, how it looks is in the files beside."""
 
 import json
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -12,15 +13,13 @@ from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise, call
 from gradclip.history import History
-from gradclip.judging import comparable
+from gradclip.judging import FOLLOWING, comparable
 from gradclip.record import Record, is_norm
-from gradclip.replaying import PLAINLY, replay
+from gradclip.replaying import LONGEST, PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, stages, usable
 from gradclip.ruletext import recorded_rule
 
-LONGEST = 10_000
-"""Rules that remember are replayed on so many of the last steps."""
 SPIKES = 50
 FEW = 5000
 """Norms that are all handed to the page; of more, it gets quantiles."""
@@ -73,13 +72,19 @@ def _run(name: str, history: History) -> dict[str, Any]:
         "steps": advice.steps,
         "rule": record.rule,
         "advice": advice,
-        "limit": f"{advice.limit:g}" if advice.limit else "none",
+        "limit": _limit(advice),
         "median": f"{_median(record):.4g}",
         "spikes": sorted(advice.spikes, key=lambda spike: -spike.size)[:SPIKES],
         "rules": _side_by_side(record, advice),
         "heat": record.tensors is not None,
         "data": _data(record, advice),
     }
+
+
+def _limit(advice: Advice) -> str:
+    if advice.followed:
+        return "follows the norms"
+    return f"{advice.limit:g}" if advice.limit else "none"
 
 
 def _median(record: Record) -> float:
@@ -108,22 +113,19 @@ def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
     p = stages(recorded_rule(record.rule))[0].p
     limits = [advice.limit, 2 * advice.limit] if advice.limit else []
     # These are made for 2-norms, and a replay refuses them for others.
-    following = [Percentile(), Percentile(90.0), ZScore()] if p == 2 else []
+    following = [Percentile(), FOLLOWING, ZScore()] if p == 2 else []
     rules: list[Rule] = [*(Norm(limit, p=p) for limit in limits), *following]
     return [_row(rule, record) for rule in rules]
 
 
 def _row(rule: Rule, record: Record) -> dict[str, str]:
-    part = record.take(slice(-LONGEST, None)) if rule.stateful else record
-    again = replay(History.from_record(part, None), rule)
+    again = replay_end(record, rule)
     limits = again.limit[np.isfinite(again.limit)]
     passed = again.norm_after[np.isfinite(again.norm_after)]
-    # Of the same norms as in the advice.
-    clipped = again.scale[is_norm(part.norm)] < 1
-    shorter = part.norm.size < record.norm.size
+    shorter = again.norm.size < record.norm.size
     return {
         "rule": call(rule),
-        "clip_rate": f"{np.mean(clipped):.1%}" if clipped.size else "–",
+        "clip_rate": "–" if math.isnan(again.clipped) else f"{again.clipped:.1%}",
         "limit": f"{np.median(limits):.4g}" if limits.size else "–",
         "largest": f"{passed.max():.4g}" if passed.size else "–",
         "over": f"the last {LONGEST:,} steps" if shorter else "all steps",
