@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import product
 
 import numpy as np
 import pytest
