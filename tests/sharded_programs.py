@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import (
     DTensor,
@@ -516,6 +517,15 @@ def told(call):
     return " ".join(str(w.message) for w in caught)
 
 
+def scaled(scaler):
+    """Take a step with a loss scaler, of parameters that others have, too."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    attach(optimizer, gc.Norm(1e9), split_over=dist.group.WORLD)
+    scaler.scale(p.sum()).backward()
+    scaler.step(optimizer)
+
+
 def sentences(rank, world):
     """What is said where a clip of split parameters could only be wrong."""
     mesh = meshes(world)["line"]
@@ -539,6 +549,10 @@ def sentences(rank, world):
         "submeshes": told(lambda: Clipper(apart, gc.Norm(1.0))),
         "meta": told(lambda: Clipper(empty, gc.Norm(1.0))),
         "a free group": told(lambda: Clipper(wide, groups)),
+        "a lone scaler": told(lambda: scaled(torch.amp.GradScaler("cpu"))),
+        "a shared scaler": told(
+            lambda: scaled(ShardedGradScaler("cpu", process_group=dist.group.WORLD))
+        ),
     }
 
 

@@ -10,6 +10,10 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import gradclip as gc
 from gradclip.torch import Clipper, attach
@@ -473,6 +477,45 @@ def test_a_copy_clips_as_the_original_does(duplicate, attached):
     assert (float(step.norm()) < 0.6) == attached
     clipper.detach()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_step_that_only_makes_an_empty_state_is_not_counted(tmp_path, in_backward):
+    net = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    history = gc.History(tmp_path / "run.jsonl")
+    options = {"history": history, "in_backward": in_backward, "doctor": ()}
+    clipper = attach(optimizer, gc.Norm(0.5), net, **options)
+    if in_backward:
+        net.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+        net.bias.requires_grad_(False)
+    for _ in range(3):
+        net(torch.randn(8, 4)).square().mean().backward()
+        if not in_backward:
+            optimizer.step()
+        optimizer.zero_grad()
+        get_optimizer_state_dict(net, optimizer)
+    assert int(clipper.state_dict()["step"]) == 3
+    assert len(history.norm) == 3
+    assert (history.norm > 0).all()
+
+
+def test_a_resumed_clipper_may_be_loaded_before_the_optimizer():
+    def parts():
+        net = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(net.parameters())
+        return net, optimizer, attach(optimizer, gc.ZScore(warmup=2), doctor=())
+
+    net, optimizer, clipper = parts()
+    net(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    saved, state = clipper.state_dict(), get_optimizer_state_dict(net, optimizer)
+    net, optimizer, clipper = parts()
+    clipper.load_state_dict(saved)
+    set_optimizer_state_dict(net, optimizer, state)
+    assert {k: v.tolist() for k, v in clipper.state_dict().items()} == {
+        k: v.tolist() for k, v in saved.items()
+    }
 
 
 @pytest.mark.parametrize(("size", "limit"), [(1e37, 1e-6), (1e30, 1.0)])

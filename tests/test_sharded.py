@@ -150,6 +150,8 @@ MEANT = {
     "submeshes": "lies on a mesh without this process",
     "meta": "are on the meta device",
     "a free group": "",
+    "a lone scaler": "GradScaler skips a step on the process that overflowed",
+    "a shared scaler": "",
 }
 
 

@@ -19,7 +19,7 @@ from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
-from gradclip.torch.hooked import Hooked
+from gradclip.torch.hooked import Hooked, only_prepares
 from gradclip.torch.in_backward import InBackward
 from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.placement import SplitOver
@@ -56,8 +56,9 @@ def attach(
 
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$, then the step.
 
-    It works with loss scaling by `torch.amp.GradScaler`, with accumulated gradients
-    and with closures, and takes up parameters that are added later.
+    It works with loss scaling by `torch.amp.GradScaler` (with `split_over` by torch's
+    `ShardedGradScaler`), with accumulated gradients and with closures, and takes up
+    parameters that are added later.
 
     Args:
         optimizer: Any torch optimizer; with `in_backward` several, or a dictionary.
@@ -253,6 +254,8 @@ class Attached(Hooked):
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, Any] | None:
         self._undo()
+        if only_prepares(optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._clip_for_step()
@@ -291,6 +294,8 @@ class Attached(Hooked):
                 "gradient: was backward() called?",
             )
             return
+        if self._layout is not None and self.split_over is not None:
+            self._doctor.look_for_lone_scaler(self.optimizer)
         found = self._collect()
         scale, found_inf = (getattr(self.optimizer, flag, None) for flag in _FLAGS)
         if scale is not None:

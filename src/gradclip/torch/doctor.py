@@ -15,7 +15,16 @@ from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Value, stages
 from gradclip.torch.exact import at_hand, tensor_of
 
-CHECKS = ("unchanged", "consumed", "scaled", "missing", "unheld", "attached", "rate")
+CHECKS = (
+    "unchanged",
+    "consumed",
+    "scaled",
+    "alone",
+    "missing",
+    "unheld",
+    "attached",
+    "rate",
+)
 STEPS = 500
 """How many steps a clip rate is watched before anything is said about it."""
 SCALED = 100
@@ -130,11 +139,7 @@ class Doctor:
         """Ask for loss scalers, once, when a norm is very far above the limit."""
         if not _far_above(info):
             return
-        kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
-        # There may be millions of objects: a call for each would take a second.
-        found = [x for x in gc.get_objects() if type(x) in kinds]
-        # One that is switched off, as for a run without amp, has no states at all.
-        for scaler in [x for x in found if x.is_enabled() and x._scale is not None]:
+        for scaler in _scalers():
             stages_ = [s["stage"].name for s in scaler._per_optimizer_states.values()]
             if "UNSCALED" not in stages_:
                 self.tell(
@@ -145,6 +150,20 @@ class Doctor:
                     "attach(), which knows.",
                 )
         self.checks.discard("scaled")
+
+    def look_for_lone_scaler(self, optimizer: Any) -> None:
+        """Ask, once, for a loss scaler that skips steps on one process of several."""
+        if "alone" not in self.checks:
+            return
+        if any(id(optimizer) in x._per_optimizer_states for x in _scalers()):
+            self.tell(
+                "alone",
+                "GradScaler skips a step on the process that overflowed, and only there, "
+                "so that the others get the norm of its next step. Use torch.distributed"
+                ".fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=…), which asks "
+                "all of them.",
+            )
+        self.checks.discard("alone")
 
     def _watch_rate(self, info: Info) -> None:
         """Count clipped steps; say so if all the counting was for one answer."""
@@ -173,6 +192,15 @@ class Doctor:
                 f"size now, and the learning rate means something else. {advice}",
             )
         self.checks.discard("rate")
+
+
+def _scalers() -> list[Any]:
+    """Return torch's own loss scalers that are in use."""
+    kinds = torch.amp.GradScaler, torch.cuda.amp.GradScaler
+    # There may be millions of objects: a call for each would take a second.
+    found = [x for x in gc.get_objects() if type(x) in kinds]
+    # One that is switched off, as for a run without amp, has no states at all.
+    return [x for x in found if x.is_enabled() and x._scale is not None]
 
 
 def _far_above(info: Info) -> bool:

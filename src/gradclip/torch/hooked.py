@@ -1,7 +1,11 @@
 """A clipper that optimizers call: its hooks, and what becomes of them in a copy."""
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
+
+import torch
 
 from gradclip.torch.clipper import Clipper
 
@@ -38,3 +42,19 @@ class Hooked(Clipper):
         self._hooks = ()
         if state["_hooks"]:
             self._register()
+
+
+def only_prepares(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step is none of the training, but makes an empty state.
+
+    Torch's distributed checkpoints take one with gradients of zeros and a rate of 0,
+    for SGD without momentum at every checkpoint. Counted, it would be a step too many.
+    """
+    home = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if home is None or optimizer.state or torch.compiler.is_compiling():
+        return False
+    preparing = home._init_optim_state.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not preparing:
+        frame = frame.f_back
+    return frame is not None

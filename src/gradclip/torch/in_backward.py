@@ -25,7 +25,7 @@ from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.exact import safe_norm, tensor_of
 from gradclip.torch.gradients import collect, drop, named_by_optimizers, params_of
-from gradclip.torch.hooked import Hooked
+from gradclip.torch.hooked import Hooked, only_prepares
 from gradclip.torch.verbs import InPlace
 
 
@@ -111,7 +111,7 @@ class InBackward(Hooked):
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip what this optimizer is about to use."""
         params = [p for p in params_of(optimizer) if p.grad is not None]
-        if not params:
+        if not params or only_prepares(optimizer):
             return
         # Of all parameters only when one is new: this is called for each of them.
         if not all(id(p) in self._index for p in params):
