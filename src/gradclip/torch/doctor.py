@@ -158,10 +158,10 @@ class Doctor:
         if any(id(optimizer) in x._per_optimizer_states for x in _scalers()):
             self.tell(
                 "alone",
-                "GradScaler skips a step on the process that overflowed, and only there, "
-                "so that the others get the norm of its next step. Use torch.distributed"
-                ".fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=…), which asks "
-                "all of them.",
+                "GradScaler skips a step on the process that overflowed, and only "
+                "there, so that the others get the norm of its next step. Use "
+                "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler("
+                "process_group=…), which asks all of them.",
             )
         self.checks.discard("alone")
 
