@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 import gradclip as gc
 import gradclip.jax
 from gradclip import advise
+from gradclip.jax import as_optax
 from gradclip.per_sample import clipped_sum
 from gradclip.ruletext import rule_from
 from gradclip.torch import (
@@ -859,6 +861,128 @@ def test_the_derivative_of_a_clip_is_there_for_tensors_of_zeros():
     u = torch.zeros(2, requires_grad=True)
     sum(x.sum() for x in gc.clip([t, u], gc.Norm(1.0))[0]).backward()
     np.testing.assert_allclose(u.grad, [0.2, 0.2], rtol=1e-6)
+
+
+STRETCHING = [
+    gc.Normalize(),
+    gc.Normalize(over="tensor"),
+    gc.Normalize(over="element"),
+    gc.Band(1.0, 2.0),
+    gc.Stabilize(),
+]
+
+
+@pytest.mark.parametrize("rule", STRETCHING, ids=repr)
+@pytest.mark.parametrize("make", [np.array, torch.tensor, jnp.array])
+def test_what_is_almost_nothing_is_stretched_to_something_finite(rule, make):
+    tiny = 2e-38 if make is jnp.array else 3e-310
+    g = (
+        make([tiny, 0.0])
+        if make is not torch.tensor
+        else torch.tensor([tiny, 0.0]).double()
+    )
+    clipped, info = gc.Clipper(rule).clip(g)
+    assert np.isfinite(np.asarray(clipped)).all()
+    assert bool(info.finite)
+
+
+@pytest.mark.parametrize("over", ["all", "tensor", "unit", "element"])
+@pytest.mark.parametrize("limit", [-0.2, math.nan])
+def test_a_limit_that_compiled_code_cannot_refuse_lets_nothing_through(limit, over):
+    clip = as_optax(gc.Norm(lambda step: jnp.float32(limit), over=over))
+    grads = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+    clipped, state = jax.jit(clip.update)(grads, clip.init(grads))
+    assert np.array_equal(np.asarray(clipped), np.zeros((2, 2)))
+    assert not np.isnan(np.asarray(state.info.norm_after)).any()
+
+
+def test_a_limit_for_samples_that_has_become_negative_is_refused():
+    limit = np.array(1.0)
+    rule = gc.Norm(limit)
+    limit[...] = -1.0
+    with pytest.raises(ValueError, match="a limit is above 0"):
+        clipped_sum(np.array([[3.0, 4.0]]), rule)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, jnp.array])
+def test_parameters_that_are_nan_make_no_gradient_nan(make):
+    weights = make([[1.0, 2.0], [math.nan, 1.0]])
+    clipped, info = gc.clip(make([[1.0, 1.0], [1.0, 1.0]]), gc.AGC(0.1), params=weights)
+    assert np.isfinite(np.asarray(clipped)).all()
+    assert bool(info.finite)
+
+
+DERIVED = [
+    gc.Norm(1.0),
+    gc.Norm(1.0, over="tensor"),
+    gc.Norm(1.0, over="unit"),
+    gc.Norm(1.0, p=3.0),
+    gc.Smooth(1.0),
+    gc.Normalize(),
+    gc.RMS(0.1),
+]
+
+
+@pytest.mark.parametrize("rule", DERIVED, ids=repr)
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_the_derivative_in_jax_is_that_of_torch_where_something_is_zero(rule, scale):
+    x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32) * np.float32(scale)
+    t = torch.tensor(x, requires_grad=True)
+    gc.clip(t, rule)[0].sum().backward()
+    derive = jax.grad(lambda g: gc.clip(g, rule)[0].sum())
+    np.testing.assert_allclose(derive(jnp.array(x)), t.grad, rtol=1e-5, atol=1e-6)
+    both = jax.vmap(derive)(jnp.array([x, x]))
+    np.testing.assert_allclose(both[1], t.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [gc.ZScore(), gc.EMA(), gc.Deviation(), gc.Moment(), gc.Peak()], ids=repr
+)
+def test_a_derivative_goes_through_steps_that_only_remember(rule):
+    def loss(a):
+        w, clip = jnp.array([1.0, 2.0]), as_optax(rule)
+        state = clip.init(w)
+        for _ in range(4):
+            update, state = clip.update(a * w, state)
+            w = w - 0.1 * update
+        return (w**2).sum()
+
+    # Nothing is clipped in the warm-up: (1 - 0.1 a) ** 8 times 5.
+    found = float(jax.grad(loss)(1.5))
+    assert found == pytest.approx(-5 * 8 * 0.1 * (1 - 0.15) ** 7, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [gc.Clipper, gc.UClip])
+@pytest.mark.parametrize("rule", [gc.EMA(warmup=1), gc.ZScore(), gc.Percentile()])
+def test_a_memory_keeps_no_graph(kind, rule):
+    clipper, w = kind(rule), torch.ones(2, requires_grad=True)
+    for k in range(3):
+        (g,) = torch.autograd.grad((w**3).sum() * 3**k, w, create_graph=True)
+        clipper.clip([g])[0][0].square().sum().backward()
+    assert w.grad is not None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gc.Value(1.0),
+        gc.Norm(1.0, over="element"),
+        gc.Band(0.1, 1.0),
+        gc.Normalize(over="element"),
+        gc.chain(gc.Norm(1.0), gc.Value(1.0)),
+        gc.chain(gc.Value(1.0), gc.Normalize(over="element")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_skipped_step_is_told_alike_by_all(rule, bad):
+    told = [
+        gc.clip(make([bad, 3.0]), rule)[1]
+        for make in (np.array, torch.tensor, jnp.array)
+    ]
+    assert {(bool(i.clipped), float(i.scale), bool(i.kept)) for i in told} == {
+        (False, 1.0, False)
+    }
 
 
 def test_sparse_tensors_stay_sparse():

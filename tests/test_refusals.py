@@ -12,7 +12,7 @@ import torch
 
 import gradclip as gc
 from gradclip.arrays import dotted, flatten
-from gradclip.jax import as_optax
+from gradclip.jax import as_optax, state_dict
 from gradclip.per_sample import clipped_sum
 from gradclip.torch import Clipper, attach, clip_grad_value_
 
@@ -342,6 +342,51 @@ def test_a_memory_that_is_lent_is_not_looked_for_in_a_checkpoint():
         optimizer.step()
     clipper.load_state_dict(clipper.state_dict())
     assert int(clipper.state_dict()["1.count"]) == 3
+
+
+@pytest.mark.parametrize(
+    "rule", [gc.Moment(3.0, warmup=1, corrected=True), gc.Peak(), gc.EMA(warmup=1)]
+)
+@pytest.mark.parametrize("left", [("b",), ("b", "c")])
+def test_a_memory_is_not_taken_over_by_another_tensor(rule, left):
+    first = {"a": np.full(2, 0.01), "b": np.ones(2)}
+    clipper = gc.Clipper(rule)
+    clipper.clip(first)
+    before = clipper.state_dict()
+    with pytest.raises(ValueError, match=r"[hH]and over the same gradients"):
+        clipper.clip({name: np.ones(2) for name in left})
+    after = clipper.state_dict()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("rule", [gc.Moment(3.0, warmup=1), gc.Peak()])
+def test_a_memory_is_not_taken_over_by_another_leaf(rule):
+    both = {"a": jnp.full(2, 0.01), "b": jnp.ones(2)}
+    clip = as_optax(rule)
+    _, state = clip.update(both, clip.init(both))
+    with pytest.raises(ValueError, match="remembers 2 tensors, but this step has 1"):
+        clip.update(both | {"a": None}, state)
+
+
+def test_a_memory_of_elements_takes_no_sparse_tensor():
+    x = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
+    with pytest.raises(TypeError, match="is sparse, and here each element"):
+        gc.Clipper(gc.Moment(3.0)).clip(x)
+
+
+def test_a_clipper_under_jit_is_refused_and_loses_no_step(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl")
+    clipper = gc.Clipper(gc.Norm(1.0), history=history)
+    clipper.clip(jnp.ones(2))
+    with pytest.raises(TypeError, match=r"use gradclip\.jax\.as_optax"):
+        jax.jit(lambda g: clipper.clip(g)[0])(jnp.ones(2))
+    clipper.clip(jnp.ones(2))
+    assert history.step.tolist() == [0, 1]
+
+
+def test_the_state_of_a_chain_is_no_state_of_a_clip():
+    with pytest.raises(TypeError, match="hand over the part that is a ClipState"):
+        state_dict(gc.Norm(1.0), (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import run
 from gradclip.policy import Policy, check_policy
 from gradclip.reading import host_array
-from gradclip.rules import Array, Rule
+from gradclip.rules import Array, Rule, stages
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -143,7 +143,9 @@ class Clipper:
             ValueError: If the number of gradients is not that of the memory.
             NonFiniteError: By policy, or after too many skipped steps in a row.
         """
-        clipped, info = _clip(grads, self._memory, params, self.on_nonfinite, out)
+        clipped, info = _clip(
+            grads, self._memory, params, self.on_nonfinite, out, counts=True
+        )
         if self.history is not None:
             # Before it is counted, so that the first step is number 0.
             self.history.record(self._memory.step, info)
@@ -237,11 +239,18 @@ def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _clip(
-    grads: Grads, memory: Memory, params: Any, policy: Policy, out: Any
+    grads: Grads,
+    memory: Memory,
+    params: Any,
+    policy: Policy,
+    out: Any,
+    counts: bool = False,
 ) -> tuple[Grads, Info]:
     named = named_leaves(grads)
     engine = find_backend(named)
-    given = [engine.prepare(x, where) for where, x in named]
+    inside = any(stage.by_part and stage.stateful for stage in stages(memory.rule))
+    prepare = dense if inside else prepared
+    given = prepare(engine, named)
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
     rule = memory.rule.bind(names, shapes)
     engine = engine.deciding(rule)
@@ -261,6 +270,8 @@ def _clip(
             weights=weights,
             name_of=lambda i: f"gradients{named[i][0]}",
         )
+    if counts:
+        engine.lasting([dict(enumerate(info))])
     # Only now: a step that was refused has left the memory as it was.
     memory.states = engine.lasting(states)
     pairs = zip(engine.deliver(leaves, given), named, strict=True)
@@ -286,9 +297,14 @@ def named_leaves(grads: Any) -> list[tuple[str, Any]]:
     return named
 
 
+def prepared(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:
+    """Return arrays ready to be clipped; of a sparse one, its values."""
+    return [engine.prepare(x, where) for where, x in named]
+
+
 def dense(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:
     """Return arrays ready to be clipped, where each element has to keep its place."""
-    leaves = [engine.prepare(x, where) for where, x in named]
+    leaves = prepared(engine, named)
     for x, (where, given) in zip(leaves, named, strict=True):
         # Of a sparse tensor a clip needs no more than the values.
         if tuple(x.shape) != tuple(given.shape):

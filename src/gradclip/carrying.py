@@ -92,10 +92,12 @@ class UClip(Clipper):
             rest = [x - u for x, u in zip(total, after, strict=True)]
             # With on_nonfinite="zero" an element may be NaN: what it had has to wait.
             xp = engine.xp
-            self.carried = [
+            left = [
                 xp.where(xp.isfinite(now), now, before)
                 for now, before in zip(rest, carried, strict=True)
             ]
+            (lasting,) = engine.lasting([dict(enumerate(left))])
+            self.carried = list(lasting.values())
             self._names = names
         return clipped, info
 

@@ -70,8 +70,21 @@ def clip_scale(norm: Array, limit: Array, xp: Any, most: Array | float = 1.0) ->
     """
     # Infinity through infinity would be NaN for everything (optax#1752).
     known = usable(norm, xp)
-    ratio = limit / xp.where(known, norm, 1.0)
+    size = xp.where(known, norm, 1.0)
+    # The quotient of an infinite limit has no derivative.
+    ratio = xp.where(limit < math.inf, limit, size) / size
+    if not isinstance(most, float) or most > 1:
+        # Stretched from 1e-310, zeros would be 0 times infinity.
+        ratio = xp.clip(ratio, None, float(xp.finfo(ratio.dtype).max))
     return xp.where(known, xp.clip(ratio, None, most), 1.0)
+
+
+def lawful(limit: Array, xp: Any) -> Array:
+    """Return a limit that reverses nothing: 0 for one that is negative or NaN.
+
+    Where its value can be read, it is refused before; compiled code cannot read it.
+    """
+    return xp.where(limit >= 0, limit, 0.0)
 
 
 def decide(
@@ -84,6 +97,7 @@ def decide(
     """
     xp = seen.xp
     limit, state = rule.update(seen, state)
+    limit = lawful(limit, xp)
     scale = clip_scale(seen.norm, limit, xp, rule.most(seen))
     # Norms are never below 0, so that one comparison finds NaN and infinity.
     finite = seen.norm < math.inf

@@ -33,6 +33,7 @@ def look_inside(
             memory = memories.get(str(i), {})
             if memories:
                 check_place(stage, memory, i)
+                check_count(engine, stage, leaves, len(memories))
             check_shapes(stage, memory, parts)
             info, after = decide(stage, now, memory)
             # Decided in the widest type, and kept as narrow as it began.
@@ -65,6 +66,18 @@ def check_place(stage: Rule, memory: State, place: int) -> None:
         raise ValueError(
             f"{stage!r} remembers nothing of a gradient number {place + 1}; hand over "
             "the same gradients at every step."
+        )
+
+
+def check_count(
+    engine: Backend, stage: Rule, leaves: Sequence[Array], known: int
+) -> None:
+    """Refuse fewer tensors than before, where their places do not tell which."""
+    places = engine.places(leaves)
+    if isinstance(places, range) and stage.stateful and len(places) < known:
+        raise ValueError(
+            f"{stage!r} remembers {known} tensors, but this step has {len(places)}; "
+            "hand over the same gradients at every step, and zeros for what is missing."
         )
 
 

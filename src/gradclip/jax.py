@@ -34,7 +34,7 @@ class ClipState(NamedTuple):
     step: Array
     """How many steps were made."""
     memory: tuple[State, ...]
-    """The memory of each stage of the rule."""
+    """The memory of each stage of the rule; to derivatives it is a constant."""
     info: Info
     """What the last step did."""
 
@@ -61,7 +61,8 @@ def as_optax(
         on_nonfinite: `"skip"` turns the gradients of a step with NaN or infinity into
             zeros, `"zero"` clears those elements and clips the rest, `"ignore"` leaves
             them. Zeros still move an optimizer with momentum: to freeze its state as
-            well, wrap it with `optax.apply_if_finite`.
+            well, wrap it with `optax.apply_if_finite`. Compiled code raises nothing
+            after many such steps: `info.skipped` counts them.
 
     Returns:
         A transformation whose state is a `ClipState`. Its `update` needs the parameters
@@ -87,7 +88,7 @@ def as_optax(
     def init(params: optax.Params) -> ClipState:
         # Shapes are all that is needed; zeros as large as the parameters are not.
         grads = jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, params))
-        memory = _empty_memory(rule, grads)
+        memory = _empty_memory(rule, params)
         # A state has to begin in the shapes that it keeps under jit and scan. They are
         # asked for without the axis, which has no name outside of shard_map.
         info, _ = jax.eval_shape(
@@ -107,7 +108,9 @@ def as_optax(
             engine, rule, updates, params, state.memory, state.step, on_nonfinite
         )
         info = info._replace(skipped=state.info.skipped + ~info.kept)
-        return clipped, _settled(ClipState(state.step + 1, tuple(memory), info))
+        # A constant to derivatives: that of the root of a deviation of 0 is infinite.
+        lasting = jax.lax.stop_gradient(tuple(memory))
+        return clipped, _settled(ClipState(state.step + 1, lasting, info))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -186,6 +189,12 @@ def load_state_dict(
 
 
 def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
+    if not isinstance(state, ClipState):
+        raise TypeError(
+            f"this is the state {type(state).__name__}, and not that of a clip; of an "
+            "optax.chain hand over the part that is a ClipState, state[0] where the "
+            "clip stands first."
+        )
     many = max(map(places, stages(rule), state.memory), default=0) > 1
     # A single place cannot be mistaken for another, and needs no name.
     if params is None and many:
@@ -209,13 +218,14 @@ def _check(rule: Rule, axis_name: Any, policy: Policy) -> None:
         )
 
 
-def _empty_memory(rule: Rule, grads: Any) -> tuple[State, ...]:
-    """Return the memory before the first step, for gradients of these shapes."""
-    engine, leaves = Jax(), jax.tree.leaves(grads)
-    parts = stages(rule.bind(_names(grads), [x.shape for x in leaves]))
+def _empty_memory(rule: Rule, params: Any) -> tuple[State, ...]:
+    """Return the memory before the first step, for parameters like these."""
+    engine, leaves = Jax(), jax.tree.leaves(params)
+    parts = stages(rule.bind(_names(params), [x.shape for x in leaves]))
     if any(part.by_part for part in parts):
-        # Only these rules look at more than how many gradients there are.
-        leaves = [engine.prepare(jnp.zeros(x.shape, x.dtype), "") for x in leaves]
+        # Only these rules look at more than how many there are; and what is as large
+        # as the parameters lies where they do.
+        leaves = [engine.prepare(jnp.zeros_like(x), "") for x in leaves]
     # A window of a thousand places takes JAX a second to stack, and NumPy none.
     made = (empty(engine if p.by_part else NumPy(), p, leaves) for p in parts)
     return jax.tree.map(jnp.asarray, tuple(made))

@@ -65,10 +65,23 @@ class Memory:
     def meet(self, names: Sequence[str]) -> None:
         """Put what is remembered of each tensor in the order of the tensors now."""
         if self.names != names:
+            self._check_tensors(names)
             self.states = in_order(self.rule, self.states, self.names, names)
             # Other tensors are refused elsewhere, and leave the names as they were.
             same = not self.names or sorted(self.names) == sorted(names)
             self.names = names if same else self.names
+
+    def _check_tensors(self, names: Sequence[str]) -> None:
+        """Refuse a list in which some tensors are gone and others have come."""
+        same = set(self.names) & set(names)
+        renamed = len(self.names) == len(names) and 0 < len(same) < len(set(names))
+        if renamed and any(map(has_places, stages(self.rule))):
+            gone = next(name for name in self.names if name not in same)
+            raise ValueError(
+                f"{self.rule!r} remembers {gone!r}, which is not among the gradients, "
+                f"while others are new: {', '.join(set(names) - same)}. Hand over the "
+                "same gradients at every step."
+            )
 
     def count(self, missed: Any) -> None:
         """Count one step; `missed` is 1 where it was skipped, else 0."""

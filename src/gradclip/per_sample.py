@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from gradclip.arrays import check_rule, dense, named_leaves, rebuild
 from gradclip.backends import Backend, find_backend, inward
 from gradclip.decision import Info, decide
+from gradclip.pipeline import scheduled
 from gradclip.rules import Array, Measured, Rule, stages
 
 Grads = TypeVar("Grads")
@@ -96,7 +97,8 @@ def _flat(x: Array, xp: Any) -> Array:
 
 def decide_samples(engine: Backend, norms: Array, rule: Rule) -> Info:
     """Return what a rule makes of the norms of samples."""
-    info, _ = decide(rule, Measured(norms, None, 0, engine.xp), {})
+    told = scheduled(engine, rule, 0)
+    info, _ = decide(rule, Measured(norms, None, 0, engine.xp, told=told), {})
     return info
 
 

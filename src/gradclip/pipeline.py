@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradclip.backends import Backend
-from gradclip.decision import Info, clip_scale, decide
+from gradclip.decision import Info, clip_scale, decide, lawful
 from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
 from gradclip.rules import Array, Measured, Rule, State, held, stages
@@ -272,7 +272,7 @@ def apply(
         if engine.known(seen.norm <= info.limit) is True:
             return leaves, info
         # The scale of an infinite norm is 1, yet its element is cut to the limit.
-        infinite = engine.xp.isinf(seen.norm) & (seen.norm > info.limit)
+        infinite = engine.xp.isinf(seen.norm) & (seen.norm > info.limit) & info.kept
         info = info._replace(
             clipped=info.clipped | infinite,
             scale=engine.xp.where(infinite, 0.0, info.scale),
@@ -285,14 +285,14 @@ def apply(
         now = seen._replace(norm=norm)
         # With the memory from before this step, as for the largest element.
         limit, _ = stage.update(now, state)
-        found = clip_scale(norm, limit, seen.xp, stage.most(now))
+        found = clip_scale(norm, lawful(limit, seen.xp), seen.xp, stage.most(now))
         # Small elements may be stretched where the largest is left alone.
         moved.append(engine.here.any(found != 1))
         return found
 
     leaves = engine.each(leaves, scale)
     # Each process has seen its own elements, and all have to report the same.
-    clipped = engine.here.any(engine.here.stack(moved))
+    clipped = engine.here.any(engine.here.stack(moved)) & info.kept
     return leaves, engine.agreed(info._replace(clipped=clipped))
 
 

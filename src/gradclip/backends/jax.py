@@ -75,7 +75,9 @@ class Jax(Backend):
         # Squares that XLA flushes to 0 do not show in a sum above this.
         least = float(xp.finfo(self.wide).tiny) ** 0.5
         usable = xp.all(xp.isfinite(squares) & (squares > least))
-        return self.jax.lax.cond(usable, lambda: xp.sqrt(squares), safely)
+        # Where both are computed, as under vmap, the root of 0 has no derivative.
+        known = xp.where(usable, squares, 1.0)
+        return self.jax.lax.cond(usable, lambda: xp.sqrt(known), safely)
 
     def scaled_norms(self, axes: tuple[int, ...], x: Array, p: float) -> Array:
         """Return `p`-norms along axes, whatever their size."""
@@ -95,7 +97,12 @@ class Jax(Backend):
         unit = xp.ldexp(xp.ones_like(largest), -exponent)
         top = largest * unit
         sums = xp.sum((x * unit / top) ** p, axis=axes)
-        return xp.squeeze(largest, axes) * sums ** (1 / p)
+        return xp.squeeze(largest, axes) * self.rooted(sums, p)
+
+    def rooted(self, sums: Array, p: float) -> Array:
+        """Return `p`-th roots, of 0 with a derivative of 0 in place of infinity."""
+        zero = sums == 0
+        return self.xp.where(zero, 0.0, self.xp.where(zero, 1.0, sums) ** (1 / p))
 
     def measure(self, leaves: Sequence[Array], over: Scope, p: float) -> Array:
         """Return the norms of the scope; a masked optimizer may have no gradients."""
@@ -205,4 +212,4 @@ class Shards(Jax):
         if math.isinf(p):
             return largest + lax.psum(xp.where(finite, 0.0, norms), axis)
         unit = xp.where(largest > 0, largest, 1.0)
-        return unit * lax.psum((norms / unit) ** p, axis) ** (1 / p)
+        return unit * self.rooted(lax.psum((norms / unit) ** p, axis), p)

@@ -62,7 +62,17 @@ class TorchArrays(Backend):
         here = flag.device.type == "cpu" and not torch.compiler.is_compiling()
         return bool(flag) if here else None
 
+    def lasting(self, states: list[Any]) -> list[Any]:
+        """Return the memory without the graph of gradients that have derivatives."""
+        return [
+            state and {name: _apart(x) for name, x in state.items()} for state in states
+        ]
+
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, beside the norms."""
         x = self.xp.asarray(x) if isinstance(x, np.ndarray) else x
         return x.to(norm.device)
+
+
+def _apart(x: Any) -> Any:
+    return x.detach() if hasattr(x, "detach") else x
