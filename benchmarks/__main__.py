@@ -370,4 +370,5 @@ def main():
         write_table(asked.page, facts, results)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -278,4 +278,5 @@ def main():
         put_between(asked.page, MARKS, lines)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ DEVIATIONS = {
     ),
     "no gradient, or no parameters": "torch returns 0; ValueError",
     "a parameter listed twice": "torch scales it twice; it counts once",
-    "sparse and complex gradients": "torch raises; they are clipped",
+    "sparse gradients": "torch raises; they are clipped",
 }
 
 FROM_OPTAX = {

@@ -15,8 +15,6 @@ EVERYWHERE = "GRADCLIP_GOLDEN" in os.environ
 class Row:
     make: object
     twin: object
-    bounded: bool = True
-    """Whether the norm afterwards is at most the limit, cell by cell."""
     keeps_direction: bool = True
     """Whether a cell is only rescaled."""
     projects: bool = True

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import utils
 
-from deviations import DEVIATIONS
 from gradclip.torch import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -58,7 +57,6 @@ def test_clip_grad_norm(shapes, p, dtype, limit):
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_clip_grad_norm_in_half_precision(p, dtype):
-    assert "half-precision gradients" in DEVIATIONS
     ours, theirs = pair(SHAPES[1], dtype)
     norm = clip_grad_norm_(ours, 0.5, p)
     expected = utils.clip_grad_norm_(theirs, 0.5, p)
@@ -125,7 +123,6 @@ def test_parameters_without_gradients_are_passed_over():
 
 
 def test_torch_raises_on_finite_float64_and_gradclip_does_not():
-    assert "finite float64 gradients of 2e200 with error_if_nonfinite" in DEVIATIONS
     grads = [torch.full((10,), 2e200, dtype=torch.float64)]
     with pytest.raises(RuntimeError):
         utils.get_total_norm(grads, error_if_nonfinite=True)

@@ -54,9 +54,10 @@ def clip(
         The clipped gradients, arranged like `grads`, and an `Info`.
 
     Raises:
-        TypeError: For a rule with memory, for what is not an array, and for a mixture
-            of libraries.
-        ValueError: For an empty list, and for parameters that do not fit.
+        TypeError: For a rule with memory, for what is not an array, for a mixture of
+            libraries, and for `out` with other arrays than NumPy's.
+        ValueError: For an empty list, an unknown policy, and for parameters or places
+            in `out` that do not fit, are read-only or share memory.
         NonFiniteError: For NaN or infinity, where the policy is `"raise"`.
 
     Example:
@@ -92,7 +93,7 @@ class Clipper:
         history: Takes in every step, as `History("run.jsonl")` does.
 
     Raises:
-        TypeError: If `rule` is not a rule.
+        TypeError: If `rule` is not a rule, or `history` no history.
         ValueError: For an unknown policy, and for fewer than one skip in a row.
 
     Example:

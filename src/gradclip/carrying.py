@@ -34,7 +34,7 @@ class UClip(Clipper):
         history: As for `Clipper`.
 
     Raises:
-        TypeError: If `rule` is not a rule.
+        TypeError: If `rule` is not a rule, or `history` no history.
         ValueError: For an unknown policy, and for fewer than one skip in a row.
 
     Example:

@@ -27,7 +27,7 @@ class Info(NamedTuple):
     norm_after: Any
     """The norm after clipping; 0 where the step was skipped."""
     skipped: Any = 0
-    """How many steps were skipped so far, this one included."""
+    """How many steps a clipper has skipped, this one included; pure functions say 0."""
     kept: Any = True
     """Whether the step goes ahead: not where a policy or `Skip` drops it."""
 

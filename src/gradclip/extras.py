@@ -26,6 +26,6 @@ def needed(extra: str, *packages: str) -> Any:
                 raise
     raise ModuleNotFoundError(
         f"this part of gradclip needs {' or '.join(packages)}, which is not installed: "
-        f"pip install 'gradclip[{extra}]'",
+        f'pip install "gradclip[{extra}]"',
         name=packages[0],
     )

@@ -48,9 +48,9 @@ def as_optax(
 
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
-    Arrays that are sharded under `jit` need nothing more, except that `Moment` does not
-    take those on an explicit mesh. The latest `Info` is part of the state:
-    `optax.tree.get(state, "norm")`, or `"info"` for all of it.
+    Arrays that are sharded under `jit` need nothing more, except that `Moment` and
+    `over="singular"` do not take those on an explicit mesh. The latest `Info` is part
+    of the state: `optax.tree.get(state, "norm")`, or `"info"` for all of it.
 
     Args:
         rule: Any rule, with or without memory.
@@ -71,7 +71,7 @@ def as_optax(
     Raises:
         TypeError: For what is not a rule.
         ValueError: For the policy `"raise"`, a rule whose memory grows, or an axis for
-            norms over units.
+            a rule that looks at whole rows or tensors.
 
     Example:
         >>> import gradclip as gc, gradclip.jax, jax.numpy as jnp, numpy as np, optax

@@ -5,15 +5,13 @@ libraries made for them.
 """
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
-from gradclip.arrays import check_rule, dense, named_leaves, rebuild
+from gradclip.arrays import Grads, check_rule, dense, named_leaves, rebuild
 from gradclip.backends import Backend, find_backend, inward
 from gradclip.decision import Info, decide
 from gradclip.pipeline import scheduled
 from gradclip.rules import Array, Measured, Rule, stages
-
-Grads = TypeVar("Grads")
 
 
 def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:

@@ -51,9 +51,11 @@ def test_a_resumed_run_goes_on(tmp_path):
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"), STEPS - 37)
 
 
-def engine(clip=0.0, stage=2):
+def engine(clip=0.0, stage=2, **verbs):
     return SimpleNamespace(
-        gradient_clipping=lambda: clip, zero_optimization_stage=lambda: stage
+        gradient_clipping=lambda: clip,
+        zero_optimization_stage=lambda: stage,
+        optimizer=SimpleNamespace(**(verbs or {"unscale_and_clip_grads": print})),
     )
 
 
@@ -62,6 +64,7 @@ def engine(clip=0.0, stage=2):
     [
         (engine(clip=1.0), gc.Norm(1.0), '"gradient_clipping": 0'),
         (engine(stage=0), gc.Norm(1.0), "use gradclip.torch.attach(optimizer, rule)"),
+        (engine(stage=1, step=print), gc.Norm(1.0), 'leave "grad_accum_dtype" out'),
         (engine(), gc.Value(1.0), "one number per step"),
         (engine(), gc.EMA(), "one number per step"),
         (engine(), gc.Normalize(), "one number per step"),

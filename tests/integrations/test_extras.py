@@ -52,7 +52,7 @@ def test_a_missing_package_is_named_with_its_install_line(extra):
     )
     message = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    assert re.search(rf"pip install 'gradclip\[{extra}\]'$", message), message
+    assert re.search(rf'pip install "gradclip\[{extra}\]"$', message), message
 
 
 @pytest.mark.parametrize("extra", sorted(TRAINERS))
@@ -88,4 +88,4 @@ def test_a_missing_framework_is_named_with_its_install_line(module, hidden, extr
         [sys.executable, "-c", program], capture_output=True, text=True
     )
     message = done.stderr.splitlines()[-1]
-    assert message.endswith(f"pip install 'gradclip[{extra}]'"), done.stderr[-900:]
+    assert message.endswith(f'pip install "gradclip[{extra}]"'), done.stderr[-900:]

@@ -104,6 +104,12 @@ def _check(engine: Any, rule: Rule) -> None:
             "optimizer, so use gradclip.torch.attach(optimizer, rule); in half "
             'precision put "zero_optimization": {"stage": 1} in its config.'
         )
+    if not hasattr(engine.optimizer, "unscale_and_clip_grads"):
+        raise ValueError(
+            f"{type(engine.optimizer).__name__} clips where nothing can step in: in "
+            'the config leave "grad_accum_dtype" out of "data_types", or take ZeRO '
+            "stage 2."
+        )
     if any(s.over != "all" or s.p != 2 or s.stretches or s.drops for s in stages(rule)):
         raise ValueError(
             f"{rule!r}: DeepSpeed clips by one number per step, from the 2-norm over "

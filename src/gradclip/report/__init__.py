@@ -1,12 +1,15 @@
 """One HTML page about a run or several: self-contained, it opens offline."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gradclip.history import History
 
 
-def write_report(named: Sequence[tuple[str, History]], out: str | Path) -> None:
+def write_report(
+    named: Sequence[tuple[str, History]], out: str | os.PathLike[str]
+) -> None:
     """Write the page.
 
     Args:

@@ -14,11 +14,10 @@ from plotly.offline import get_plotlyjs
 from gradclip.advice import Advice, advise, call
 from gradclip.history import History
 from gradclip.judging import FOLLOWING, comparable
-from gradclip.record import Record, is_norm
+from gradclip.record import Record, is_norm, kind_of
 from gradclip.replaying import LONGEST, PLAINLY, replay_end
 from gradclip.report import figures
-from gradclip.rules import Norm, Percentile, Rule, ZScore, stages, usable
-from gradclip.ruletext import recorded_rule
+from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
 
 SPIKES = 50
 FEW = 5000
@@ -95,7 +94,7 @@ def _median(record: Record) -> float:
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
     norm = np.sort(record.norm[usable(record.norm, np)])
     few, tensors = norm.size <= FEW, record.tensors
-    p = stages(recorded_rule(record.rule))[0].p
+    p, _ = kind_of(record.rule)
     return {
         "histogram": figures.histogram(norm),
         "curve": figures.clip_curve(record.norm),
@@ -110,7 +109,7 @@ def _data(record: Record, advice: Advice) -> dict[str, Any]:
 
 def _side_by_side(record: Record, advice: Advice) -> list[dict[str, str]]:
     """Return a row for each rule: what it would have done on these norms."""
-    p = stages(recorded_rule(record.rule))[0].p
+    p, _ = kind_of(record.rule)
     limits = [advice.limit, 2 * advice.limit] if advice.limit else []
     # These are made for 2-norms, and a replay refuses them for others.
     following = [Percentile(), FOLLOWING, ZScore()] if p == 2 else []

@@ -27,6 +27,7 @@ class Deviation(Rule):
         over: `"all"` or each `"tensor"`.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a number outside its range, named in the message.
 
     Example:

@@ -36,6 +36,7 @@ class Moment(Rule):
             AdamW, NAdam and RAdam, whose decay is $\beta$ then.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a number outside its range, named in the message.
 
     Example:

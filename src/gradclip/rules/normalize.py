@@ -21,6 +21,7 @@ class Normalize(Rule):
         axis: As for `Norm`.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a length that is not above 0, or an `eps` below 0.
 
     Example:

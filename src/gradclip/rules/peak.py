@@ -25,6 +25,7 @@ class Peak(Rule):
         over: Only `"element"`.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a decay outside (0, 1).
 
     Example:

@@ -24,6 +24,7 @@ class Percentile(Rule):
         over: `"all"` or each `"tensor"`.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a percentile outside 0…100 or a window below 1.
 
     Example:

@@ -16,7 +16,7 @@ class Quantile(Rule):
     $c_{t+1} = c_t \exp(-\eta (b_t - q / 100))$ with $b_t = 1$ where
     $\lVert g_t \rVert \le c_t$, else 0
 
-    One number is remembered, whatever the length of the past, and a spike moves the
+    Two numbers are remembered, whatever the length of the past, and a spike moves the
     limit no further than any other norm above it. `Percentile` is exact, and sorts.
 
     Args:
@@ -29,6 +29,7 @@ class Quantile(Rule):
             scales.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a number outside its range, named in the message.
 
     Example:

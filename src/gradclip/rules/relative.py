@@ -26,6 +26,7 @@ class Relative(Rule):
         axis: As for `Norm`: 0 in torch's layout, -1 in that of JAX and Keras.
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a ratio or `eps` that is not above 0, or another scope.
 
     Example:

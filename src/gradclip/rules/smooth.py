@@ -25,8 +25,8 @@ class Smooth(Limited):
 
     Args:
         limit: $c$, the bound of the norms afterwards, in the unit of the gradient norm,
-            above 0 and finite: a number, a 0-d array, or a function of the step that
-            returns one.
+            above 0; as a number it is finite. A number, a 0-d array, or a function of
+            the step that returns one.
         over: As for `Norm`.
         curve: `"ratio"` is the first of the equations, `"tanh"` the second, `"root"`
             the third.

@@ -33,6 +33,7 @@ class Stabilize(Rule):
             paper's code uses 1e-8.)
 
     Raises:
+        TypeError: For an array in place of a number.
         ValueError: For a number outside its range, named in the message.
 
     Example:

@@ -82,7 +82,7 @@ def attach(
         The clipper, with the latest `info`; `detach()` ends the clipping.
 
     Raises:
-        TypeError: For what is not an optimizer, a rule or a module.
+        TypeError: For what is not an optimizer, a rule, a module or a history.
         ValueError: For an unknown policy, and with `in_backward` for rules that need
             more than one norm of all gradients, or for split parameters.
         RuntimeError: With `in_backward`, by `step()` outside `backward()`, and where

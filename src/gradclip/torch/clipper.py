@@ -69,7 +69,8 @@ class Clipper:
             make the clipper then. It takes time; see the page on sharded models.
 
     Raises:
-        TypeError: If the parameters are not tensors, or `rule` is not a rule.
+        TypeError: If the parameters are not tensors, `rule` is not a rule, or `history`
+            no history.
         ValueError: If there are no parameters, for an unknown policy, and for fewer
             than one skip in a row.
         VerifyError: With `verify`, where processes do not clip the same model alike:

@@ -30,6 +30,7 @@ from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Value
 from gradclip.torch.attach import Attached
 from gradclip.torch.clipper import Clipper
+from gradclip.torch.dtensors import full_of
 from gradclip.torch.functional import get_total_norm
 from gradclip.torch.ledger import Ledger, gradient
 
@@ -273,4 +274,4 @@ def _largest(given: list[torch.Tensor]) -> Any:
 
 def _number(value: Any) -> float:
     """Return a number; the norm of a sharded model lies in pieces."""
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+    return float(full_of(value) if isinstance(value, torch.Tensor) else value)
