@@ -1,6 +1,7 @@
 """Rules that look inside tensors: at elements, with a memory, and singular values."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import gradclip as gc
 import gradclip.jax
 import reference
 from gradclip.torch import Clipper, attach
-from gradclip.torch.clipper import check_split
+from gradclip.torch.layout import Group, Layout, Way
 from test_twins import SHAPES, finite, quietly, steps
 
 RNG = np.random.default_rng(0)
@@ -133,10 +134,15 @@ def test_other_shapes_are_refused_before_anything_changes():
             gradclip.jax.as_optax(rule, axis_name="data")
         with pytest.raises(ValueError, match="looks at each"):
             gc.replay(gc.History.of([1.0]), rule)
+    handle = SimpleNamespace(size=lambda: 2)
+    groups, params = {"g": Group(handle, 0)}, [torch.ones(1), torch.ones(2)]
+    split = Layout(params, [{"g": Way("piece", 0)}, {}], groups)
     with pytest.raises(ValueError, match="whole tensors"):
-        check_split(gc.Norm(1.0, over="singular"), [torch.ones(1)])
+        split.check(gc.Norm(1.0, over="singular"))
     with pytest.raises(ValueError, match="counts elements"):
-        check_split(gc.RMS(1.0), [torch.ones(1)])
+        split.check(gc.RMS(1.0))
+    # A tensor that no group has a part of is whole, and so is its size.
+    Layout(params, [{}, {}], groups).check(gc.RMS(1.0))
 
 
 SPECTRAL = {

@@ -14,12 +14,12 @@ from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
 from gradclip.memory import COUNTERS, Memory, at_least, begin
 from gradclip.pipeline import empty, run
-from gradclip.policy import Policy, check_policy, may_drop, only_records
+from gradclip.policy import Policy, check_policy, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
-from gradclip.torch.dtensors import is_dtensor, laid_out_like, local_of, part_like
+from gradclip.torch.dtensors import laid_out_like, local_of, part_like
 from gradclip.torch.exact import at_hand, on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.placement import SplitOver, layout_of
@@ -240,8 +240,6 @@ class Clipper:
         self._one_number = OneNumber() if single else None
         self._memory.states = list(map(self._empty, stages(self._bound)))
         self._memory.names = self.names
-        if self._layout is not None:
-            check_split(self._bound, self.params)
 
     def _empty(self, stage: Rule) -> State:
         """Return the memory of a stage before the first step."""
@@ -410,20 +408,3 @@ def _stay(memory: Memory, states: Sequence[State | None], *counts: Tensor) -> No
         before.copy_(after)
     memory.states = states
     memory.skipped, memory.in_a_row = counts
-
-
-def check_split(rule: Rule, params: list[Tensor]) -> None:
-    """Refuse, for parameters that are split, rules that have to see whole tensors."""
-    for stage in stages(rule):
-        inner = {r.over for r in stage.within() if not only_records(r)}
-        # Beside units, tensors are measured by their rows, of which others have some.
-        if stage.over == "singular" or {"unit"} < inner:
-            raise ValueError(
-                f"{stage!r} looks at whole tensors, and processes have parts of these; "
-                "use a rule over 'all', each 'tensor' or each 'unit'."
-            )
-        if stage.needs_shape and not all(map(is_dtensor, params)):
-            raise ValueError(
-                f"{stage!r} counts elements, and only a DTensor tells how many there "
-                "are on all processes; use Norm."
-            )

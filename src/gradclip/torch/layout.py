@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.policy import only_records
 from gradclip.rules import Rule, stages
 from gradclip.torch.constants import sent
-from gradclip.torch.dtensors import local_of
+from gradclip.torch.dtensors import is_dtensor, local_of
 from gradclip.torch.exact import safe_norm
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Layout:
         self.cut = {g for w in self.ways for g, way in w.items() if way.kind == "piece"}
         self.flattened = any(getattr(p, "_is_flat_param", False) for p in params)
         self.keys = [_key_of(w) for w in self.ways]
+        pairs = zip(params, ways, strict=True)
+        self.sized = all(is_dtensor(p) or not way for p, way in pairs)
 
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
         """Return the norm of everything from the norms of what lies alike here."""
@@ -170,6 +173,8 @@ class Layout:
 
     def check(self, rule: Rule) -> None:
         """Refuse rules whose norms cannot be put together from these parts."""
+        for stage in stages(rule):
+            self._check_parts(stage)
         inside = [s for s in stages(rule) if s.over in ("tensor", "unit") or s.by_place]
         if self.flattened and inside:
             raise ValueError(
@@ -190,6 +195,21 @@ class Layout:
             raise ValueError(
                 f"{rule!r} has a group over 'all', whose tensors other processes hold; "
                 "use over='tensor' in it, or a clipper of its own for the group."
+            )
+
+    def _check_parts(self, stage: Rule) -> None:
+        """Refuse a rule that has to see whole tensors, or to know their sizes."""
+        scopes = {r.over for r in stage.within() if not only_records(r)}
+        # Beside units, tensors are measured by their rows, of which others have some.
+        if stage.over == "singular" or {"unit"} < scopes:
+            raise ValueError(
+                f"{stage!r} looks at whole tensors, and processes have parts of these; "
+                "use a rule over 'all', each 'tensor' or each 'unit'."
+            )
+        if stage.needs_shape and not self.sized:
+            raise ValueError(
+                f"{stage!r} counts elements, and only a DTensor tells how many there "
+                "are on all processes; use Norm."
             )
 
     def deciders(self, rule: Rule) -> list[Group]:
