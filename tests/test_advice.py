@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import gradclip as gc
-from gradclip.advice import call
 from gradclip.cli import app
 from gradclip.evidence import (
     level_change,
@@ -26,7 +25,7 @@ from gradclip.evidence import (
 from gradclip.judging import find_spikes
 from gradclip.readers.assemble import in_order
 from gradclip.report import write_report
-from gradclip.ruletext import known, recorded_rule, rule_from
+from gradclip.ruletext import call, known, recorded_rule, rule_from
 from table import ROWS
 
 

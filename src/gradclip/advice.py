@@ -1,7 +1,7 @@
 """Where the threshold belongs, told from the norms of a run, and how sure that is."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from gradclip.history import History, recorded
 from gradclip.judging import Expert, Facts, Spike, comparable, regime, warmup_of
 from gradclip.record import Floats, is_norm
 from gradclip.replaying import Replay, replay_end
-from gradclip.rules import Rule, stages, usable
-from gradclip.rules.groups import Groups
+from gradclip.rules import Rule, usable
+from gradclip.ruletext import call
 
 
 @dataclass(frozen=True)
@@ -183,33 +183,6 @@ def advise(history: History) -> Advice:
         _ordered=np.sort(record.norm[is_norm(record.norm)]),
         _steady=np.sort(steady),
     )
-
-
-def call(rule: Any) -> str:
-    """Return the shortest call that makes a rule.
-
-    Example:
-        >>> from gradclip import Norm
-        >>> call(Norm(limit=1.0, p=1.0))
-        'Norm(1.0, p=1.0)'
-    """
-    if len(stages(rule)) > 1:
-        return f"chain({', '.join(map(call, stages(rule)))})"
-    if isinstance(rule, Groups):
-        groups = (f"{pattern!r}: {call(part)}" for pattern, part in rule.rules)
-        return f"by_name({{{', '.join(groups)}}})"
-    given = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    told = [f for f in fields(rule) if f.init and given[f.name] != f.default]
-    first = fields(rule)[0].name
-
-    def value(x: Any) -> str:
-        return call(x) if isinstance(x, Rule) else repr(x)
-
-    parts = [
-        value(given[f.name]) if f.name == first else f"{f.name}={given[f.name]!r}"
-        for f in told
-    ]
-    return f"{type(rule).__name__}({', '.join(parts)})"
 
 
 def _jsonable(value: Any) -> Any:

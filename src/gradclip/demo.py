@@ -28,10 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from gradclip.advice import call
 from gradclip.policy import only_records
 from gradclip.recorder import SCHEMA, plain
 from gradclip.rules import Norm, Percentile, Rule, ZScore
+from gradclip.ruletext import call
 from gradclip.torch import attach
 
 ARMS: dict[str, Rule] = {

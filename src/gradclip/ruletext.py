@@ -1,13 +1,15 @@
-"""A rule from the text of its constructor: parsed and looked up, never evaluated."""
+"""A rule from the text of its constructor, never evaluated, and the text of a rule."""
 
 import ast
 import math
 import re
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 from gradclip import rules
-from gradclip.rules import Norm, Rule
+from gradclip.rules import Norm, Rule, stages
+from gradclip.rules.groups import Groups
 
 OPAQUE = re.compile(r"<(?:[^<>]|<[^<>]*>)*>|\b(?:tensor|[aA]rray)\([^()]*\)")
 """A function, or an array, as `repr` shows it."""
@@ -45,6 +47,33 @@ def rule_from(text: str) -> Rule:
     if not isinstance(rule, Rule):
         raise ValueError(f"{text!r} is no rule; write one as in ZScore(z=2.5).")
     return rule
+
+
+def call(rule: Any) -> str:
+    """Return the shortest call that makes a rule.
+
+    Example:
+        >>> from gradclip import Norm
+        >>> call(Norm(limit=1.0, p=1.0))
+        'Norm(1.0, p=1.0)'
+    """
+    if len(stages(rule)) > 1:
+        return f"chain({', '.join(map(call, stages(rule)))})"
+    if isinstance(rule, Groups):
+        groups = (f"{pattern!r}: {call(part)}" for pattern, part in rule.rules)
+        return f"by_name({{{', '.join(groups)}}})"
+    given = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    told = [f for f in fields(rule) if f.init and given[f.name] != f.default]
+    first = fields(rule)[0].name
+
+    def value(x: Any) -> str:
+        return call(x) if isinstance(x, Rule) else repr(x)
+
+    parts = [
+        value(given[f.name]) if f.name == first else f"{f.name}={given[f.name]!r}"
+        for f in told
+    ]
+    return f"{type(rule).__name__}({', '.join(parts)})"
 
 
 def recorded_rule(text: str) -> Rule:

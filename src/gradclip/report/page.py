@@ -11,13 +11,14 @@ from jinja2 import Environment, select_autoescape
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from gradclip.advice import Advice, advise, call
+from gradclip.advice import Advice, advise
 from gradclip.history import History
 from gradclip.judging import FOLLOWING, comparable
 from gradclip.record import Record, is_norm, kind_of
 from gradclip.replaying import LONGEST, PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
+from gradclip.ruletext import call
 
 SPIKES = 50
 FEW = 5000

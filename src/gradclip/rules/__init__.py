@@ -5,9 +5,7 @@ run the same lines. It sees norms of any shape (one, or one per tensor or unit),
 its memory in a dictionary of arrays that the caller owns, and never touches gradients.
 """
 
-from gradclip.rules.band import AGGC as AGGC
 from gradclip.rules.band import Band as Band
-from gradclip.rules.band import MovingBand as MovingBand
 from gradclip.rules.base import Array as Array
 from gradclip.rules.base import Measured as Measured
 from gradclip.rules.base import Rule as Rule
@@ -24,6 +22,8 @@ from gradclip.rules.keeping import usable as usable
 from gradclip.rules.limits import Limit as Limit
 from gradclip.rules.moment import SPAM as SPAM
 from gradclip.rules.moment import Moment as Moment
+from gradclip.rules.moving_band import AGGC as AGGC
+from gradclip.rules.moving_band import MovingBand as MovingBand
 from gradclip.rules.norm import Norm as Norm
 from gradclip.rules.normalize import Normalize as Normalize
 from gradclip.rules.peak import AdaClip as AdaClip

@@ -51,7 +51,7 @@ def attach(
     deterministic: bool = False,
     verify: Verify = False,
     in_backward: bool = False,
-) -> "Attached | InBackward":
+) -> Hooked:
     r"""Clip the gradients of an optimizer inside its `step()`.
 
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$, then the step.
