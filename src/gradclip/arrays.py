@@ -249,9 +249,9 @@ def _clip(
 ) -> tuple[Grads, Info]:
     named = named_leaves(grads)
     engine = find_backend(named)
-    inside = any(stage.by_part and stage.stateful for stage in stages(memory.rule))
-    prepare = dense if inside else prepared
-    given = prepare(engine, named)
+    given = [engine.prepare(x, where) for where, x in named]
+    if memory.rule.stateful and any(stage.by_part for stage in stages(memory.rule)):
+        check_dense(given, named)
     names, shapes = [dotted(where) for where, _ in named], [x.shape for x in given]
     rule = memory.rule.bind(names, shapes)
     engine = engine.deciding(rule)
@@ -271,10 +271,8 @@ def _clip(
             weights=weights,
             name_of=lambda i: f"gradients{named[i][0]}",
         )
-    if counts:
-        engine.lasting([dict(enumerate(info))])
     # Only now: a step that was refused has left the memory as it was.
-    memory.states = engine.lasting(states)
+    memory.states = engine.lasting(states, info if counts else None)
     pairs = zip(engine.deliver(leaves, given), named, strict=True)
     results = [engine.shaped_like(result, x) for result, (_, x) in pairs]
     return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
@@ -298,22 +296,21 @@ def named_leaves(grads: Any) -> list[tuple[str, Any]]:
     return named
 
 
-def prepared(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:
-    """Return arrays ready to be clipped; of a sparse one, its values."""
-    return [engine.prepare(x, where) for where, x in named]
-
-
 def dense(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:
     """Return arrays ready to be clipped, where each element has to keep its place."""
-    leaves = prepared(engine, named)
+    leaves = [engine.prepare(x, where) for where, x in named]
+    check_dense(leaves, named)
+    return leaves
+
+
+def check_dense(leaves: Sequence[Array], named: Sequence[tuple[str, Any]]) -> None:
+    """Refuse sparse tensors, of which a clip needs no more than the values."""
     for x, (where, given) in zip(leaves, named, strict=True):
-        # Of a sparse tensor a clip needs no more than the values.
         if tuple(x.shape) != tuple(given.shape):
             raise TypeError(
                 f"gradients{where} of shape {tuple(given.shape)} is sparse, and here "
                 "each element needs its place; hand over x.to_dense()."
             )
-    return leaves
 
 
 def _weights(

@@ -235,8 +235,8 @@ class Backend:
         """Return the flag as a Python bool, whatever it costs."""
         return bool(flag)
 
-    def lasting(self, states: list[Any]) -> list[Any]:
-        """Return a memory that may be kept when the step is over."""
+    def lasting(self, states: list[Any], info: Any = None) -> list[Any]:
+        """Return a memory that may be kept when the step is over, and its report told."""
         return states
 
     def adopt(self, x: Array, norm: Array) -> Array:

@@ -126,9 +126,9 @@ class Jax(Backend):
         )
         return norms if over == "tensor" else self.scaled_norms((0,), norms, p)
 
-    def lasting(self, states: list[Any]) -> list[Any]:
+    def lasting(self, states: list[Any], info: Any = None) -> list[Any]:
         """Return the memory, unless it has no value outside of the traced function."""
-        if any(map(self.traced, self.jax.tree.leaves(states))):
+        if any(map(self.traced, self.jax.tree.leaves((states, info)))):
             raise TypeError(
                 "a Clipper cannot keep its memory under jit, vmap or scan; use "
                 "gradclip.jax.as_optax(rule), whose state is handed in and out."

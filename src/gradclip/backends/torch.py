@@ -62,7 +62,7 @@ class TorchArrays(Backend):
         here = flag.device.type == "cpu" and not torch.compiler.is_compiling()
         return bool(flag) if here else None
 
-    def lasting(self, states: list[Any]) -> list[Any]:
+    def lasting(self, states: list[Any], info: Any = None) -> list[Any]:
         """Return the memory without the graph of gradients that have derivatives."""
         return [
             state and {name: _apart(x) for name, x in state.items()} for state in states
