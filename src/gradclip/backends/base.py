@@ -236,7 +236,7 @@ class Backend:
         return bool(flag)
 
     def lasting(self, states: list[Any], info: Any = None) -> list[Any]:
-        """Return a memory that may be kept when the step is over, and its report told."""
+        """Return a memory that may be kept when the step with this report is over."""
         return states
 
     def adopt(self, x: Array, norm: Array) -> Array:
