@@ -508,6 +508,12 @@ def test_numbers_of_any_size_stand_apart_in_the_text():
     assert heading.index("95 %") == row.index("0.5")
 
 
+def test_norms_without_a_tail_have_no_index():
+    assert "no tail: the largest norms are alike" in str(
+        advise(np.tile([1.0, 2.0], 200))
+    )
+
+
 def test_scores_do_not_depend_on_the_unit():
     norm = norms(500)
     np.testing.assert_allclose(

@@ -1,10 +1,7 @@
 """Gradient clipping, complete: measure a norm, choose a limit, rescale."""
 
 from gradclip.advice import advise
-from gradclip.arrays import (
-    Clipper,
-    clip,
-)
+from gradclip.arrays import Clipper, clip
 from gradclip.carrying import UClip
 from gradclip.decision import Info
 from gradclip.history import History

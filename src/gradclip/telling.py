@@ -71,6 +71,8 @@ def _numbers(advice: "Advice") -> Iterator[str]:
 def _tail(index: float, spread: float) -> str:
     if math.isnan(index):
         return "too few norms for the tail"
+    if math.isinf(index):
+        return "no tail: the largest norms are alike"
     low, high = index - spread, index + spread
     kind = "not heavy" if low > 2 else "heavy or not"
     if high <= 2:

@@ -51,10 +51,10 @@ def only_prepares(optimizer: torch.optim.Optimizer) -> bool:
     for SGD without momentum at every checkpoint. Counted, it would be a step too many.
     """
     home = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    if home is None or optimizer.state or torch.compiler.is_compiling():
+    prepare = getattr(home, "_init_optim_state", None)
+    if prepare is None or optimizer.state or torch.compiler.is_compiling():
         return False
-    preparing = home._init_optim_state.__code__
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not preparing:
+    while frame is not None and frame.f_code is not prepare.__code__:
         frame = frame.f_back
     return frame is not None
