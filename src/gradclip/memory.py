@@ -79,8 +79,8 @@ class Memory:
             gone = next(name for name in self.names if name not in same)
             raise ValueError(
                 f"{self.rule!r} remembers {gone!r}, which is not among the gradients, "
-                f"while others are new: {', '.join(sorted(set(names) - same))}. Hand over the "
-                "same gradients at every step."
+                f"while others are new: {', '.join(sorted({*names} - same))}. Hand "
+                "over the same gradients at every step."
             )
 
     def count(self, missed: Any) -> None:
