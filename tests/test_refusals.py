@@ -211,6 +211,29 @@ def test_integers_lose_nothing_of_what_is_carried(value):
     assert sum(float(clipper.clip(g)[0][0]) for g in grads) == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: np.array(x, np.float16),
+        lambda x: torch.tensor(x, dtype=torch.float16),
+        lambda x: jnp.array(x, jnp.float16),
+    ],
+)
+def test_what_is_carried_may_be_more_than_half_precision_holds(make):
+    clipper, passed = gc.UClip(gc.Norm(1.0)), 0.0
+    for _ in range(80):
+        clipped, info = clipper.clip(make([1000.0]))
+        assert bool(info.finite)
+        assert 0.999 < float(clipped[0]) <= 1
+        passed += float(clipped[0])
+    assert str(clipped.dtype).endswith("float16")
+    carried = float(clipper.carried[0][0])
+    assert carried + passed == pytest.approx(80_000, rel=1e-6)
+    _, info = clipper.clip(make([math.inf]))
+    assert not bool(info.kept)
+    assert float(clipper.carried[0][0]) == carried
+
+
 def test_names_that_collide_carry_each_their_own():
     clipper = gc.UClip(gc.Value(1.0))
     clipper.clip({"a.b": np.array([5.0]), "a": {"b": np.zeros(1)}})

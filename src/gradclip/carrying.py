@@ -25,7 +25,8 @@ class UClip(Clipper):
     $u_t = \operatorname{clip}(g_t + \Delta_t)$, and
     $\Delta_{t+1} = g_t + \Delta_t - u_t$
 
-    The memory is as large as the gradients. A step that is dropped leaves it as it was.
+    The memory is as large as the gradients, and in float32 for those in half precision.
+    A step that is dropped leaves it as it was.
 
     Args:
         rule: Any rule that cuts something off.
@@ -71,8 +72,8 @@ class UClip(Clipper):
         """
         named = named_leaves(grads)
         engine = find_backend(named)
-        # A copy, since `out` may be the gradients themselves.
-        given = [x + 0 for x in dense(engine, named)]
+        # Copies, since `out` may be the gradients themselves.
+        given = [_wide(x + 0, engine.xp) for x in dense(engine, named)]
         names = [dotted(where) for where, _ in named]
         # Where keys have dots in them, two tensors may come to one name.
         if len(set(names)) < len(names):
@@ -84,9 +85,11 @@ class UClip(Clipper):
                 for x, d in zip(given, self._carried_for(names, given), strict=True)
             ]
         total = [x + d for x, d in zip(given, carried, strict=True)]
-        clipped, info = super().clip(
-            rebuild(grads, iter(total)), params=params, out=out
+        pairs = zip(total, named, strict=True)
+        narrow = (
+            _as_before(x, engine.prepare(g, ""), engine.xp) for x, (_, g) in pairs
         )
+        clipped, info = super().clip(rebuild(grads, narrow), params=params, out=out)
         if bool(info.kept & (info.finite | (self.on_nonfinite == "zero"))):
             after = [x for _, x in flatten(clipped)]
             rest = [x - u for x, u in zip(total, after, strict=True)]
@@ -144,3 +147,20 @@ class UClip(Clipper):
         count = sum(name.startswith("carried.") for name in own)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None
         self._names = decoded(state.get("carried_names", ())) or None
+
+
+def _wide(x: Array, xp: Any) -> Array:
+    """Return an array in a type that what is carried does not overflow."""
+    half = float(xp.finfo(x.dtype).eps) > 1e-4
+    return xp.astype(x, xp.float32) if half else x
+
+
+def _as_before(x: Array, like: Array, xp: Any) -> Array:
+    """Return a sum in the type of a gradient; what that cannot hold stays carried."""
+    if x.dtype == like.dtype:
+        return x
+    most = float(xp.finfo(like.dtype).max)
+    # A gradient that is not finite has to show.
+    return xp.astype(
+        xp.where(xp.isfinite(like), xp.clip(x, -most, most), x), like.dtype
+    )
