@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -155,7 +156,7 @@ SPECTRAL = {
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
-@pytest.mark.parametrize("front", ["numpy", "torch", "attach", "jax"])
+@pytest.mark.parametrize("front", ["numpy", "torch", "attach", "jax", "mlx"])
 def test_spectral_rules_equal_their_twins(name, front):
     rule, change = SPECTRAL[name]
     twin, clip = reference.Spectral(change), MAKERS[front](rule)
@@ -163,7 +164,7 @@ def test_spectral_rules_equal_their_twins(name, front):
         want = quietly(twin, grads, None)
         if not finite(grads):
             want = [np.zeros_like(g) for g in grads]
-        rtol = 1e-4 if front == "jax" else 1e-9
+        rtol = 1e-4 if front in ("jax", "mlx") else 1e-9
         for got, expected in zip(clip(grads), want, strict=True):
             # An element comes from several: rounding is that of the largest.
             size = max(np.max(np.abs(expected)), np.finfo(float).tiny)
@@ -208,8 +209,17 @@ def on_jax(rule):
     return lambda grads: update([jnp.asarray(g, jnp.float32) for g in grads], state)[0]
 
 
+def on_mlx(rule):
+    def clip(grads):
+        given = [mx.array(g.astype(np.float32)) for g in grads]
+        return [np.array(x, np.float64) for x in gc.clip(given, rule)[0]]
+
+    return clip
+
+
 SHAPED = [jnp.zeros(shape) for shape in SHAPES]
-MAKERS = {"numpy": on_numpy, "torch": on_torch, "attach": on_attach, "jax": on_jax}
+MAKERS = {"numpy": on_numpy, "torch": on_torch, "attach": on_attach}
+MAKERS |= {"jax": on_jax, "mlx": on_mlx}
 
 
 def newton_schulz(x, c, steps=40):
