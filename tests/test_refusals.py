@@ -285,6 +285,22 @@ def test_a_damaged_memory_of_elements_is_refused(rule, fresh):
     into.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("grads", "params"), [(np, torch), (torch, np), (jnp, np), (np, jnp)]
+)
+def test_parameters_of_another_library_are_refused(grads, params):
+    with pytest.raises(TypeError, match="one call takes the arrays of one library"):
+        gc.clip([grads.ones(2)], gc.AGC(), params=[params.ones(2)])
+
+
+def test_parameters_of_other_shapes_are_refused_in_jax():
+    clip, g = as_optax(gc.AGC(0.1)), jnp.ones((3, 2))
+    with pytest.raises(
+        ValueError, match=r"have shapes \[\(2, 3\)\], but the gradients"
+    ):
+        clip.update(g, clip.init(g), g.T)
+
+
 def test_parameters_under_other_keys_are_refused():
     grads, rule = {"a": one(), "b": one()}, gc.Relative(0.1, over="tensor")
     with pytest.raises(ValueError, match="'a' is a key of the gradients"):

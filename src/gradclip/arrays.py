@@ -328,10 +328,19 @@ def _weights(
             "the gradients."
         )
     weights = list(flatten(arranged(params, grads)))
-    shapes, given = ([tuple(x.shape) for _, x in part] for part in (named, weights))
+    check_alike([x for _, x in named], [x for _, x in weights])
+    # Those of another library are refused, as among the gradients.
+    find_backend([*named, *((f" or parameters{where}", x) for where, x in weights)])
+    return [engine.prepare(x, where) for where, x in weights]
+
+
+def check_alike(grads: Sequence[Any], params: Sequence[Any]) -> None:
+    """Refuse parameters that are not those of the gradients."""
+    shapes, given = (
+        [tuple(getattr(x, "shape", ())) for x in part] for part in (grads, params)
+    )
     if given != shapes:
         raise ValueError(
             f"the parameters have shapes {given}, but the gradients {shapes}; arrange "
             "them alike."
         )
-    return [engine.prepare(x, where) for where, x in weights]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradclip.arrays import check_rule
+from gradclip.arrays import check_alike, check_rule
 from gradclip.backends import Jax, NumPy, Shards
 from gradclip.decision import Info
 from gradclip.memory import Memory
@@ -283,7 +283,9 @@ def _beside(grads: Any, params: Any) -> list[Array]:
     found, tree = jax.tree.flatten(grads, is_leaf=lambda x: x is None)
     arranged: Any = tree
     pairs = zip(found, arranged.flatten_up_to(params), strict=True)
-    return [p for g, p in pairs if g is not None]
+    both = [(g, p) for g, p in pairs if g is not None]
+    check_alike([g for g, _ in both], [p for _, p in both])
+    return [p for _, p in both]
 
 
 def _settled(state: ClipState) -> ClipState:
