@@ -240,7 +240,7 @@ def test_what_follows_is_told_with_its_own_clip_rate(factor):
     assert rate == advice.rate == advice.to_dict()["clip_rate"] < 0.2
     assert advice.regime == ("insurance" if rate <= 0.1 else "in between")
     text = str(advice)
-    assert f"Replayed over the last 2000 steps, it clips {rate:.1%} of the" in text
+    assert f"Replayed over the last 2000 norms, it clips {rate:.1%}:" in text
     assert "stays the exception" not in text
 
 
@@ -455,15 +455,19 @@ def test_intervals_hold_the_true_quantile_as_often_as_they_say():
     assert held >= 88
 
 
+def noise_that_stays(rng, size, stays):
+    """Return noise of which a share stays from one step to the next."""
+    logs = rng.normal(size=size)
+    logs[1:] *= math.sqrt(1 - stays**2)
+    return np.array(list(accumulate(logs, lambda x, new: stays * x + new)))
+
+
 def test_intervals_are_wider_where_steps_resemble_each_other():
     rng, held = np.random.default_rng(0), 0
     truth = np.exp(0.3 * 1.2815515)
     for _ in range(100):
-        noise = rng.normal(size=2000) * math.sqrt(1 - 0.9**2)
-        logs = np.zeros(2000)
-        for i in range(1, 2000):
-            logs[i] = 0.9 * logs[i - 1] + noise[i]
-        _, low, high = quantile_intervals(np.exp(0.3 * logs), [0.9])[0]
+        norm = np.exp(0.3 * noise_that_stays(rng, 2000, 0.9))
+        _, low, high = quantile_intervals(norm, [0.9])[0]
         held += low <= truth <= high
     assert held >= 85
 
@@ -481,6 +485,51 @@ def test_a_noisy_loss_that_rose_for_good_is_a_lost_run(sigma):
     mean = np.concatenate([np.linspace(3, 1.5, 700), np.full(300, 12.0)])
     loss = mean * rng.lognormal(sigma=sigma, size=(50, 1000))
     assert all(690 <= lost_from(x) <= 710 for x in loss)
+
+
+def test_a_run_that_broke_into_noise_is_a_lost_run():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sound = np.linspace(3, 2, 300) * rng.lognormal(sigma=0.02, size=300)
+        loss = np.r_[sound, 15 * rng.lognormal(sigma=2.0, size=700)]
+        assert 300 <= lost_from(loss) < 400
+    assert lost_from(np.array([1e-300, 1e300] * 100)) <= 200
+
+
+def test_a_few_blocks_give_wide_intervals():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        norm = np.exp(0.3 * noise_that_stays(rng, 2000, 0.98))
+        _, low, high = quantile_intervals(norm, [0.5])[0]
+        held += low <= 1 <= high
+    assert held >= 175
+
+
+def test_intervals_of_numbers_far_apart_are_found_without_a_warning():
+    norm = np.tile([1e-300, 1e300], 200)
+    ((_, low, high),) = quantile_intervals(norm, [0.9])
+    assert 0 < low <= high
+
+
+def test_short_logs_whose_noise_remembers_show_no_levels():
+    rng, told = np.random.default_rng(0), 0
+    for _ in range(100):
+        norm = np.exp(2 * noise_that_stays(rng, 100, 0.9))
+        told += level_change(norm) > 0
+    assert told <= 10
+
+
+def test_a_long_log_that_ends_without_norms_is_replayed_on_those_before():
+    norm = norms(12_000) * np.geomspace(1, 30, 12_000)
+    norm[-10_001:] = math.nan
+    advice = advise(norm)
+    assert advice.followed is None or 0 <= advice.rate <= 1
+    assert "nan%" not in str(advice)
+    norm = norms(30_000) * np.geomspace(1, 30, 30_000)
+    norm[-10_001:] = -1.0
+    advice = advise(norm)
+    assert advice.followed.norm.size == 10_000
+    assert 0 < advice.rate < 0.2
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,15 @@ def test_a_module_that_is_not_there(tmp_path):
     assert "work.train failed with ImportError" in done.stdout
 
 
+def test_a_module_that_is_no_program_shows_its_line_and_nothing_of_ours(tmp_path):
+    (tmp_path / "train.py").write_text("x = (\n")
+    done = program("-m", "train", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "SyntaxError" in done.stderr
+    assert "frozen" not in done.stderr
+    assert "checkup.py" not in done.stderr
+
+
 def test_a_script_that_is_not_there(tmp_path):
     done = program("train", cwd=tmp_path)
     assert done.returncode == 2

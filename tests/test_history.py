@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradclip as gc
-from gradclip import watching
+from gradclip import recorder, watching
 from gradclip.record import LogError
 from gradclip.report import write_report
 from gradclip.torch import Clipper, attach
@@ -91,7 +91,7 @@ def test_a_file_that_others_write_is_told_once(tmp_path):
             history.record(step, info_of(1.0))
             history.flush()
 
-    with pytest.warns(RuntimeWarning, match="two clippers or processes") as told:
+    with pytest.warns(RuntimeWarning, match="something else writes to it, too") as told:
         write_in_turn()
     assert len(told) == len(histories)
 
@@ -106,6 +106,32 @@ def test_going_on_in_a_file_that_was_closed_is_no_sharing(tmp_path):
         second.flush()
     first.record(4, info_of(1.0))
     first.flush()
+
+
+def test_a_line_of_ours_that_was_torn_is_nobody_elses(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    history = gc.History(path)
+
+    def flushed(step):
+        history.record(step, info_of(1.0))
+        history.flush()
+
+    def torn(place, text):
+        with place.open("a") as file:
+            file.write(text[:9])
+        raise OSError(28, "No space left on device")
+
+    def written_and_torn_in_turn():
+        for step in range(1, 7):
+            with monkeypatch.context() as full:
+                full.setattr(recorder, "append", torn)
+                flushed(step)
+            flushed(step + 10)
+
+    flushed(0)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        written_and_torn_in_turn()
+    assert len(gc.History.load(path).norm) == 7
 
 
 def test_a_mark_before_the_header_does_not_cost_it(tmp_path):

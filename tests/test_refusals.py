@@ -1,6 +1,7 @@
 """What would have given wrong numbers is refused, before anything is changed."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -405,6 +406,52 @@ def test_a_memory_is_not_taken_over_by_another_leaf(rule):
     _, state = clip.update(both, clip.init(both))
     with pytest.raises(ValueError, match="remembers 2 tensors, but this step has 1"):
         clip.update(both | {"a": None}, state)
+
+
+@pytest.mark.parametrize(
+    "rule", [gc.EMA(warmup=1), gc.Moment(3.0, warmup=1), gc.Skip(gc.EMA())], ids=repr
+)
+def test_a_saved_memory_is_not_taken_over_by_another_tensor(rule):
+    def clipper(*names):
+        params = [(name, torch.nn.Parameter(torch.ones(2))) for name in names]
+        for _, p in params:
+            p.grad = torch.ones(2)
+        return Clipper(params, rule, doctor=())
+
+    first, second = clipper("a", "b"), clipper("c", "a")
+    first.clip_()
+    with pytest.raises(ValueError, match="remembers 'b', which is not among the"):
+        second.load_state_dict(first.state_dict())
+    # All of them under other names are taken by their order, as before.
+    clipper("x.a", "x.b").load_state_dict(first.state_dict())
+
+
+def test_tensors_of_which_nothing_is_remembered_may_change():
+    clipper = gc.Clipper(gc.Norm(lambda step: 1.0, over="tensor"))
+    for names in ("ab", "ac", "a", "de"):
+        clipper.clip({name: np.ones(2) for name in names})
+
+
+@dataclass(frozen=True)
+class Plain(gc.Rule):
+    """A rule of one's own whose limit is a number."""
+
+    limit: float = 1.0
+
+    def update(self, seen, state):
+        return self.limit, state
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, jnp.array])
+def test_a_rule_of_ones_own_may_say_a_number(make):
+    clipped, _ = gc.clip([make([3.0, 4.0])], Plain())
+    np.testing.assert_allclose(np.asarray(clipped[0]), [0.6, 0.8], rtol=1e-6)
+
+
+def test_parameters_may_be_numbers_in_jax():
+    clip = as_optax(gc.Norm(1.0))
+    clipped, _ = clip.update({"w": jnp.array(3.0)}, clip.init({"w": 1.0}))
+    assert float(clipped["w"]) == pytest.approx(1.0)
 
 
 def test_a_memory_of_elements_takes_no_sparse_tensor():

@@ -348,8 +348,8 @@ def output_apart() -> TextIO:
 
 def without_us(error: BaseException) -> BaseException:
     """Return an error whose traceback begins in the program, if it gets there."""
-    ours = {__file__, runpy.run_path.__code__.co_filename}
+    ours = __file__, runpy.run_path.__code__.co_filename, "<frozen importlib"
     here = error.__traceback__
-    while here and here.tb_frame.f_code.co_filename in ours:
+    while here and here.tb_frame.f_code.co_filename.startswith(ours):
         here = here.tb_next
     return error.with_traceback(here)

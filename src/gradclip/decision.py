@@ -79,11 +79,13 @@ def clip_scale(norm: Array, limit: Array, xp: Any, most: Array | float = 1.0) ->
     return xp.where(known, xp.clip(ratio, None, most), 1.0)
 
 
-def lawful(limit: Array, xp: Any) -> Array:
+def lawful(limit: Array, norm: Array, xp: Any) -> Array:
     """Return a limit that reverses nothing: 0 for one that is negative or NaN.
 
     Where its value can be read, it is refused before; compiled code cannot read it.
     """
+    # A rule of one's own may have a number, which torch does not choose by.
+    limit = xp.full_like(norm, limit) if type(limit) in (int, float) else limit
     return xp.where(limit >= 0, limit, 0.0)
 
 
@@ -97,7 +99,7 @@ def decide(
     """
     xp = seen.xp
     limit, state = rule.update(seen, state)
-    limit = lawful(limit, xp)
+    limit = lawful(limit, seen.norm, xp)
     scale = clip_scale(seen.norm, limit, xp, rule.most(seen))
     # Norms are never below 0, so that one comparison finds NaN and infinity.
     finite = seen.norm < math.inf

@@ -199,7 +199,10 @@ def quantile_intervals(
     ends = []
     for share, value in zip(shares, wanted, strict=True):
         found = edges[np.minimum((levels < share - 1e-12).sum(axis=1), edges.size - 1)]
-        low, high = (value * (x / value) ** wider for x in np.quantile(found, CENTRAL))
+        # In logarithms, in which no ratio overflows.
+        aside = np.quantile(np.log(found), CENTRAL) - math.log(value)
+        with np.errstate(over="ignore"):
+            low, high = np.exp(math.log(value) + wider * aside)
         ends.append((float(value), min(float(low), value), max(float(high), value)))
     return ends
 
@@ -309,8 +312,9 @@ def lost_from(loss: Floats) -> int:
     # The first may be a lucky one.
     first = float(max(loss[known[0]], np.median(loss[known[:3]])))
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
-    # Three losses may be low by chance, and by how much their neighbours tell.
-    if not 0 < first * max(1.5, math.exp(1.5 * _noise(loss))) < end:
+    # Three losses may be low by chance, and by how much those behind them tell.
+    noise = min(1.5 * _noise(loss[: max(size // 10, LEAST)]), 300.0)
+    if not 0 < first * max(1.5, math.exp(noise)) < end:
         return size
     # A single loss that is high is noise. A gap, and a loss that became NaN, counts on
     # neither side.

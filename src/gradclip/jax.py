@@ -221,7 +221,7 @@ def _check(rule: Rule, axis_name: Any, policy: Policy) -> None:
 def _empty_memory(rule: Rule, params: Any) -> tuple[State, ...]:
     """Return the memory before the first step, for parameters like these."""
     engine, leaves = Jax(), jax.tree.leaves(params)
-    parts = stages(rule.bind(_names(params), [x.shape for x in leaves]))
+    parts = stages(rule.bind(_names(params), list(map(jnp.shape, leaves))))
     if any(part.by_part for part in parts):
         # Only these rules look at more than how many there are; and what is as large
         # as the parameters lies where they do.

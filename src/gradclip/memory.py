@@ -48,6 +48,25 @@ def begin(history: Any, rule: Rule) -> None:
     history.begin(rule)
 
 
+def check_tensors(
+    rule: Rule,
+    states: Sequence[State | None],
+    before: Sequence[str],
+    now: Sequence[str],
+) -> None:
+    """Refuse tensors of which some are gone and others new: by place they would mix."""
+    same = set(before) & set(now)
+    mixed = len(before) == len(now) and 0 < len(same) < len(set(now))
+    both = zip(stages(rule), states, strict=True)
+    if mixed and any(state and has_places(stage) for stage, state in both):
+        gone = next(name for name in before if name not in same)
+        new = ", ".join(sorted({*now} - same))
+        raise ValueError(
+            f"{rule!r} remembers {gone!r}, which is not among the tensors now, while "
+            f"others are new: {new}. Hand over the same gradients at every step."
+        )
+
+
 class Memory:
     """The state of each stage of a rule, and the counts of steps."""
 
@@ -65,23 +84,11 @@ class Memory:
     def meet(self, names: Sequence[str]) -> None:
         """Put what is remembered of each tensor in the order of the tensors now."""
         if self.names != names:
-            self._check_tensors(names)
+            check_tensors(self.rule, self.states, self.names, names)
             self.states = in_order(self.rule, self.states, self.names, names)
             # Other tensors are refused elsewhere, and leave the names as they were.
             same = not self.names or sorted(self.names) == sorted(names)
             self.names = names if same else self.names
-
-    def _check_tensors(self, names: Sequence[str]) -> None:
-        """Refuse a list in which some tensors are gone and others have come."""
-        same = set(self.names) & set(names)
-        renamed = len(self.names) == len(names) and 0 < len(same) < len(set(names))
-        if renamed and any(map(has_places, stages(self.rule))):
-            gone = next(name for name in self.names if name not in same)
-            raise ValueError(
-                f"{self.rule!r} remembers {gone!r}, which is not among the gradients, "
-                f"while others are new: {', '.join(sorted({*names} - same))}. Hand "
-                "over the same gradients at every step."
-            )
 
     def count(self, missed: Any) -> None:
         """Count one step; `missed` is 1 where it was skipped, else 0."""
@@ -140,6 +147,7 @@ class Memory:
             )
         names = decoded(saved.get("names", ()))
         parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
+        check_tensors(self.rule, parts, names, self.names or names)
         found = in_order(self.rule, parts, names, self.names or names)
         if any(found) or int(saved["step"]):
             none = blank() if blank else [None] * len(self.states)

@@ -285,7 +285,8 @@ def apply(
         now = seen._replace(norm=norm)
         # With the memory from before this step, as for the largest element.
         limit, _ = stage.update(now, state)
-        found = clip_scale(norm, lawful(limit, seen.xp), seen.xp, stage.most(now))
+        limit = lawful(limit, norm, seen.xp)
+        found = clip_scale(norm, limit, seen.xp, stage.most(now))
         # Small elements may be stretched where the largest is left alone.
         moved.append(engine.here.any(found != 1))
         return found

@@ -130,7 +130,8 @@ def record_of(
             raise ValueError(f"{name} has {given.size} numbers, and norm {norms.size}.")
         return np.broadcast_to(given.reshape(-1), norms.shape).copy()
 
-    steps = beside("step", np.arange(norms.size) if step is None else [*step])
+    counted = np.arange(norms.size) if step is None else np.asarray(step).reshape(-1)
+    steps = beside("step", counted)
     limits, losses = beside("limit", limit), beside("loss", loss)
     scales = scale_under(norms, limits) if scale is None else beside("scale", scale)
     runs = np.zeros(norms.size, np.int64)

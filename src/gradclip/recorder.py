@@ -115,6 +115,8 @@ class Recorder:
             self._others += 0 < self._end < begun
             self._written_rule, self._end = self.rule, end
         except OSError as error:
+            # What was written of it is our own.
+            self._end = 0
             self._warn(error)
         self._look_for_turns(numbers)
 
@@ -146,10 +148,13 @@ class Recorder:
         """Warn, once, where several write: their lines say nothing of which."""
         if not self._shared and (take_turns(numbers) or self._others > 1):
             self._shared = True
+            told = "gets its steps more than once, as from two clippers"
+            if self._others > 1:
+                told = "grows between these steps: something else writes to it, too"
             warnings.warn(
-                f"the history {self.path} gets its steps more than once, as from two "
-                "clippers or processes, and no line tells which it is from: give each "
-                "a History of its own, or set RANK where only the first should write.",
+                f"the history {self.path} {told}, and no line tells which it is from. "
+                "Give each clipper and each process a History of its own, or set RANK "
+                "where only the first process should write.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -15,7 +15,7 @@ from gradclip.history import History, recorded
 from gradclip.pipeline import summary
 from gradclip.reading import smallest, whole
 from gradclip.record import Floats, Record, Steps, is_norm, kind_of, no_norms
-from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages
+from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages, usable
 from gradclip.scalars import Scalars
 
 PER_STEP = (Norm, Normalize)
@@ -111,9 +111,10 @@ def replay(
 
 
 def replay_end(record: Record, rule: Rule) -> Replay:
-    """Replay a rule, on the last steps only where it remembers others."""
-    part = record.take(slice(-LONGEST, None)) if rule.stateful else record
-    return replay(History.from_record(part, None), rule)
+    """Replay a rule; one that remembers, on the last usable norms of a long log."""
+    if rule.stateful and record.norm.size > LONGEST:
+        record = record.take(np.flatnonzero(usable(record.norm, np))[-LONGEST:])
+    return replay(History.from_record(record, None), rule)
 
 
 def _check_order(record: Record, norms: Floats, rule: Rule) -> None:

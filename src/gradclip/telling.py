@@ -31,8 +31,8 @@ def _lines(advice: "Advice") -> Iterator[str]:
         yield f"Recommended: {advice.code}    confidence: {advice.confidence}"
     # What share of a broken model's steps is clipped says nothing.
     if advice.followed:
-        count = counted(advice.followed.norm.size, "steps")
-        share = f"{advice.followed.clipped:.1%} of the finite norms"
+        count = counted(advice.followed.norm.size, "norms")
+        share = f"{advice.followed.clipped:.1%}"
         yield f"Replayed over the last {count}, it clips {share}: {advice.regime}."
     elif advice.limit is not None and not advice.lost:
         rate = advice.clip_rate(advice.limit)

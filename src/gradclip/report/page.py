@@ -15,7 +15,7 @@ from gradclip.advice import Advice, advise
 from gradclip.history import History
 from gradclip.judging import FOLLOWING, comparable
 from gradclip.record import Record, is_norm, kind_of
-from gradclip.replaying import LONGEST, PLAINLY, replay_end
+from gradclip.replaying import PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
 from gradclip.ruletext import call
@@ -128,5 +128,7 @@ def _row(rule: Rule, record: Record) -> dict[str, str]:
         "clip_rate": "–" if math.isnan(again.clipped) else f"{again.clipped:.1%}",
         "limit": f"{np.median(limits):.4g}" if limits.size else "–",
         "largest": f"{passed.max():.4g}" if passed.size else "–",
-        "over": f"the last {LONGEST:,} steps" if shorter else "all steps",
+        "over": f"the last {again.norm.size:,} usable norms"
+        if shorter
+        else "all steps",
     }
