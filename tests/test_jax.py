@@ -50,7 +50,7 @@ def in_process(code, **environment):
 
 # Each is compiled for some seconds: all of them in `make golden`.
 @pytest.mark.parametrize(
-    "name", [n for n in STATELESS if EVERYWHERE or n in ONE_EACH or "unit" in n]
+    "name", [n for n in STATELESS if EVERYWHERE or n in ONE_EACH or n == "norm-unit"]
 )
 def test_jit_and_vmap_of_the_pure_function(name):
     rule, weights = ROWS[name].make(), tree(params())
@@ -458,7 +458,8 @@ for size in (1.0, 1e30):
              for name, shape in shapes.items()}
     grads = {name: jax.device_put(jnp.asarray(x), NamedSharding(mesh, specs[name]))
              for name, x in whole.items()}
-    for rule in rules:
+    # Where squares overflow, norms go another way; rules see only what comes of it.
+    for rule in rules if size == 1 else (gc.Norm(1.0), gc.Norm(0.5, over="unit")):
         update = as_optax(rule)
         got, _ = jax.jit(update.update)(grads, update.init(grads), grads)
         want, _ = gc.Clipper(rule).clip(whole, params=whole)

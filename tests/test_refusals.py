@@ -222,8 +222,8 @@ def test_integers_lose_nothing_of_what_is_carried(value):
 )
 def test_what_is_carried_may_be_more_than_half_precision_holds(make):
     clipper, passed = gc.UClip(gc.Norm(1.0)), 0.0
-    for _ in range(80):
-        clipped, info = clipper.clip(make([1000.0]))
+    for _ in range(8):
+        clipped, info = clipper.clip(make([10_000.0]))
         assert bool(info.finite)
         assert 0.999 < float(clipped[0]) <= 1
         passed += float(clipped[0])

@@ -23,7 +23,7 @@ SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
 WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "jax")
-USUAL = STEPS if EVERYWHERE else 150
+USUAL = STEPS if EVERYWHERE else 125
 """Steps for all but NumPy, which goes the whole way; most of what is bad is in them."""
 
 
