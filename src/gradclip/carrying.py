@@ -12,7 +12,7 @@ from gradclip.arrays import (
     named_leaves,
     rebuild,
 )
-from gradclip.backends import find_backend
+from gradclip.backends import find_backend, is_half
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
 from gradclip.reading import host_array
@@ -72,8 +72,9 @@ class UClip(Clipper):
         """
         named = named_leaves(grads)
         engine = find_backend(named)
+        near = dense(engine, named)
         # Copies, since `out` may be the gradients themselves.
-        given = [_wide(x + 0, engine.xp) for x in dense(engine, named)]
+        given = [_wide(x + 0, engine.xp) for x in near]
         names = [dotted(where) for where, _ in named]
         # Where keys have dots in them, two tensors may come to one name.
         if len(set(names)) < len(names):
@@ -85,10 +86,8 @@ class UClip(Clipper):
                 for x, d in zip(given, self._carried_for(names, given), strict=True)
             ]
         total = [x + d for x, d in zip(given, carried, strict=True)]
-        pairs = zip(total, named, strict=True)
-        narrow = (
-            _as_before(x, engine.prepare(g, ""), engine.xp) for x, (_, g) in pairs
-        )
+        pairs = zip(total, near, strict=True)
+        narrow = (_as_before(x, g, engine.xp) for x, g in pairs)
         clipped, info = super().clip(rebuild(grads, narrow), params=params, out=out)
         if bool(info.kept & (info.finite | (self.on_nonfinite == "zero"))):
             after = [x for _, x in flatten(clipped)]
@@ -151,8 +150,7 @@ class UClip(Clipper):
 
 def _wide(x: Array, xp: Any) -> Array:
     """Return an array in a type that what is carried does not overflow."""
-    half = float(xp.finfo(x.dtype).eps) > 1e-4
-    return xp.astype(x, xp.float32) if half else x
+    return xp.astype(x, xp.float32) if is_half(x, xp) else x
 
 
 def _as_before(x: Array, like: Array, xp: Any) -> Array:

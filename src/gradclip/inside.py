@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from gradclip.backends import Backend
+from gradclip.backends import Backend, is_half
 from gradclip.decision import Info, decide
 from gradclip.rules import Array, Measured, Rule, State
 
@@ -53,7 +53,7 @@ def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State
     found: State = {}
     for i, leaf in zip(engine.places(leaves), leaves, strict=True):
         parts = engine.inside(leaf, stage.over)[0]
-        if xp.finfo(leaf.dtype).eps > 1e-4:
+        if is_half(leaf, xp):
             # Half-precision gradients are not worth a memory in float64.
             parts = xp.astype(parts, xp.float32)
         found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from gradclip.arrays import Grads, check_rule, dense, named_leaves, rebuild
-from gradclip.backends import Backend, find_backend, inward
+from gradclip.backends import Backend, find_backend, inward, is_half
 from gradclip.decision import Info, decide
 from gradclip.pipeline import scheduled
 from gradclip.rules import Array, Measured, Rule, stages
@@ -109,6 +109,6 @@ def _sum(engine: Backend, x: Array, scale: Array, kept: Array) -> Any:
     if engine.known(xp.all(kept)) is not True:
         flat = xp.where(kept[:, None], flat, xp.zeros_like(flat))
     # Half precision cannot hold a small scale, nor add up many samples.
-    wide = xp.float32 if float(xp.finfo(x.dtype).eps) > 1e-5 else x.dtype
+    wide = xp.float32 if is_half(x, xp) else x.dtype
     total = xp.astype(xp.astype(scale, wide) @ xp.astype(flat, wide), x.dtype)
     return xp.reshape(total, tuple(x.shape)[1:])

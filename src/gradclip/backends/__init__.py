@@ -10,6 +10,7 @@ from gradclip.backends.base import Backend as Backend
 from gradclip.backends.base import Scaling as Scaling
 from gradclip.backends.base import at_most as at_most
 from gradclip.backends.base import inward as inward
+from gradclip.backends.base import is_half as is_half
 from gradclip.backends.choice import find_backend as find_backend
 from gradclip.backends.jax import Jax as Jax
 from gradclip.backends.jax import Shards as Shards

@@ -16,6 +16,11 @@ CHUNK = 1 << 18
 """Elements converted to float64 at a time: 2 MB, which stay in the cache."""
 
 
+def is_half(x: Array, xp: Any) -> bool:
+    """Return whether an array has half precision: float16 or bfloat16."""
+    return float(xp.finfo(x.dtype).eps) > 1e-4
+
+
 def inward(scale: Array, eps: float, xp: Any) -> Array:
     """Return the scale made smaller by what rounding its products may add.
 

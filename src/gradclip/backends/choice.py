@@ -82,7 +82,7 @@ def completed(xp: Any) -> Any:
         return xp.asarray(values, dtype)
 
     def svd(x: Array, full_matrices: bool) -> tuple[Array, Array, Array]:
-        # Only there is it implemented, and the memory is one.
+        # MLX has it for the CPU alone, which shares the memory of the GPU.
         u, s, vh = xp.linalg.svd(x, stream=xp.cpu)
         most = max(x.shape) if full_matrices else s.shape[0]
         return u[:, :most], s, vh[:most]
