@@ -357,6 +357,30 @@ def test_a_state_of_another_rule_is_refused():
         gradclip.jax.load_state_dict(gc.ZScore(), other, saved)
 
 
+@pytest.mark.parametrize(
+    ("had", "has", "told"),
+    [
+        (gc.EMA(), gc.ZScore(), "should not have 'ema' of ZScore"),
+        (gc.ZScore(), gc.Norm(1.0), "should not have 'count' of Norm"),
+        (gc.Norm(1.0), gc.Peak(), "remembers nothing of a gradient number 1"),
+        (gc.Norm(1.0), gc.chain(gc.Norm(1.0), gc.EMA()), "memory of 1 stage, and"),
+    ],
+)
+def test_a_step_with_the_state_of_another_rule_is_refused(had, has, told):
+    state = as_optax(had).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=told):
+        jax.jit(as_optax(has).update)(jnp.ones(2), state)
+
+
+def test_steps_are_counted_up_to_the_largest_number_and_no_further():
+    transform = as_optax(gc.Norm(1.0))
+    most = np.iinfo(np.int32).max
+    state = transform.init(jnp.zeros(2))._replace(step=jnp.int32(most - 1))
+    for _ in range(2):
+        _, state = transform.update(jnp.ones(2), state)
+    assert int(state.step) == most
+
+
 def test_a_dropped_step_is_zeros_and_counted():
     transform = as_optax(gc.Skip(gc.Norm(1.0)))
     state = transform.init(jnp.zeros(2))

@@ -1069,3 +1069,14 @@ def test_what_holds_no_gradients_is_refused_everywhere(clip):
         clip(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"like a generator; hand over list"):
         clip(x for x in [np.ones(2)])
+
+
+@pytest.mark.parametrize("rule", [gc.ZScore(warmup=2), gc.Moment(0.5, warmup=1)])
+def test_one_clipper_takes_the_libraries_in_turn(rule):
+    turns, alone = gc.Clipper(rule), gc.Clipper(rule)
+    for i, convert in enumerate([np.asarray, torch.tensor, jnp.asarray] * 3):
+        grads = [3.0, 4.0 + i % 4]
+        clipped, info = turns.clip(convert(grads))
+        expected, known = alone.clip(np.asarray(grads))
+        np.testing.assert_allclose(np.asarray(clipped), expected, rtol=1e-6)
+        assert bool(info.clipped) == bool(known.clipped)

@@ -486,3 +486,27 @@ def test_the_rule_of_a_clipper_is_not_exchanged(clipper):
 
 def test_no_number_of_skips_may_be_too_many():
     assert gc.Clipper(gc.Norm(1.0), max_consecutive_skips=math.inf)
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [
+        jnp.array([3.0, 4.0], jnp.float8_e4m3fn),
+        torch.tensor([3.0, 4.0]).to(torch.float8_e5m2),
+    ],
+    ids=["jax", "torch"],
+)
+@pytest.mark.parametrize("rule", [gc.Norm(1.0), gc.Value(1.0)])
+def test_floats_of_eight_bits_are_refused_with_what_to_do(grads, rule):
+    with pytest.raises(TypeError, match="only stores numbers; clip in float32"):
+        gc.clip(grads, rule)
+
+
+def test_a_parameter_of_eight_bits_leaves_the_others_as_they_were():
+    wide = torch.nn.Parameter(torch.zeros(2))
+    narrow = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn))
+    for p in (wide, narrow):
+        p.grad = torch.tensor([3.0, 4.0]).to(p.dtype)
+    with pytest.raises(TypeError, match="only stores numbers"):
+        clip_grad_value_([wide, narrow], 1.0)
+    assert wide.grad.tolist() == [3.0, 4.0]

@@ -21,11 +21,12 @@ import optax
 from gradclip.arrays import check_alike, check_rule
 from gradclip.backends import Jax, NumPy, Shards
 from gradclip.decision import Info
-from gradclip.memory import Memory
+from gradclip.memory import Memory, check_remembered
 from gradclip.pipeline import empty, run
 from gradclip.placing import places
 from gradclip.policy import Policy, check_compiled
 from gradclip.rules import Array, Rule, State, stages
+from gradclip.wording import counted
 
 
 class ClipState(NamedTuple):
@@ -104,13 +105,16 @@ def as_optax(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, ClipState]:
+        _check_state(rule, state)
         clipped, info, memory = _run(
             engine, rule, updates, params, state.memory, state.step, on_nonfinite
         )
         info = info._replace(skipped=state.info.skipped + ~info.kept)
         # A constant to derivatives: that of the root of a deviation of 0 is infinite.
         lasting = jax.lax.stop_gradient(tuple(memory))
-        return clipped, _settled(ClipState(state.step + 1, lasting, info))
+        return clipped, _settled(
+            ClipState(optax.safe_increment(state.step), lasting, info)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -188,13 +192,25 @@ def load_state_dict(
     return ClipState(jnp.asarray(memory.step, state.step.dtype), loaded, info)
 
 
-def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
+def _check_state(rule: Rule, state: Any) -> None:
+    """Refuse what is no state of a clip, and that of another rule."""
     if not isinstance(state, ClipState):
         raise TypeError(
             f"this is the state {type(state).__name__}, and not that of a clip; of an "
             "optax.chain hand over the part that is a ClipState, state[0] where the "
             "clip stands first."
         )
+    if len(state.memory) != len(stages(rule)):
+        raise ValueError(
+            f"the state has the memory of {counted(len(state.memory), 'stages')}, and "
+            f"{rule!r} has {len(stages(rule))}; it belongs to another rule."
+        )
+    for stage, memory in zip(stages(rule), state.memory, strict=True):
+        check_remembered(stage, memory)
+
+
+def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:
+    _check_state(rule, state)
     many = max(map(places, stages(rule), state.memory), default=0) > 1
     # A single place cannot be mistaken for another, and needs no name.
     if params is None and many:

@@ -4,7 +4,7 @@ Flat, and arrays only, so that every checkpoint format can hold it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -182,17 +182,22 @@ class Memory:
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
         now, stage = self.states[i] or {}, stages(self.rule)[i]
-        # Without a memory of its own yet, a rule is asked what an empty one would have.
-        known = now.keys() or _remembered(stage, found)
-        if known and (apart := sorted(known ^ found.keys())):
-            how = "lacks" if apart[0] in known else "should not have"
-            raise ValueError(
-                f"the state {how} {apart[0]!r} of {stage!r}; it is damaged, or it was "
-                "saved with other parameters."
-            )
+        check_remembered(stage, found, now.keys())
         for name, x in found.items():
             _check_array(stage, name, x, now.get(name))
         return found or self.states[i]
+
+
+def check_remembered(stage: Rule, found: State, known: Set[str] = frozenset()) -> None:
+    """Refuse the memory of another rule, and one with something missing."""
+    # Without a memory of its own yet, a rule is asked what an empty one would have.
+    known = known or _remembered(stage, found)
+    if apart := sorted(known ^ found.keys()):
+        how = "lacks" if apart[0] in known else "should not have"
+        raise ValueError(
+            f"the state {how} {apart[0]!r} of {stage!r}; it is damaged, or it was "
+            "saved with another rule, or with other parameters."
+        )
 
 
 def coded(names: Sequence[str]) -> Array:

@@ -1,7 +1,9 @@
 """Numbers and names in sentences."""
 
 ONE = {"are": "is", "were": "was", "have": "has", "repeat": "repeats"}
-ONE |= {f"{x}s": x for x in ("norm", "step", "row", "run", "spike", "time", "call")}
+ONE |= {
+    f"{x}s": x for x in ("norm", "step", "row", "run", "spike", "time", "call", "stage")
+}
 
 
 def counted(count: int, words: str) -> str:

@@ -9,6 +9,7 @@ from gradclip.backends.base import ROW as ROW
 from gradclip.backends.base import Backend as Backend
 from gradclip.backends.base import Scaling as Scaling
 from gradclip.backends.base import at_most as at_most
+from gradclip.backends.base import check_arithmetic as check_arithmetic
 from gradclip.backends.base import inward as inward
 from gradclip.backends.base import is_half as is_half
 from gradclip.backends.choice import find_backend as find_backend

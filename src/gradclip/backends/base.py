@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gradclip.decision import clip_scale
+from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, Scope, State
 
 Scaling: TypeAlias = Callable[[Array], Array]
@@ -19,6 +20,15 @@ CHUNK = 1 << 18
 def is_half(x: Array, xp: Any) -> bool:
     """Return whether an array has half precision: float16 or bfloat16."""
     return float(xp.finfo(x.dtype).eps) > 1e-4
+
+
+def check_arithmetic(dtype: Any, where: str = "") -> None:
+    """Refuse floats of 8 bits or fewer: libraries store and convert them, no more."""
+    if any(name in str(dtype) for name in ("float8", "float6", "float4")):
+        raise TypeError(
+            f"gradients{where} has dtype {dtype}, which only stores numbers; clip in "
+            "float32 or bfloat16, and convert what comes out."
+        )
 
 
 def inward(scale: Array, eps: float, xp: Any) -> Array:
@@ -67,6 +77,7 @@ class Backend:
 
     def prepare(self, x: Array, where: str) -> Array:
         """Return `x` in a type that can hold clipped values."""
+        check_arithmetic(x.dtype, where)
         if self.xp.isdtype(x.dtype, ("integral", "bool")):
             # In an integer array 0.4 would silently become 0.
             return self.xp.astype(x, self.xp.asarray(0.0).dtype)
@@ -246,7 +257,8 @@ class Backend:
 
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, which another library may have saved."""
-        return self.xp.asarray(x) if isinstance(x, np.ndarray) else x
+        foreign = isinstance(x, np.ndarray | np.generic) or hasattr(x, "detach")
+        return self.xp.asarray(host_array(x)) if foreign else x
 
     def plain(self, x: Array) -> Any:
         """Return a number of a report as the library's users know it."""

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from gradclip.backends.base import Backend, inward
+from gradclip.reading import host_array
 from gradclip.rules import Array
 
 
@@ -70,7 +69,7 @@ class TorchArrays(Backend):
 
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, beside the norms."""
-        x = self.xp.asarray(x) if isinstance(x, np.ndarray) else x
+        x = x if hasattr(x, "detach") else self.xp.asarray(host_array(x))
         return x.to(norm.device)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gradclip.backends import check_arithmetic
 from gradclip.backends.narrow import at_home
 from gradclip.torch.dtensors import USUAL, holds_dtensor, local_grad, local_of
 from gradclip.torch.exact import at_hand
@@ -186,6 +187,8 @@ def collect(
     if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
+    for dtype in dtypes - _REAL:
+        check_arithmetic(dtype)
     if not (whole := _all_plain(leaves, dtypes)):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
     if not weights:
