@@ -466,13 +466,22 @@ def test_skip(way):
 
 
 @every_way
-@pytest.mark.parametrize("policy", ["skip", "zero", "ignore"])
+@pytest.mark.parametrize("policy", [None, "ignore"])
 def test_an_infinite_limit_only_records(way, policy):
     grads = [torch.tensor([1.0, math.inf]), torch.tensor([2.0])]
     clipped, norm = WAYS[way](grads, gc.Norm(math.inf), policy)
     assert norm == math.inf
     for c, g in zip(clipped, grads, strict=True):
         assert torch.equal(c, g)
+
+
+@every_way
+def test_a_policy_that_is_given_holds_under_an_infinite_limit(way):
+    skipped, _ = WAYS[way](BAD, gc.Norm(math.inf), "skip")
+    assert all(c is None or not c.any() for c in skipped)
+    cleared, _ = WAYS[way](BAD, gc.Norm(math.inf), "zero")
+    for c, g in zip(cleared, BAD, strict=True):
+        assert torch.equal(c, torch.where(g.isfinite(), g, 0))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")

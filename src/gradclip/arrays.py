@@ -14,7 +14,7 @@ from gradclip.backends import Backend, find_backend
 from gradclip.decision import Info
 from gradclip.memory import Memory, at_least, begin
 from gradclip.pipeline import run
-from gradclip.policy import Policy, check_policy
+from gradclip.policy import Policy, chosen
 from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, stages
 
@@ -31,7 +31,7 @@ def clip(
     rule: Rule,
     *,
     params: Any = None,
-    on_nonfinite: Policy = "skip",
+    on_nonfinite: Policy | None = None,
     out: Any = None,
 ) -> tuple[Grads, Info]:
     r"""Clip gradients by a rule, and return new ones with what was done.
@@ -46,8 +46,8 @@ def clip(
         params: The parameters, arranged like `grads`; only `Relative` asks for them.
         on_nonfinite: What NaN or infinity leads to: `"skip"` returns zeros, `"zero"`
             clears those elements and clips the rest, `"raise"` raises, `"ignore"`
-            returns them as they came. `Norm(float("inf"))` only records, and skips and
-            clears nothing.
+            returns them as they came. Where none is given, it is "skip", and "ignore"
+            under a limit of infinity, which only records.
         out: NumPy arrays arranged like `grads` that take the result; may be `grads`.
 
     Returns:
@@ -77,7 +77,7 @@ def clip(
         "clip()",
         "clipper = Clipper(rule), then grads, info = clipper.clip(grads)",
     )
-    return _clip(grads, Memory(rule), params, on_nonfinite, out)
+    return _clip(grads, Memory(rule), params, chosen(on_nonfinite, rule), out)
 
 
 class Clipper:
@@ -108,13 +108,13 @@ class Clipper:
     def __init__(
         self,
         rule: Rule,
-        on_nonfinite: Policy = "skip",
+        on_nonfinite: Policy | None = None,
         max_consecutive_skips: int = 100,
         history: "History | None" = None,
     ) -> None:
         """Check the rule and the policy; the memory is made at the first step."""
         check_rule(rule)
-        self.on_nonfinite = check_policy(on_nonfinite)
+        self.on_nonfinite = chosen(on_nonfinite, rule)
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
         self.info: Info | None = None
@@ -267,7 +267,7 @@ def _clip(
             rule,
             memory.states,
             step=memory.step,
-            policy=check_policy(policy),
+            policy=policy,
             weights=weights,
             name_of=lambda i: f"gradients{named[i][0]}",
         )

@@ -24,7 +24,7 @@ from gradclip.decision import Info
 from gradclip.memory import Memory, check_remembered
 from gradclip.pipeline import empty, run
 from gradclip.placing import places
-from gradclip.policy import Policy, check_compiled
+from gradclip.policy import Policy, check_compiled, chosen
 from gradclip.rules import Array, Rule, State, stages
 from gradclip.wording import counted
 
@@ -43,7 +43,7 @@ class ClipState(NamedTuple):
 def as_optax(
     rule: Rule,
     axis_name: str | Sequence[str] | None = None,
-    on_nonfinite: Policy = "skip",
+    on_nonfinite: Policy | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Return a rule as an optax transformation, to stand first in a chain.
 
@@ -61,9 +61,10 @@ def as_optax(
             `check_vma=False`. Averaged gradients, equal on all devices, need no axis.
         on_nonfinite: `"skip"` turns the gradients of a step with NaN or infinity into
             zeros, `"zero"` clears those elements and clips the rest, `"ignore"` leaves
-            them. Zeros still move an optimizer with momentum: to freeze its state as
-            well, wrap it with `optax.apply_if_finite`. Compiled code raises nothing
-            after many such steps: `info.skipped` counts them.
+            them. Where none is given, it is "skip", and "ignore" under a limit of
+            infinity, which only records. Zeros still move an optimizer with momentum:
+            to freeze its state as well, wrap it with `optax.apply_if_finite`. Compiled
+            code raises nothing after many such steps: `info.skipped` counts them.
 
     Returns:
         A transformation whose state is a `ClipState`. Its `update` needs the parameters
@@ -83,7 +84,8 @@ def as_optax(
         >>> print(np.asarray(updates).round(4), optax.tree.get(state, "norm"))
         [-0.6 -0.8] 5.0
     """
-    _check(check_rule(rule), axis_name, on_nonfinite)
+    policy = chosen(on_nonfinite, check_rule(rule))
+    _check(rule, axis_name, policy)
     engine = Jax() if axis_name is None else Shards(axis_name)
 
     def init(params: optax.Params) -> ClipState:
@@ -93,7 +95,7 @@ def as_optax(
         # A state has to begin in the shapes that it keeps under jit and scan. They are
         # asked for without the axis, which has no name outside of shard_map.
         info, _ = jax.eval_shape(
-            lambda g, p: _run(Jax(), rule, g, p, memory, 0, on_nonfinite)[1:],
+            lambda g, p: _run(Jax(), rule, g, p, memory, 0, policy)[1:],
             grads,
             params,
         )
@@ -107,7 +109,7 @@ def as_optax(
     ) -> tuple[optax.Updates, ClipState]:
         _check_state(rule, state)
         clipped, info, memory = _run(
-            engine, rule, updates, params, state.memory, state.step, on_nonfinite
+            engine, rule, updates, params, state.memory, state.step, policy
         )
         info = info._replace(skipped=state.info.skipped + ~info.kept)
         # A constant to derivatives: that of the root of a deviation of 0 is infinite.

@@ -11,7 +11,7 @@ from typing import Any
 from gradclip.backends import Backend
 from gradclip.decision import Info, clip_scale, decide, lawful
 from gradclip.inside import empty_inside, look_inside
-from gradclip.policy import NonFiniteError, Policy, may_drop, only_records
+from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked, native
 from gradclip.rules.parts import beside
@@ -24,7 +24,7 @@ def run(
     states: Sequence[State | None],
     *,
     step: Any = 0,
-    policy: Policy = "skip",
+    policy: Policy,
     weights: Sequence[Array] = (),
     name_of: Callable[[int], str] = str,
     absent: Array | None = None,
@@ -38,8 +38,7 @@ def run(
     infos: list[Info] = []
     old: list[State] = []
     new: list[State] = []
-    # Who only records wants the run as it would have been, NaN and all.
-    skips = policy == "skip" and not only_records(rule)
+    skips = policy == "skip"
     # Of all stages, before the first of them changes anything.
     told = [scheduled(engine, stage, step) for stage in stages(rule)]
     for i, stage in enumerate(stages(rule)):
@@ -212,7 +211,7 @@ def admit(
     if policy == "raise":
         if not engine.read(all_finite(told, engine)):
             raise NonFiniteError(describe_nonfinite(engine, leaves, name_of))
-    elif not only_records(rule):
+    else:
         first = stages(rule)[0]
         leaves = engine.without_nonfinite(leaves)
         # Measured anew, since a norm of NaN says nothing about the other elements.

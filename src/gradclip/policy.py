@@ -3,7 +3,7 @@
 import math
 from typing import Literal, TypeAlias
 
-from gradclip.rules import Norm, Rule, Value, stages
+from gradclip.rules import RMS, Norm, Rule, Value, stages
 
 Policy: TypeAlias = Literal["skip", "zero", "raise", "ignore"]
 POLICIES = ("skip", "zero", "raise", "ignore")
@@ -15,10 +15,10 @@ class NonFiniteError(RuntimeError, FloatingPointError):
 
 
 def only_records(rule: Rule) -> bool:
-    """Return whether a rule never clips, so that nothing may be touched."""
+    """Return whether a rule never clips."""
     # A schedule or an array may be infinite at this step and not at the next.
     return (
-        isinstance(rule, Norm | Value)
+        isinstance(rule, Norm | RMS | Value)
         and isinstance(rule.limit, float)
         and math.isinf(rule.limit)
     )
@@ -26,13 +26,14 @@ def only_records(rule: Rule) -> bool:
 
 def may_drop(rule: Rule, policy: Policy) -> bool:
     """Return whether a step can be dropped: by the policy, or by `Skip`."""
-    if policy == "skip" and not only_records(rule):
-        return True
-    return any(stage.drops for stage in stages(rule))
+    return policy == "skip" or any(stage.drops for stage in stages(rule))
 
 
-def check_policy(policy: Policy) -> Policy:
+def chosen(policy: Policy | None, rule: Rule) -> Policy:
     """Return the policy for NaN and infinity, or say which there are."""
+    if policy is None:
+        # Who only records wants the run as it would have been, NaN and all.
+        return "ignore" if only_records(rule) else "skip"
     if policy not in POLICIES:
         known = ", ".join(map(repr, POLICIES))
         raise ValueError(f"on_nonfinite={policy!r}: use one of {known}.")
@@ -41,7 +42,7 @@ def check_policy(policy: Policy) -> Policy:
 
 def check_compiled(rule: Rule, policy: Policy) -> None:
     """Refuse what compiled code cannot do, and code whose memory has one size."""
-    if check_policy(policy) == "raise":
+    if policy == "raise":
         raise ValueError(
             "on_nonfinite='raise' has to look at the gradients, which compiled code "
             "cannot; use 'skip', 'zero' or 'ignore', and read what was done afterwards."

@@ -24,7 +24,7 @@ def is_half(x: Array, xp: Any) -> bool:
 
 def check_arithmetic(dtype: Any, where: str = "") -> None:
     """Refuse floats of 8 bits or fewer: libraries store and convert them, no more."""
-    if any(name in str(dtype) for name in ("float8", "float6", "float4")):
+    if any(name in str(dtype) for name in ("float8_", "float6_", "float4_")):
         raise TypeError(
             f"gradients{where} has dtype {dtype}, which only stores numbers; clip in "
             "float32 or bfloat16, and convert what comes out."

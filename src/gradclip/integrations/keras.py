@@ -6,7 +6,7 @@ from typing import Any
 from gradclip.integrations import needed, rule_of
 from gradclip.integrations.alone import check_inner, check_replicas
 from gradclip.integrations.variables import Variables, verbs
-from gradclip.policy import Policy, check_compiled, may_drop
+from gradclip.policy import Policy, check_compiled, chosen, may_drop
 from gradclip.rules import Rule
 
 keras: Any = needed("keras", "keras")
@@ -30,7 +30,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         rule: Any rule whose memory does not grow, or the text of its constructor.
         on_nonfinite: `"skip"` leaves the model and the inner optimizer as they are at
             a step with NaN or infinity, `"zero"` clears those elements, `"ignore"`
-            applies them.
+            applies them. Where none is given, it is "skip", and "ignore" under a limit
+            of infinity, which only records.
         name: As for every Keras optimizer.
 
     Raises:
@@ -57,15 +58,16 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self,
         inner_optimizer: Any,
         rule: Rule | str,
-        on_nonfinite: Policy = "skip",
+        on_nonfinite: Policy | None = None,
         name: str | None = None,
     ) -> None:
         """Check everything before the first step."""
         # Keras wants a rate here, and asks the inner optimizer for it.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
-        self.rule, self.on_nonfinite = rule_of(rule), on_nonfinite
-        check_compiled(self.rule, on_nonfinite)
+        self.rule = rule_of(rule)
+        self.on_nonfinite = chosen(on_nonfinite, self.rule)
+        check_compiled(self.rule, self.on_nonfinite)
         check_inner(inner_optimizer, Wrapper, Clipped)
 
     def build(self, variables: Sequence[Any]) -> None:

@@ -35,7 +35,8 @@ class Skip(Rule):
         ([0.0, 0.0], 50.0, 0.0, False)
 
     Reference:
-        OLMo-core, `SkipStepOptimizer`, github.com/allenai/OLMo-core.
+        OLMo-core, `SkipStepOptimizer`, which looks at the loss as well,
+        github.com/allenai/OLMo-core.
     """
 
     rule: Rule

@@ -43,7 +43,7 @@ def attach(
     optimizer: Optimizers,
     rule: Rule,
     model: torch.nn.Module | None = None,
-    on_nonfinite: Policy = "skip",
+    on_nonfinite: Policy | None = None,
     max_consecutive_skips: int = 100,
     history: "History | None" = None,
     doctor: Collection[str] = CHECKS,

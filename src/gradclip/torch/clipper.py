@@ -14,7 +14,7 @@ from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
 from gradclip.memory import COUNTERS, Memory, at_least, begin
 from gradclip.pipeline import empty, run
-from gradclip.policy import Policy, check_policy, may_drop
+from gradclip.policy import Policy, chosen, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
@@ -49,8 +49,8 @@ class Clipper:
         on_nonfinite: What NaN or infinity in a gradient leads to. `"skip"` sets all
             gradients to None, so that parameters and optimizer stay as they are;
             `"zero"` clears the bad elements and clips the rest; `"raise"` names the
-            parameters; `"ignore"` leaves the gradients as they are.
-            `Norm(float("inf"))` only records, and skips and clears nothing.
+            parameters; `"ignore"` leaves the gradients as they are. Where none is
+            given, it is "skip", and "ignore" under a limit of infinity, which records.
         max_consecutive_skips: At which number of skipped steps in a row an error is
             raised, at least 1.
         history: Takes in every step, as `History("run.jsonl")` does.
@@ -94,7 +94,7 @@ class Clipper:
         self,
         params: Params,
         rule: Rule,
-        on_nonfinite: Policy = "skip",
+        on_nonfinite: Policy | None = None,
         max_consecutive_skips: int = 100,
         history: "History | None" = None,
         doctor: Collection[str] = CHECKS,
@@ -104,7 +104,7 @@ class Clipper:
     ) -> None:
         """Check everything before the first step."""
         check_rule(rule)
-        self.on_nonfinite = check_policy(on_nonfinite)
+        self.on_nonfinite = chosen(on_nonfinite, rule)
         at_least(1, max_consecutive_skips=max_consecutive_skips)
         self.max_consecutive_skips = max_consecutive_skips
         self._info: Info | None = None

@@ -12,7 +12,7 @@ from gradclip.arrays import without_memory
 from gradclip.backends.narrow import at_home, bring_back
 from gradclip.decision import clip_scale
 from gradclip.pipeline import run
-from gradclip.policy import NonFiniteError, Policy, check_policy, only_records
+from gradclip.policy import NonFiniteError, Policy, chosen
 from gradclip.rules import Norm, Rule, Value
 from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
@@ -270,7 +270,7 @@ def _clip_parameters(
     verify: Verify,
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
-    check_policy(policy)
+    chosen(policy, rule)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None
@@ -296,7 +296,7 @@ def _clip_parameters(
     with verbs.quiet():
         _, info, _ = clip() if verifier is None else verifier.compare(clip)
     bring_back(found.leaves, found.origins)
-    if policy == "skip" and not only_records(rule):
+    if policy == "skip":
         drop(params, info.kept)
     return _reported(info.norm, found.dtypes)
 
