@@ -46,6 +46,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradclip as gc
+from gradclip.integrations.tracking import Tracked
 from gradclip.rules import stages
 from gradclip.torch import (
     Clipper,
@@ -57,6 +58,7 @@ from gradclip.torch import (
     layout,
     placement,
 )
+from gradclip.torch import whole as gathered_state
 from table import EVERYWHERE
 
 TIMEOUT = 480
@@ -1247,6 +1249,39 @@ def go_on(layouts, rule):
     return worst if worst > 1e-6 else 0
 
 
+def one_file(rank, world):
+    """Save by one process, and load on all: a part in the file, and the whole."""
+    params = layouts(world)["rows"](gradients())
+    clipper = Clipper(params, INSIDE["moment"](), doctor=())
+    for grads in growing(4):
+        give(params, grads)
+        clipper.clip_()
+    state = clipper.state_dict()
+    every = gathered_state(state)
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        if rank == 0:
+            torch.save((state, every), f"{folder[0]}/state.pt")
+        dist.barrier()
+        part, loaded = torch.load(f"{folder[0]}/state.pt", weights_only=False)
+        dist.barrier()
+    again = Clipper(params, INSIDE["moment"](), doctor=())
+    refusal = told(lambda: again.load_state_dict(part))
+    untouched = int(again.state_dict()["step"]) == 0
+    again.load_state_dict(loaded)
+    now = again.state_dict()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    tracked = Tracked(optimizer, INSIDE["moment"](), doctor=())
+    return {
+        "trainer": told(lambda: tracked.check_unsplit("do this")),
+        "refusal": refusal,
+        "untouched": untouched,
+        "plain": all(type(x) is torch.Tensor for x in loaded.values()),
+        "same": all(torch.equal(local(now[k]), local(x)) for k, x in state.items()),
+    }
+
+
 def apart(pairs):
     return max(float((whole(p) - q).detach().abs().max()) for p, q in pairs)
 
@@ -1365,6 +1400,7 @@ PROGRAMS = [
     training,
     adaptive,
     elements,
+    one_file,
     borrowing,
     deterministic,
     counted_twice,

@@ -551,3 +551,161 @@ def test_a_report_that_is_read_while_another_thread_clips_is_not_kept(monkeypatc
     assert float(attached.info.norm) == 5.0
     assert float(attached.info.norm) == 50.0
     assert attached.info is attached.info
+
+
+class Outer(torch.optim.SGD):
+    """An optimizer whose step is that of another, around which torch puts hooks too."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+# As soon as one was made anywhere, its class has hooks around its step.
+torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [gc.Smooth(1.0), gc.Norm(lambda step: 1.0 / (1 + step)), gc.EMA()],
+    ids=["bends", "follows a schedule", "remembers"],
+)
+def test_a_step_within_a_step_is_one(rule, closure, fused):
+    nets = network(), network()
+    kinds = Outer, torch.optim.SGD
+    made = [
+        kind(n.parameters(), lr=0.05, fused=fused)
+        for n, kind in zip(nets, kinds, strict=True)
+    ]
+    clippers = [attach(optimizer, rule) for optimizer in made]
+    for x in batches():
+        for net, optimizer in zip(nets, made, strict=True):
+
+            def evaluate(net=net, optimizer=optimizer, x=x):
+                optimizer.zero_grad()
+                loss = loss_of(net, x)
+                loss.backward()
+                return loss
+
+            if closure:
+                optimizer.step(evaluate)
+            else:
+                evaluate()
+                optimizer.step()
+    same(nets[0].parameters(), nets[1].parameters(), rtol=0, atol=0)
+    counts = [int(clipper.state_dict()["step"]) for clipper in clippers]
+    assert counts == [10, 10]
+
+
+def test_gradients_stay_hidden_until_the_outer_step_ends():
+    class Decaying(Outer):
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                seen.append(p.grad)
+
+    seen = []
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Decaying([p], lr=1.0)
+    clipper = attach(optimizer, gc.Norm(1.0))
+    p.grad = torch.tensor([math.nan, 1.0])
+    optimizer.step()
+    assert seen == [None]
+    assert int(clipper.info.skipped) == 1
+    assert p.grad is not None
+
+
+def test_gradients_of_a_step_that_was_interrupted_do_not_mix_with_later_ones():
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
+    optimizer = torch.optim.SGD([p, q], lr=1.0)
+    attach(optimizer, gc.Norm(1e9))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(interrupt)
+    p.grad, q.grad = torch.tensor([math.nan, 1.0]), torch.tensor([100.0, 1.0])
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    optimizer.zero_grad()
+    # The next pass has no use for the second one.
+    p.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert p.tolist() == [-3.0, -4.0]
+    assert q.tolist() == [0.0, 0.0]
+
+
+def bad_from(evaluation, net, loss):
+    """A closure whose gradients, and maybe whose loss, are NaN from a call on."""
+    calls = []
+
+    def evaluate():
+        net.zero_grad()
+        calls.append(loss_of(net, torch.ones(6, 5)))
+        calls[-1].backward()
+        if len(calls) > evaluation:
+            net[0].weight.grad[0, 0] = math.nan
+            return calls[-1] * (math.nan if loss else 1)
+        return calls[-1]
+
+    return evaluate
+
+
+@pytest.mark.parametrize("options", [{"on_nonfinite": "raise"}, {}])
+def test_lbfgs_is_where_it_was_when_an_evaluation_raises(options):
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=10)
+    attach(optimizer, gc.Norm(1e9), max_consecutive_skips=1, **options)
+    with pytest.raises(gc.NonFiniteError):
+        optimizer.step(bad_from(3, net, loss=False))
+    same(net.state_dict().values(), before.values(), rtol=0, atol=0)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("evaluation", [0, 1, 2, 5])
+def test_a_line_search_survives_a_loss_of_nan(evaluation):
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    search = {"line_search_fn": "strong_wolfe", "max_iter": 10}
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0, **search)
+    clipper = attach(optimizer, gc.Norm(1e9))
+    loss = optimizer.step(bad_from(evaluation, net, loss=True))
+    same(net.state_dict().values(), before.values(), rtol=0, atol=0)
+    assert int(clipper.info.skipped) > 0
+    assert bool(loss.isnan()) == (evaluation == 0)
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero", "ignore", "raise"])
+def test_a_rule_learns_nothing_from_what_a_scaler_overflowed_at(policy):
+    limits = {}
+    for fused in (False, True):
+        p, q = (torch.nn.Parameter(torch.zeros(4)) for _ in "ab")
+        optimizer = torch.optim.SGD([p, q], lr=0.0, fused=fused)
+        rule = gc.EMA(1.1, warmup=2, over="all")
+        clipper = attach(optimizer, rule, on_nonfinite=policy)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        for step in range(12):
+            optimizer.zero_grad()
+            over = 4 <= step < 8
+            loss = p.sum() * (0.01 if over else 3.0) + q.sum() * (
+                math.inf if over else 4.0
+            )
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        limits[fused] = float(clipper.info.limit)
+    assert limits[True] == pytest.approx(limits[False])
+
+
+def test_gradients_made_in_inference_mode_are_clipped():
+    with torch.inference_mode():
+        p = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        attach(optimizer, gc.Norm(1.0))
+        for _ in range(2):
+            p.grad = torch.tensor([3.0, 4.0])
+            optimizer.step()
+        torch.testing.assert_close(p, torch.tensor([-1.2, -1.6]))

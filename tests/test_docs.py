@@ -143,10 +143,15 @@ def is_rule(thing):
     return inspect.isclass(thing) and issubclass(thing, gc.Rule)
 
 
-NO_EQUATION = {"gradclip.jax.state_dict", "gradclip.jax.load_state_dict"}
+NO_EQUATION = {
+    "gradclip.jax.state_dict",
+    "gradclip.jax.load_state_dict",
+    "gradclip.torch.dtensors.whole",
+}
 REFUSES_NOTHING = {
     "gradclip.advice.advise",
     "gradclip.jax.state_dict",
+    "gradclip.torch.dtensors.whole",
     "gradclip.torch.placement.Pieces",
 }
 

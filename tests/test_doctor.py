@@ -170,3 +170,24 @@ def test_every_check_has_a_switch():
         clipper.clip_()
     with pytest.raises(ValueError, match=r"doctor=\['typo'\].*unchanged, consumed"):
         setting(doctor=("typo",))
+
+
+@pytest.mark.parametrize(
+    ("rules", "model", "told"),
+    [
+        ({"haed.*": gc.Norm(1.0), "*": None}, True, "'haed.*'; they are weight, bias."),
+        ({"weight": gc.Norm(1.0), "*": None}, False, "Hand over model="),
+        ({"weight": gc.Norm(1.0), "head.*": None, "*": None}, True, None),
+        ({"*": gc.Norm(1.0)}, False, None),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda rule: rule, gc.Skip])
+def test_names_that_no_parameter_has_are_told(rules, model, told, wrap):
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(optimizer, wrap(gc.by_name(rules)), model=net if model else None)
+    said = [str(w.message) for w in caught]
+    assert len(said) == (told is not None)
+    assert all(told in text for text in said)

@@ -15,7 +15,8 @@ import gradclip as gc
 from gradclip.arrays import dotted, flatten
 from gradclip.jax import as_optax, state_dict
 from gradclip.per_sample import clipped_sum
-from gradclip.torch import Clipper, attach, clip_grad_value_
+from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
+from gradclip.torch.ghost import PerSample
 
 
 def one():
@@ -510,3 +511,28 @@ def test_a_parameter_of_eight_bits_leaves_the_others_as_they_were():
     with pytest.raises(TypeError, match="only stores numbers"):
         clip_grad_value_([wide, narrow], 1.0)
     assert wide.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("call", [clip_grad_value_, clip_grad_norm_])
+def test_integer_gradients_are_refused_before_others_change(call):
+    wide, whole = (torch.ones(2, dtype=d) for d in (torch.float32, torch.int64))
+    for p in (wide, whole):
+        p.grad = p * 5
+    with pytest.raises(TypeError, match=r"torch\.int64, in which 0\.4 would be 0"):
+        call([wide, whole], 1.0)
+    assert wide.grad.tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("doctor", [None, False, "rate", ["rat"]])
+def test_no_list_of_checks_is_refused(doctor):
+    with pytest.raises(ValueError, match="an empty tuple turns all of them off"):
+        Clipper([torch.ones(2)], gc.Norm(1.0), doctor=doctor)
+
+
+def test_batch_norm_mixes_samples():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match="batch norm mixes samples"):
+        PerSample(model).__enter__()
+    model.eval()
+    with PerSample(model) as samples:
+        samples.backward(model(torch.randn(3, 2)).sum(1), gc.Norm(1.0))

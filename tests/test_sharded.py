@@ -301,6 +301,17 @@ def test_what_is_remembered_of_elements_is_split_as_they_are(found, world, rule)
 
 
 @each_world
+def test_a_file_of_one_process_has_the_whole_memory_or_is_refused(found, world):
+    for rank, result in enumerate(r["one_file"] for r in found[world]):
+        told = "one process has written for all" if rank else ""
+        assert told in result["refusal"]
+        assert bool(result["refusal"]) == result["untouched"] == (rank > 0)
+        assert "use a rule over norms, or do this." in result["trainer"]
+        assert result["plain"]
+        assert result["same"]
+
+
+@each_world
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_memory_of_a_split_optimizer_is_read(found, world, fused):
     for rank in found[world]:

@@ -1,6 +1,6 @@
 """Train by Lightning on two processes, each of which holds half of the network.
 
-`sharded_program.py FOLDER fsdp1|fsdp2`, started by torchrun.
+`sharded_program.py FOLDER fsdp1|fsdp2|resumed`, started by torchrun.
 """
 
 import sys
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from common import RULE, Net, sgd
+from common import RULE, Net, batches, sgd
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from test_lightning import fit, module_for
+from test_lightning import ELEMENTS, fit, module_for
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -33,6 +34,8 @@ class Sharded(pl.LightningModule):
 
     @torch.no_grad()
     def on_fit_start(self):
+        if self.trainer.ckpt_path:
+            return
         # Lightning has drawn the weights anew.
         for p, whole in zip(self.net.parameters(), Net().parameters(), strict=True):
             assert isinstance(p, DTensor)
@@ -45,17 +48,29 @@ class Sharded(pl.LightningModule):
         return sgd(self)
 
 
+def make_strategy():
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    return ModelParallelStrategy(**sizes, process_group_backend="gloo")
+
+
 if sys.argv[2] == "fsdp1":
     module = module_for(pl)
     strategy = FSDPOnCPU(process_group_backend="gloo")
 else:
-    module = Sharded()
-    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-    strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo")
+    module, strategy = Sharded(), make_strategy()
 # Both see all batches, so that the mean of their gradients is the gradient.
 options = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+folder, rule = Path(sys.argv[1]), RULE
+if sys.argv[2] == "resumed":
+    # Each process remembers its own elements, and one writes the checkpoint.
+    rule = ELEMENTS
+    saver = ModelCheckpoint(folder, "half", every_n_train_steps=37, save_top_k=-1)
+    first = options | {"enable_checkpointing": True, "max_steps": 37}
+    fit(module, [GradientClipping(rule), saver], **first)
+    module, options["strategy"] = Sharded(), make_strategy()
+    options |= {"data": batches(start=37), "ckpt_path": folder / "half.ckpt"}
 # The first process writes it.
-with gc.History(Path(sys.argv[1]) / "run.jsonl") as history:
-    clipping = GradientClipping(RULE, history)
+with gc.History(folder / "run.jsonl") as history:
+    clipping = GradientClipping(rule, history)
     fit(module, clipping, **options)
 assert clipping.tracked[0].clipper.names[0] == "net.body.0.weight"

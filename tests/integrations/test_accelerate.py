@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from common import RULE, STEPS, Net, assert_same, batches, plain_norms, sgd
 
 import gradclip as gc
-from gradclip.integrations.accelerate import clip_
+from gradclip.integrations.accelerate import Whole, clip_
 from gradclip.torch import Clipper, attach
 
 
@@ -18,11 +18,11 @@ def fresh():
         state._reset_state()
 
 
-def train(accelerator, history, rule=RULE, save=None, load=None, stop=STEPS):
+def train(accelerator, history, rule=RULE, save=None, load=None, stop=STEPS, kept=None):
     model = Net()
     model, optimizer, loader = accelerator.prepare(model, sgd(model), batches())
     clipper = Clipper(model, rule, history=history)
-    accelerator.register_for_checkpointing(clipper)
+    accelerator.register_for_checkpointing(kept(clipper) if kept else clipper)
     done = 0
     if load:
         accelerator.load_state(load)
@@ -44,10 +44,12 @@ def test_it_equals_plain_torch(tmp_path):
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
 
 
-def test_a_resumed_run_goes_on(tmp_path):
-    train(Accelerator(cpu=True), None, save=str(tmp_path / "half"), stop=37)
+@pytest.mark.parametrize("kept", [None, Whole])
+def test_a_resumed_run_goes_on(kept, tmp_path):
+    half = str(tmp_path / "half")
+    train(Accelerator(cpu=True), None, save=half, stop=37, kept=kept)
     history = gc.History(tmp_path / "run.jsonl")
-    train(Accelerator(cpu=True), history, load=str(tmp_path / "half"))
+    train(Accelerator(cpu=True), history, load=half, kept=kept)
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"), STEPS - 37)
 
 

@@ -1,5 +1,6 @@
 """Lightning: real fits, compared with plain torch, also after a resume."""
 
+import copy
 import pickle
 import re
 import subprocess
@@ -17,6 +18,10 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 
 import gradclip as gc
 from gradclip.integrations.lightning import GradientClipping
+from gradclip.integrations.tracking import Tracked
+
+ELEMENTS = gc.Moment(2.0, warmup=5)
+"""A rule with a memory as large as the network."""
 
 
 def module_for(pl, optimizers=1, manual=False, make=sgd):
@@ -83,15 +88,24 @@ def test_it_equals_plain_torch(pl, manual, tmp_path):
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_a_network_in_two_halves(kind, tmp_path):
+def in_two_processes(kind, folder):
     program = Path(__file__).with_name("sharded_program.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, program, tmp_path, kind]
+    command = [sys.executable, *launch, program, folder, kind]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    history = gc.History.load(tmp_path / "run.jsonl")
+    return gc.History.load(folder / "run.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_network_in_two_halves(kind, tmp_path):
+    history = in_two_processes(kind, tmp_path)
     assert_same(history, plain_norms(tmp_path / "plain.jsonl"))
+
+
+def test_each_half_goes_on_with_its_own_memory(tmp_path):
+    history = in_two_processes("resumed", tmp_path)
+    assert_same(history, plain_norms(tmp_path / "plain.jsonl", ELEMENTS), STEPS - 37)
 
 
 def test_a_resumed_run_goes_on(tmp_path):
@@ -290,3 +304,43 @@ def test_it_is_a_callback_of_both_packages_whichever_comes_first():
         "    assert issubclass(GradientClipping, package.Callback)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def by_lbfgs(module):
+    return torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=10)
+
+
+def test_the_clip_rate_is_that_of_steps_and_not_of_evaluations():
+    callback = GradientClipping(gc.Norm(1e-3))
+    trainer = fit(module_for(lightning.pytorch, make=by_lbfgs), callback, max_steps=20)
+    assert callback.tracked[0].clipper._memory.step > 2 * trainer.global_step
+    assert callback.tracked[0].metrics()["clip_rate"] == 1.0
+
+
+def test_a_copy_counts_as_the_original_does():
+    net = Net()
+    tracked = Tracked(sgd(net), gc.Norm(1e-3), doctor=())
+    net, tracked = copy.deepcopy((net, tracked))
+    for batch in list(batches())[:3]:
+        net(**batch)["loss"].backward()
+        tracked.clipper.optimizer.step()
+    assert tracked.metrics()["clip_rate"] == 1.0
+    tracked.detach()
+    assert not copy.deepcopy(tracked).clipper._hooks
+
+
+def test_a_checkpoint_of_more_optimizers_is_refused():
+    callback = GradientClipping(gc.ZScore())
+    fit(module_for(lightning.pytorch, optimizers=2, manual=True), callback)
+    again = GradientClipping(gc.ZScore())
+    again.load_state_dict(callback.state_dict())
+    with pytest.raises(ValueError, match="memory of 2 optimizers, and there are 1"):
+        fit(module_for(lightning.pytorch), again)
+
+
+def test_counts_of_earlier_checkpoints_are_those_of_the_clipper():
+    tracked = [Tracked(sgd(Net()), gc.Norm(1.0), doctor=()) for _ in "ab"]
+    state = tracked[0].state_dict()
+    del state["counted"]
+    tracked[1].load_state_dict(state | {"step": torch.tensor(7)})
+    assert tracked[1].steps == 7

@@ -1,14 +1,47 @@
 """Accelerate: clip where gradients are synchronised, and after they are unscaled."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from gradclip.decision import Info
 from gradclip.integrations import needed
-from gradclip.torch import Clipper
+from gradclip.torch import Clipper, whole
 from gradclip.torch.attach import Attached
 from gradclip.torch.in_backward import InBackward
 
 DistributedType: Any = needed("accelerate", "accelerate").DistributedType
+
+
+class Whole:
+    """A clipper whose memory is saved whole, since one process writes for all.
+
+    Args:
+        clipper: Any clipper of torch's; of `Moment` and `Peak` on split parameters,
+            each process remembers a part.
+
+    Example:
+        >>> whole = Whole(clipper)  # doctest: +SKIP
+        >>> accelerator.register_for_checkpointing(whole)  # doctest: +SKIP
+    """
+
+    def __init__(self, clipper: Clipper) -> None:
+        """Keep the clipper."""
+        self.clipper = clipper
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory with plain tensors; all processes have to call this."""
+        return whole(self.clipper.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved memory: each process takes its part.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it belongs to another rule or other parameters.
+        """
+        self.clipper.load_state_dict(state)
 
 
 def clip_(accelerator: Any, clipper: Clipper, optimizer: Any = None) -> Info | None:
@@ -17,7 +50,8 @@ def clip_(accelerator: Any, clipper: Clipper, optimizer: Any = None) -> Info | N
     $g \leftarrow g \cdot \min(1, \text{limit}_t / \lVert g \rVert)$
 
     `accelerator.register_for_checkpointing(clipper)` makes the memory of the rule part
-    of `save_state` and `load_state`.
+    of `save_state` and `load_state`; where parameters are split and a rule remembers
+    their elements, register `Whole(clipper)`.
 
     Args:
         accelerator: The `Accelerator`.

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gradclip.integrations import shown
 from gradclip.rules import Rule
-from gradclip.torch import attach
+from gradclip.torch import attach, whole
+from gradclip.torch.dtensors import holds_dtensor
 
 LARGE = 10**6
 """How many numbers may be written as text without a word about it."""
@@ -35,14 +36,31 @@ class Tracked:
         """Attach, and count behind every step."""
         self.clipper = attach(optimizer, rule, **options)
         self.clipped: Any = torch.zeros((), dtype=torch.int64)
+        self.steps = 0
         self._counted: Any = None
-        self._hook = optimizer.register_step_post_hook(self._count)
+        self._register()
+
+    def _register(self) -> None:
+        after: Any = self.clipper.optimizer.register_step_post_hook  # type: ignore[attr-defined]
+        self._hook: Any = after(self._count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the hook, which no optimizer takes into a copy."""
+        return {**self.__dict__, "_hook": self._hook is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Register the hook again, unless it had been taken out."""
+        self.__dict__.update(state, _hook=None)
+        if state["_hook"]:
+            self._register()
 
     def _count(self, *_: Any) -> None:
         info = self.clipper.info
         # A step without gradients leaves the report of the one before.
         if info is not None and info is not self._counted:
             self.clipped = self.clipped.to(info.clipped.device) + info.clipped
+            # Not those of the clipper: LBFGS has it clip several times in a step.
+            self.steps += 1
             self._counted = info
 
     def metrics(self, suffix: str = "") -> dict[str, float]:
@@ -54,13 +72,14 @@ class Tracked:
         info = self.clipper.info
         if info is None:
             return {}
-        numbers, steps = info.to_dict(), self.clipper._memory.step
-        found = shown(numbers["norm"], numbers["limit"], self.clipped, steps)
+        numbers = info.to_dict()
+        found = shown(numbers["norm"], numbers["limit"], self.clipped, self.steps)
         return {name + suffix: x for name, x in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the memory of the clipper, and the count."""
-        return self.clipper.state_dict() | {"clipped": self.clipped.clone()}
+        """Return the memory of the clipper, and the counts, for one file of all."""
+        counts = {"clipped": self.clipped.clone(), "counted": torch.tensor(self.steps)}
+        return whole(self.clipper.state_dict()) | counts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved memory, exactly.
@@ -71,9 +90,12 @@ class Tracked:
         Raises:
             ValueError: If it belongs to another rule or other parameters.
         """
-        memory = {name: x for name, x in state.items() if name != "clipped"}
+        own = ("clipped", "counted")
+        memory = {name: x for name, x in state.items() if name not in own}
         self.clipper.load_state_dict(memory)
         self.clipped = torch.as_tensor(state["clipped"])
+        # Earlier checkpoints have the steps of the clipper only.
+        self.steps = int(state.get("counted", state["step"]))
 
     def as_json(self) -> dict[str, Any]:
         """Return the memory as JSON can hold it."""
@@ -93,6 +115,22 @@ class Tracked:
         tensors = {k: torch.tensor(x, dtype=kinds.get(k)) for k, x in saved.items()}
         self.load_state_dict(tensors)
 
+    def check_unsplit(self, remedy: str) -> None:
+        """Refuse a memory of which each process has a part, where one writes for all.
+
+        Args:
+            remedy: What to do instead.
+
+        Raises:
+            ValueError: If there is a DTensor in the memory.
+        """
+        if holds_dtensor(self.clipper.state_dict().values()):
+            raise ValueError(
+                f"{self.clipper.rule!r} remembers elements of parameters that are "
+                "split, and the trainer has one process write checkpoints by itself; "
+                f"use a rule over norms, or {remedy}."
+            )
+
     def warn_if_large(self, place: str, remedy: str) -> None:
         """Warn of a memory as large as the gradients, which JSON is not made for.
 
@@ -100,7 +138,7 @@ class Tracked:
             place: The file that it would be written to.
             remedy: What to do instead.
         """
-        size = sum(x.numel() for x in self.state_dict().values())
+        size = sum(x.numel() for x in self.clipper.state_dict().values())
         if size > LARGE:
             warnings.warn(
                 f"{self.clipper.rule!r} remembers {size} numbers, and each checkpoint "
@@ -111,7 +149,9 @@ class Tracked:
     def detach(self) -> None:
         """Take everything out of the optimizer again, and write the history."""
         self.clipper.detach()
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
         if self.clipper.history is not None:
             self.clipper.history.flush()
 

@@ -31,7 +31,8 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
     Raises:
         TypeError: For what is not a rule.
         ValueError: When training starts, if the trainer clips too, uses DeepSpeed, has
-            two of these callbacks, or is to restore one whose rule has no text.
+            two of these callbacks, is to restore one whose rule has no text, or to save
+            a rule's memory of the elements of split parameters.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -85,6 +86,7 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
             own = (
                 "set save_strategy='no' and save callback.tracked.state_dict() yourself"
             )
+            self.tracked.check_unsplit(own)
             self.tracked.warn_if_large("trainer_state.json", own)
 
     def on_log(

@@ -8,6 +8,7 @@ _needed("torch", "torch")
 from gradclip.torch.attach import attach
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.doctor import ClipWarning
+from gradclip.torch.dtensors import whole
 from gradclip.torch.functional import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -27,4 +28,5 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "whole",
 ]

@@ -8,6 +8,7 @@ the clip costs no pass over memory of its own.
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import count
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gradclip.backends.narrow import at_home
-from gradclip.policy import Policy
+from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, unheld
+from gradclip.torch.exact import at_hand, tensor_of
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
 from gradclip.torch.hooked import Hooked, only_prepares
 from gradclip.torch.in_backward import InBackward
@@ -250,7 +252,7 @@ class Attached(Hooked):
             verbs.lender = lender_of(self.optimizer, self.params)
         return verbs
 
-    def _before_step(
+    def _enter(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, Any] | None:
         self._undo()
@@ -272,10 +274,19 @@ class Attached(Hooked):
     def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure with the clip behind its backward pass."""
 
+        evaluations = count()
+
         def closure_then_clip() -> Any:
             loss = closure()
-            self._clip_for_step()
-            return loss
+            try:
+                self._clip_for_step()
+            except NonFiniteError:
+                self._go_back()
+                raise
+            searches = next(evaluations) and self._before_closure is not None
+            # A line search would take gradients that are hidden for those of a minimum.
+            bad = searches and self._kept and bool(tensor_of(loss).isnan())
+            return math.inf if bad else loss
 
         return closure_then_clip
 
@@ -301,7 +312,8 @@ class Attached(Hooked):
         if scale is not None:
             (scale,) = at_home([scale])
         policy = self.on_nonfinite
-        if policy == "raise" and found_inf is not None and bool(found_inf):
+        overflows = found_inf is not None and policy in ("raise", "zero")
+        if overflows and (policy == "raise" or at_hand(found_inf)) and bool(found_inf):
             # A loss scaler finds its scale by overflowing, and skips such a step.
             policy = "skip"
         fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
@@ -311,7 +323,7 @@ class Attached(Hooked):
         info = self._run(found, verbs, policy)
         self._check_skips()
         kept = verbs.known(info.kept)
-        if not self._skipping:
+        if not may_drop(self.rule, policy):
             kept = True
         elif kept is None and not (fused and self._heeds_found_inf):
             # Only the host can stop such an optimizer, so here it has to wait.
@@ -373,25 +385,27 @@ class Attached(Hooked):
             bad if found_inf is None else torch.maximum(bad, found_inf)
         )
 
-    def _after_step(
-        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
-    ) -> None:
-        self._undo()
-
     def _undo(self) -> None:
         """Put back what was changed for the duration of one step."""
         self._restore_flags()
-        if self._before_closure is not None and self._kept:
-            params, state = self._before_closure
-            with torch.no_grad():
-                for p, before in zip(self.params, params, strict=True):
-                    p.copy_(before)
-            self.optimizer.state.clear()
-            self.optimizer.state.update(state)
-        for p, grad in self._kept:
-            # After an interrupted step there may be a new one already.
-            p.grad = grad if p.grad is None else p.grad
+        if self._kept:
+            self._go_back()
+        # After an interrupted step there may be new ones already, which do not mix.
+        if all(p.grad is None for p, _ in self._kept):
+            for p, grad in self._kept:
+                p.grad = grad
         self._kept, self._before_closure = [], None
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        """Undo the moves between the evaluations of one step."""
+        if self._before_closure is None:
+            return
+        params, state = self._before_closure
+        for p, before in zip(self.params, params, strict=True):
+            p.copy_(before)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state)
 
     def _restore_flags(self) -> None:
         for flag, before in (self._flags or {}).items():

@@ -55,8 +55,8 @@ class Clipper:
             raised, at least 1.
         history: Takes in every step, as `History("run.jsonl")` does.
         doctor: Which checks for misuse are made, of `"unchanged"`, `"consumed"`,
-            `"scaled"`, `"missing"`, `"unheld"`, `"attached"` and `"rate"`. Each warns
-            once.
+            `"scaled"`, `"alone"`, `"missing"`, `"unheld"`, `"unmatched"`, `"attached"`
+            and `"rate"`. Each warns once.
         split_over: For parameters of which other processes have other parts, and that
             are no DTensors: a process group, whose members have different tensors, or
             a function of name and parameter that returns a group, `Pieces(group, dim)`
@@ -225,6 +225,7 @@ class Clipper:
         """Make the memory for all parameters, so that it can be saved and loaded."""
         shapes = [tuple(p.shape) for p in self.params]
         self._bound = self.rule.bind(self.names, shapes)
+        self._doctor.look_for_names(self._bound, self.names)
         named = zip(self.names, self.params, strict=True)
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:

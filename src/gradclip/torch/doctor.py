@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradclip.decision import Info
 from gradclip.policy import only_records
-from gradclip.rules import Norm, Rule, Value, stages
+from gradclip.rules import Norm, Rule, Skip, Value, stages
+from gradclip.rules.groups import Groups
 from gradclip.torch.exact import at_hand, tensor_of
 
 CHECKS = (
@@ -22,6 +23,7 @@ CHECKS = (
     "alone",
     "missing",
     "unheld",
+    "unmatched",
     "attached",
     "rate",
 )
@@ -37,6 +39,11 @@ class ClipWarning(UserWarning):
     """Clipping as it is called here has no effect, or not the one that is meant."""
 
 
+def version_of(t: Tensor) -> int | None:
+    """Return how often a tensor was changed; in inference mode nobody counts."""
+    return None if t.is_inference() else t._version
+
+
 class Doctor:
     """Watch a clipper for misuse; each check speaks once.
 
@@ -50,15 +57,16 @@ class Doctor:
         self, checks: Collection[str], params: Sequence[Tensor], rule: Rule
     ) -> None:
         """Refuse unknown checks, and watch when one gradient is made."""
-        unknown = [checks] if isinstance(checks, str) else set(checks) - set(CHECKS)
-        if unknown:
+        listed = isinstance(checks, Collection) and not isinstance(checks, str)
+        unknown = sorted(set(checks) - set(CHECKS)) if listed else checks
+        if unknown or not listed:
             raise ValueError(
-                f"doctor={sorted(unknown)}: it is a collection of checks, which are "
+                f"doctor={unknown!r}: it is a collection of checks, which are "
                 f"{', '.join(CHECKS)}; an empty tuple turns all of them off."
             )
         self.checks = set(checks)
         self.rule = rule
-        self._seen: list[tuple[weakref.ref[Tensor], int]] = []
+        self._seen: list[tuple[weakref.ref[Tensor], int | None]] = []
         self._steps = 0
         self._clipped: Any = 0
         self._rate = torch.zeros((), device="cpu", pin_memory=params[0].is_cuda)
@@ -83,7 +91,7 @@ class Doctor:
         witness = self._witness
         if "consumed" in self.checks and witness is not None:
             made_at, self._made_at = self._made_at, None
-            if made_at is not None and made_at != witness._version:
+            if made_at is not None and made_at != version_of(witness):
                 self.tell(
                     "consumed",
                     "the parameters have changed since these gradients were made: the "
@@ -95,7 +103,7 @@ class Doctor:
         if "unchanged" in self.checks:
             # Two are enough, and all of them would take a pass over the list.
             ends = leaves[0], leaves[-1]
-            self._seen = [(weakref.ref(t), t._version) for t in ends]
+            self._seen = [(weakref.ref(t), version_of(t)) for t in ends]
         if "scaled" in self.checks and at_hand(info.norm):
             self._look_for_scaler(info)
         if "rate" in self.checks and self._steps <= STEPS + DELAY:
@@ -108,11 +116,26 @@ class Doctor:
             text = f"{message} (This check is {check!r}; doctor= chooses the checks.)"
             warnings.warn(text, ClipWarning, stacklevel=_users_level())
 
+    def look_for_names(self, rule: Rule, names: Sequence[str]) -> None:
+        """See whether a rule by names has found any, as by misspelt ones it has not."""
+        inner = [s.rule if isinstance(s, Skip) else s for s in stages(rule)]
+        unnamed = names[:1] == ["[0]"]
+        remedy = " Hand over model=, for their names." if unnamed else ""
+        for groups in (r for r in inner if isinstance(r, Groups)):
+            patterns = [pattern for pattern, _ in groups.rules]
+            named = {i for i, pattern in enumerate(patterns) if pattern != "*"}
+            if named and not named & set(groups.members):
+                self.tell(
+                    "unmatched",
+                    f"no parameter fits {', '.join(repr(patterns[i]) for i in named)}; "
+                    f"they are {', '.join(names[:5])}.{remedy}",
+                )
+
     def _unchanged(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether the first and the last gradient are those of the last clip."""
         ends = leaves[0], leaves[-1]
         return bool(self._seen) and all(
-            ref() is t and version == t._version
+            ref() is t and version is not None and version == version_of(t)
             for (ref, version), t in zip(self._seen, ends, strict=True)
         )
 
@@ -124,7 +147,7 @@ class Doctor:
         def note(p: Tensor) -> None:
             doctor = self_ref()
             if doctor is not None and not torch.compiler.is_compiling():
-                doctor._made_at = p._version
+                doctor._made_at = version_of(p)
 
         hook = witness.register_post_accumulate_grad_hook(note)
         self._unwatch = weakref.finalize(self, hook.remove)

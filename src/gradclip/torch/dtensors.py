@@ -5,7 +5,7 @@ imported only where there is a DTensor already.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ def laid_out_like(p: Tensor, local: Tensor) -> Tensor:
 
 def part_like(p: Tensor, x: Tensor) -> Tensor:
     """Return what this process needs of something saved for a parameter."""
+    if is_dtensor(x) and is_dtensor(p):
+        _check_coordinate(p, x)
     if is_dtensor(x) or not is_dtensor(p) or x.shape != p.shape:
         return local_of(x)
     from torch.distributed.tensor import DTensor, Replicate
@@ -81,6 +83,37 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
     # `distribute_tensor` sends that of the first process in any case.)
     whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local_of(whole.redistribute(placements=at))
+
+
+def _check_coordinate(p: Any, x: Any) -> None:
+    """Refuse the part of another process, as a file that one of them wrote has it."""
+    here, there = (t.device_mesh.get_coordinate() for t in (p, x))
+    if here is None or there is None or list(here) != list(there):
+        raise ValueError(
+            f"the state has the part of the process at {there} of the mesh, and this "
+            f"one is at {here}: one process has written for all. Save a split memory "
+            "with torch.distributed.checkpoint, or whole(clipper.state_dict())."
+        )
+
+
+def whole(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved memory without DTensors, for a file that one process writes.
+
+    Args:
+        state: What the `state_dict` of a clipper returned; all processes have to call
+            this, since each one sends its parts.
+
+    Returns:
+        The same with plain tensors, as large as the parameters where a rule remembers
+        elements; `load_state_dict` takes what it needs of them.
+
+    Example:
+        >>> import torch, gradclip as gc
+        >>> from gradclip.torch import Clipper, whole
+        >>> clipper = Clipper([torch.ones(2)], gc.ZScore())
+        >>> clipper.load_state_dict(whole(clipper.state_dict()))
+    """
+    return {name: full_of(x) for name, x in state.items()}
 
 
 def local_grad(p: Tensor, g: Tensor) -> Tensor:

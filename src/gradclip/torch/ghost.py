@@ -66,6 +66,8 @@ class PerSample:
             raise _refusal("some layers share a parameter")
         if any(getattr(layer, "scale_grad_by_freq", False) for layer in self._layers):
             raise _refusal("scale_grad_by_freq mixes samples")
+        norms = nn.modules.batchnorm._BatchNorm
+        self._mixing = [m for m in model.modules() if isinstance(m, norms)]
         self._calls: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
         self._hooks: list[Any] = []
 
@@ -85,6 +87,8 @@ class PerSample:
         self._calls = {}
 
     def _watch(self) -> None:
+        if any(layer.training for layer in self._mixing):
+            raise _refusal("batch norm mixes samples, unless it is in eval()")
         self._calls = {}
         self._hooks = [layer.register_forward_hook(self._saw) for layer in self._layers]
 

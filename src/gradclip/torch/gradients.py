@@ -187,8 +187,7 @@ def collect(
     if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
-    for dtype in dtypes - _REAL:
-        check_arithmetic(dtype)
+    _check_types(dtypes)
     if not (whole := _all_plain(leaves, dtypes)):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
     if not weights:
@@ -196,6 +195,16 @@ def collect(
     if not whole or holds_dtensor(here):
         here = [_weight(p, units) for p in here]
     return Gradients(at_home(leaves), present, at_home(list(here)), dtypes, leaves)
+
+
+def _check_types(dtypes: set[torch.dtype]) -> None:
+    """Refuse gradients that cannot hold what a clip makes of them."""
+    for dtype in dtypes - _REAL:
+        check_arithmetic(dtype)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise TypeError(
+                f"gradients of type {dtype}, in which 0.4 would be 0; use .float()."
+            )
 
 
 def _all_plain(leaves: list[Tensor], dtypes: set[torch.dtype]) -> bool:

@@ -19,9 +19,27 @@ class Hooked(Clipper):
         """Have the optimizers call this at every step."""
         raise NotImplementedError
 
+    def _enter(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        """Clip for a step, or have its closure do it."""
+        raise NotImplementedError
+
     def _undo(self) -> None:
         """Put back what was changed for the duration of one step."""
         raise NotImplementedError
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        inside = is_inside_a_step(optimizer)
+        return None if inside else self._enter(optimizer, args, kwargs)
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> None:
+        if not is_inside_a_step(optimizer):
+            self._undo()
 
     def detach(self) -> None:
         """Take the clipping out of the optimizers again."""
@@ -42,6 +60,26 @@ class Hooked(Clipper):
         self._hooks = ()
         if state["_hooks"]:
             self._register()
+
+
+def is_inside_a_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the step whose hook asks was called by one of the same optimizer.
+
+    Torch puts hooks around the step of a class, and around that of its subclass, which
+    may call the first: clipped in both, gradients would be clipped twice.
+    """
+    around = [vars(kind).get("step") for kind in type(optimizer).__mro__]
+    if sum(hasattr(step, "hooked") for step in around) < 2:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    step = sys._getframe(2)
+    frame = step.f_back
+    while frame is not None:
+        if frame.f_code is step.f_code and frame.f_locals["args"][0] is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def only_prepares(optimizer: torch.optim.Optimizer) -> bool:

@@ -108,7 +108,7 @@ class InBackward(Hooked):
 
     # After the pass they are gone, and nothing is left to clip (torchtitan#990).
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Clip what this optimizer is about to use."""
         params = [p for p in params_of(optimizer) if p.grad is not None]
         if not params or only_prepares(optimizer):
@@ -168,9 +168,6 @@ class InBackward(Hooked):
         dropped = self._skipping & ~norm.isfinite()
         now.note(torch.where(dropped, 0.0, norm * scale), limit, scale)
         return scale
-
-    def _after_step(self, *_: Any) -> None:
-        self._undo()
 
     def _undo(self) -> None:
         """Give back the gradients that were hidden from a step."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradclip.torch.doctor import version_of
 from gradclip.torch.gradients import params_of
 
 EFFECTIVE, INSIDE, MEASURES = "effective", "inside", "measures"
@@ -25,12 +26,12 @@ class Trace(NamedTuple):
 
     # Weak, so that the memory of gradients is freed when the program frees it.
     grad: "weakref.ref[Tensor]"
-    version: int
+    version: int | None
 
     def holds(self, p: Tensor) -> bool:
         """Return whether the gradient is still the same, and unchanged."""
         grad = gradient(p)
-        return self.grad() is grad is not None and self.version == grad._version
+        return self.grad() is grad is not None and self.version == version_of(grad)
 
 
 @dataclass(eq=False)
@@ -318,7 +319,7 @@ def gradient(p: Tensor) -> Any:
 def trace(p: Tensor) -> Trace:
     """Return the gradient as it is now."""
     grad = gradient(p)
-    return Trace(weakref.ref(grad), grad._version)
+    return Trace(weakref.ref(grad), version_of(grad))
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
