@@ -46,17 +46,14 @@ class Deviation(Rule):
     warmup: int = 64
     over: Scope = "all"
 
+    stateful = True
+
     def __post_init__(self) -> None:
         """Check every number."""
         super().__post_init__()
         check(self, "z", ABOVE_ZERO, LARGEST, "the deviations let through are above 0.")
         check(self, "window", 2, sys.maxsize, "a deviation takes two norms or more.")
         check(self, "warmup", 2, self.window, "it lies between 2 and the window.")
-
-    @property
-    def stateful(self) -> bool:
-        """The past norms are remembered."""
-        return True
 
     @property
     def kind(self) -> str:

@@ -55,6 +55,8 @@ class EMA(Rule):
     over: Scope = "tensor"
     warmup_limit: float | None = None
 
+    stateful = True
+
     def __post_init__(self) -> None:
         """Check every number."""
         super().__post_init__()
@@ -63,11 +65,6 @@ class EMA(Rule):
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
         if self.warmup_limit is not None:
             check_fixed(self, "warmup_limit")
-
-    @property
-    def stateful(self) -> bool:
-        """The moving average is remembered."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""

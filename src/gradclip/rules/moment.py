@@ -62,6 +62,7 @@ class Moment(Rule):
 
     scopes = ("element",)
     by_part = True
+    stateful = True
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -71,11 +72,6 @@ class Moment(Rule):
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
         choose(self, "memory", ("own", "optimizer"))
         object.__setattr__(self, "borrows", self.memory == "optimizer")
-
-    @property
-    def stateful(self) -> bool:
-        """The second moment is remembered, as its root."""
-        return True
 
     @property
     def kind(self) -> str:

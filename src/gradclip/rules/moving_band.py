@@ -54,6 +54,7 @@ class MovingBand(Rule):
     warmup: int = 1
 
     stretches = True
+    stateful = True
 
     def __post_init__(self) -> None:
         """Check the scope, the band and the numbers."""
@@ -61,11 +62,6 @@ class MovingBand(Rule):
         check_band(self)
         check(self, "decay", 0.0, 1.0, "the decay lies in [0, 1].")
         check(self, "warmup", 1, sys.maxsize, "at least one step is watched first.")
-
-    @property
-    def stateful(self) -> bool:
-        """The moving average is remembered."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""

@@ -47,16 +47,12 @@ class Peak(Rule):
 
     scopes = ("element",)
     by_part = True
+    stateful = True
 
     def __post_init__(self) -> None:
         """Check the decay."""
         super().__post_init__()
         check(self, "decay", ABOVE_ZERO, 1 - 2**-53, "the decay lies in (0, 1).")
-
-    @property
-    def stateful(self) -> bool:
-        """The average of the largest elements is remembered."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""

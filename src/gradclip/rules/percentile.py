@@ -42,17 +42,14 @@ class Percentile(Rule):
     window: int | None = 1000
     over: Scope = "all"
 
+    stateful = True
+
     def __post_init__(self) -> None:
         """Check the percentile and the window."""
         super().__post_init__()
         check(self, "q", 0.0, 100.0, "a percentile lies between 0 and 100.")
         if self.window is not None:
             check(self, "window", 1, sys.maxsize, "at least one norm is remembered.")
-
-    @property
-    def stateful(self) -> bool:
-        """The past norms are remembered."""
-        return True
 
     @property
     def kind(self) -> str:

@@ -50,6 +50,8 @@ class Quantile(Rule):
     over: Scope = "all"
     start: float | None = None
 
+    stateful = True
+
     def __post_init__(self) -> None:
         """Check every number."""
         super().__post_init__()
@@ -59,11 +61,6 @@ class Quantile(Rule):
         if self.start is not None:
             told = "the first limit is a finite number above 0."
             check(self, "start", ABOVE_ZERO, LARGEST, told)
-
-    @property
-    def stateful(self) -> bool:
-        """The limit is remembered."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return the first limit; 0 stands for one that the first norm will give."""

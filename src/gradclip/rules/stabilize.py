@@ -56,6 +56,7 @@ class Stabilize(Rule):
     eps: float = 0.0
 
     stretches = True
+    stateful = True
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -63,11 +64,6 @@ class Stabilize(Rule):
         for name in ("decay", "square_decay"):
             check(self, name, 0.0, 1.0 - 2**-53, "the decay lies in [0, 1).")
         check(self, "eps", 0.0, LARGEST, "eps is 0 or above, and finite.")
-
-    @property
-    def stateful(self) -> bool:
-        """Two moments are remembered, the second as its root."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""

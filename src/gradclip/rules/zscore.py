@@ -57,6 +57,8 @@ class ZScore(Rule):
     over: Scope = "all"
     mode: Literal["adaptive", "mean", "threshold"] = "adaptive"
 
+    stateful = True
+
     def __post_init__(self) -> None:
         """Check every number."""
         super().__post_init__()
@@ -66,11 +68,6 @@ class ZScore(Rule):
         choose(self, "mode", ("adaptive", "mean", "threshold"))
         if self.max_limit is not None:
             check_fixed(self, "max_limit")
-
-    @property
-    def stateful(self) -> bool:
-        """The moving mean and variance are remembered."""
-        return True
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return a memory of nothing."""
