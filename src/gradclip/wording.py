@@ -1,9 +1,8 @@
 """Numbers and names in sentences."""
 
 ONE = {"are": "is", "were": "was", "have": "has", "repeat": "repeats"}
-ONE |= {
-    f"{x}s": x for x in ("norm", "step", "row", "run", "spike", "time", "call", "stage")
-}
+WORDS = ("norm", "step", "row", "line", "run", "spike", "stage", "time", "call")
+ONE |= {f"{x}s": x for x in WORDS}
 
 
 def counted(count: int, words: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -145,15 +146,14 @@ def read(lines: Iterable[str], source: str, column: str | None) -> tuple[Columns
         LogError: If no line holds a gradient norm.
     """
     columns = Columns(column)
-    tools: dict[str, int] = {}
-    quartiles = False
+    tools: Counter[str] = Counter()
     for tool, row in _rows(lines, columns):
         columns.add(row)
-        tools[tool] = tools.get(tool, 0) + 1
-        quartiles = quartiles or tool == "icefall"
-    if not tools or (quartiles and len(tools) == 1):
-        raise LogError(_nothing(source, quartiles))
-    return columns, f"{max(tools, key=lambda tool: tools[tool])} console"
+        tools[tool] += 1
+    if not tools.keys() - {"icefall"}:
+        raise LogError(_nothing(source, "icefall" in tools))
+    ((most, _),) = tools.most_common(1)
+    return columns, f"{most} console"
 
 
 def _nothing(source: str, quartiles: bool) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gradclip.readers.columns import Columns
+from gradclip.readers.columns import Columns, parsed
 from gradclip.record import LogError
 
 
@@ -91,10 +91,7 @@ def read_lines(lines: Iterable[str], source: str, column: str | None) -> Columns
         if not line.strip():
             continue
         total += 1
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
+        entry = parsed(line)
         if isinstance(entry, dict):
             columns.add(entry)
         else:

@@ -17,6 +17,7 @@ from gradclip.readers.assemble import in_order
 from gradclip.readers.columns import WHOLE, number, parsed
 from gradclip.record import LogError, Record, Steps, Tensors, kind_of, record_of
 from gradclip.recorder import SCHEMA
+from gradclip.wording import counted
 
 CHUNK = 2_000
 NAMES = ("step", "norm", "limit", "scale", "loss")
@@ -192,8 +193,8 @@ def _damage(found: Found) -> list[str]:
     lines = found.damaged
     if not lines:
         return []
-    count = "1 line was" if len(lines) == 1 else f"{len(lines)} lines were"
-    return [f"{count} damaged and left out, the first is line {lines[0]}."]
+    told = f"{counted(len(lines), 'lines were')} damaged and left out"
+    return [f"{told}, the first is line {lines[0]}."]
 
 
 def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:
