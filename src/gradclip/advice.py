@@ -13,6 +13,7 @@ from gradclip.record import Floats, is_norm
 from gradclip.replaying import Replay, replay_end
 from gradclip.rules import Rule, usable
 from gradclip.ruletext import call
+from gradclip.telling import tell
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,6 @@ class Advice:
 
     def __str__(self) -> str:
         """Tell it all, the recommendation first."""
-        from gradclip.telling import tell
-
         return tell(self)
 
 
