@@ -16,6 +16,7 @@ from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, State, stages
+from gradclip.rules.keeping import under
 from gradclip.wording import counted
 
 COUNTERS = ("step", "skipped", "in_a_row")
@@ -146,19 +147,21 @@ class Memory:
                 "make the clipper with the rule that was saved."
             )
         names = decoded(saved.get("names", ()))
-        parts = [_stage_of(saved, i, restore) for i in range(len(self.states))]
+        parts = [
+            {name: restore(x) for name, x in under(f"{i}.", saved).items()}
+            for i in range(len(self.states))
+        ]
         check_tensors(self.rule, parts, names, self.names or names)
         found = in_order(self.rule, parts, names, self.names or names)
+        states = blank() if blank else [None] * len(self.states)
         if any(found) or int(saved["step"]):
-            none = blank() if blank else [None] * len(self.states)
-            self.states = [
+            states = [
                 # A stage behind one that dropped all steps so far has met none.
-                self._fitting(i, x or {}) if x or i == 0 else none[i]
+                self._fitting(i, x or {}) if x or i == 0 else states[i]
                 for i, x in enumerate(found)
             ]
             self.names = self.names or names
-        else:
-            self.states = blank() if blank else [None] * len(self.states)
+        self.states = states
         for name in COUNTERS:
             # Added to what is there, the count stays an array where it was one.
             now = getattr(self, name)
@@ -209,18 +212,6 @@ def decoded(array: Array) -> list[str]:
     """Return the names in an array of any library."""
     text = bytes(int(c) for c in array).decode()
     return text.split("\n") if text else []
-
-
-def _stage_of(
-    saved: Mapping[str, Array], i: int, restore: Callable[[Array], Array]
-) -> State:
-    """Return what was saved of one stage."""
-    prefix = f"{i}."
-    return {
-        name.removeprefix(prefix): restore(x)
-        for name, x in saved.items()
-        if name.startswith(prefix)
-    }
 
 
 def _remembered(stage: Rule, found: State) -> set[str]:

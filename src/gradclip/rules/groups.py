@@ -11,6 +11,7 @@ import numpy as np
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, Shape, State
 from gradclip.rules.chaining import stages
+from gradclip.rules.keeping import under
 from gradclip.rules.norm import Norm
 from gradclip.rules.parts import beside, norm_of, share
 
@@ -142,15 +143,10 @@ class Groups(Rule):
                 # Without the bad one, the others would be held by a part of their norm.
                 broken = xp.any(here & ~xp.isfinite(seen.norm))
                 total = xp.where(mine & ~broken, norm_of(norm, xp), math.nan)
-            prefix = f"{i}."
-            memory = {
-                name.removeprefix(prefix): x
-                for name, x in state.items()
-                if name.startswith(prefix)
-            }
+            memory = under(f"{i}.", state)
             most, memory = rule.update(seen._replace(norm=total), memory)
             limit = xp.where(mine, share(most, norm, total, xp), limit)
-            updated |= {prefix + name: x for name, x in memory.items()}
+            updated |= {f"{i}.{name}": x for name, x in memory.items()}
         return limit, updated
 
     def _by_unit(self, seen: Measured, norm: Array, limit: Array) -> Array:
