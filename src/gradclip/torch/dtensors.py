@@ -136,10 +136,9 @@ def local_grad(p: Tensor, g: Tensor) -> Tensor:
     return local_of(laid_out)
 
 
-def laid_out_as(p: Tensor, g: Any) -> Any:
+def laid_out_as(p: Any, g: Any) -> Any:
     """Return a gradient with the placements of its parameter; sums are carried out."""
     from torch.distributed.tensor import Replicate
 
-    placed = p.placements if is_dtensor(p) else g.placements  # type: ignore[attr-defined]
-    wanted = [Replicate() if x.is_partial() else x for x in placed]
+    wanted = [Replicate() if x.is_partial() else x for x in p.placements]
     return g if list(g.placements) == wanted else g.redistribute(placements=wanted)
