@@ -68,10 +68,8 @@ def rounded(norm: Tensor) -> Tensor:
 
 def tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the `p`-norm of each tensor, in one float64 vector."""
-    if not on_host(tensors):
-        return device_norms(tensors, p)
-    if p != 2:
-        return torch.stack([exact_norm(t, p) for t in tensors])
+    if p != 2 or not on_host(tensors):
+        return wide_norms(tensors, p)
     norms = _fast_norms(tensors)
     for i in doubtful(norms).nonzero().flatten().tolist():
         norms[i] = exact_norm(tensors[i], p)
@@ -140,7 +138,7 @@ def _short_norms(tensors: list[Tensor]) -> Tensor:
 
 def _exact_norms(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norms of tensors of any kind, in float64."""
-    return torch.stack([exact_norm(t, 2.0) for t in tensors])
+    return wide_norms(tensors, 2.0)
 
 
 def _paired_norms(tensors: list[Tensor]) -> Tensor:
