@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from gradclip.arguments import (
+    at_least,
+    begin,
+    check_alike,
+    check_rule,
+    without_memory,
+)
 from gradclip.backends import Backend, find_backend
 from gradclip.decision import Info
-from gradclip.memory import Memory, at_least, begin
+from gradclip.memory import Memory
 from gradclip.pipeline import run
 from gradclip.policy import Policy, chosen
 from gradclip.reading import host_array
@@ -173,22 +180,6 @@ class Clipper:
         self._memory.load_state_dict(state, host_array)
 
 
-def without_memory(rule: Rule, call: str, instead: str) -> None:
-    """Refuse what depends on earlier steps, where one call is all there is."""
-    if rule.stateful:
-        raise TypeError(
-            f"{call}: {rule!r} depends on the steps before, which one call does not "
-            f"know; use {instead}."
-        )
-
-
-def check_rule(rule: Any) -> Rule:
-    """Return the rule, or say what one looks like."""
-    if not isinstance(rule, Rule):
-        raise TypeError(f"{rule!r} is not a rule; use one such as gradclip.Norm(1.0).")
-    return rule
-
-
 def flatten(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested lists, tuples and dicts with the path to each."""
     if isinstance(tree, dict):
@@ -332,15 +323,3 @@ def _weights(
     # Those of another library are refused, as among the gradients.
     find_backend([*named, *((f" or parameters{where}", x) for where, x in weights)])
     return [engine.prepare(x, where) for where, x in weights]
-
-
-def check_alike(grads: Sequence[Any], params: Sequence[Any]) -> None:
-    """Refuse parameters that are not those of the gradients."""
-    shapes, given = (
-        [tuple(getattr(x, "shape", ())) for x in part] for part in (grads, params)
-    )
-    if given != shapes:
-        raise ValueError(
-            f"the parameters have shapes {given}, but the gradients {shapes}; arrange "
-            "them alike."
-        )

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gradclip.arguments import at_least
 from gradclip.decision import Info
-from gradclip.memory import at_least
 from gradclip.record import Floats, Record, Steps, Tensors, record_of
 from gradclip.recorder import Recorder, checked, is_number, strict
 from gradclip.rules import Rule, stages

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradclip.arrays import check_alike, check_rule
+from gradclip.arguments import check_alike, check_rule
 from gradclip.backends import Jax, NumPy, Shards
 from gradclip.decision import Info
 from gradclip.memory import Memory, check_remembered

@@ -3,10 +3,8 @@
 Flat, and arrays only, so that every checkpoint format can hold it.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
-from numbers import Integral, Real
 from typing import Any
 
 import array_api_compat
@@ -20,33 +18,6 @@ from gradclip.rules.keeping import under
 from gradclip.wording import counted
 
 COUNTERS = ("step", "skipped", "in_a_row")
-
-
-def at_least(least: float, **named: Any) -> None:
-    """Refuse numbers below the least one that has a meaning; an integer for counts."""
-    counts = isinstance(least, int)
-    kind: Any
-    kind, told = (Integral, "a whole number") if counts else (Real, "a number")
-    for name, value in named.items():
-        # Infinity passes for a whole number, where it means never.
-        if not (isinstance(value, kind) or value == math.inf) or not value >= least:
-            raise ValueError(f"{name}={value!r}: it is {told}, at least {least}.")
-
-
-def begin(history: Any, rule: Rule) -> None:
-    """Tell a history what clips in the steps to come; None is no history.
-
-    Raises:
-        TypeError: For what is no history, such as the path of one.
-    """
-    if history is None:
-        return
-    if not hasattr(history, "begin"):
-        raise TypeError(
-            f"history={history!r} is {type(history).__name__}; use "
-            "history=gradclip.History(path)."
-        )
-    history.begin(rule)
 
 
 def check_tensors(

@@ -7,7 +7,8 @@ libraries made for them.
 import math
 from typing import Any
 
-from gradclip.arrays import Grads, check_rule, dense, named_leaves, rebuild
+from gradclip.arguments import check_rule
+from gradclip.arrays import Grads, dense, named_leaves, rebuild
 from gradclip.backends import Backend, find_backend, inward, is_half
 from gradclip.decision import Info, decide
 from gradclip.pipeline import scheduled

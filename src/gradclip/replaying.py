@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat.numpy as xp_numpy
 import numpy as np
 
-from gradclip.arrays import check_rule
+from gradclip.arguments import check_rule
 from gradclip.decision import Info, decide
 from gradclip.history import History, recorded
 from gradclip.pipeline import summary

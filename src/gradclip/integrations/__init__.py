@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gradclip.arrays import check_rule
+from gradclip.arguments import check_rule
 from gradclip.extras import needed as needed
 from gradclip.rules import Rule
 from gradclip.ruletext import rule_from

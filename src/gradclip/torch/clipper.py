@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.arrays import check_rule
+from gradclip.arguments import at_least, begin, check_rule
 from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
-from gradclip.memory import COUNTERS, Memory, at_least, begin
+from gradclip.memory import COUNTERS, Memory
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy, chosen, may_drop
 from gradclip.rules import Rule, State, stages

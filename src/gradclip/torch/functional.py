@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.arrays import without_memory
+from gradclip.arguments import without_memory
 from gradclip.backends.narrow import at_home, bring_back
 from gradclip.decision import clip_scale
 from gradclip.pipeline import run

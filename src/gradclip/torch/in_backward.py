@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
-from gradclip.arrays import check_rule
+from gradclip.arguments import check_rule
 from gradclip.backends.narrow import lacks_float64
 from gradclip.decision import Info, clip_scale, decide
 from gradclip.pipeline import admit, scheduled
