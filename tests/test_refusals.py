@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import gradclip as gc
-from gradclip.arrays import dotted, flatten
 from gradclip.jax import as_optax, state_dict
 from gradclip.per_sample import clipped_sum
 from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
 from gradclip.torch.ghost import PerSample
+from gradclip.trees import dotted, flatten
 
 
 def one():

@@ -3,20 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradclip.arrays import (
-    Clipper,
-    Grads,
-    dense,
-    dotted,
-    flatten,
-    named_leaves,
-    rebuild,
-)
+from gradclip.arrays import Clipper, dense
 from gradclip.backends import find_backend, is_half
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
 from gradclip.reading import host_array
 from gradclip.rules import Array
+from gradclip.trees import Grads, dotted, flatten, named_leaves, rebuild
 
 
 class UClip(Clipper):

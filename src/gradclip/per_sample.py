@@ -8,11 +8,12 @@ import math
 from typing import Any
 
 from gradclip.arguments import check_rule
-from gradclip.arrays import Grads, dense, named_leaves, rebuild
+from gradclip.arrays import dense
 from gradclip.backends import Backend, find_backend, inward, is_half
 from gradclip.decision import Info, decide
 from gradclip.pipeline import scheduled
 from gradclip.rules import Array, Measured, Rule, stages
+from gradclip.trees import Grads, named_leaves, rebuild
 
 
 def clipped_sum(grads: Grads, rule: Rule) -> tuple[Grads, Info]:
