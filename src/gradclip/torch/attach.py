@@ -21,7 +21,7 @@ from gradclip.rules import Rule, State, stages
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.exact import at_hand, tensor_of
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
-from gradclip.torch.hooked import Hooked, only_prepares
+from gradclip.torch.hooked import Hooked, closure_of, only_prepares, with_closure
 from gradclip.torch.in_backward import InBackward
 from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.placement import SplitOver
@@ -258,7 +258,7 @@ class Attached(Hooked):
         self._undo()
         if only_prepares(optimizer):
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = closure_of(args, kwargs)
         if closure is None:
             self._clip_for_step()
             return None
@@ -266,10 +266,7 @@ class Attached(Hooked):
             # It evaluates many times and moves in between: only a copy can undo that.
             state = {p: copy.deepcopy(s) for p, s in optimizer.state.items()}
             self._before_closure = [p.detach().clone() for p in self.params], state
-        wrapped = self._clipping(closure)
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
+        return with_closure(args, kwargs, self._clipping(closure))
 
     def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure with the clip behind its backward pass."""

@@ -1,7 +1,7 @@
 """A clipper that optimizers call: its hooks, and what becomes of them in a copy."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -80,6 +80,18 @@ def is_inside_a_step(optimizer: torch.optim.Optimizer) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
+    """Return the closure that a step was called with; the optimizer comes first."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def with_closure(args: Any, kwargs: Any, closure: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return the arguments of a step with another closure in the place of theirs."""
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
 
 
 def only_prepares(optimizer: torch.optim.Optimizer) -> bool:

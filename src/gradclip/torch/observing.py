@@ -32,6 +32,7 @@ from gradclip.torch.attach import Attached
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.dtensors import full_of
 from gradclip.torch.functional import get_total_norm
+from gradclip.torch.hooked import closure_of, with_closure
 from gradclip.torch.ledger import Ledger, gradient
 
 CLIPS = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_")
@@ -207,13 +208,8 @@ class _Watch:
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Note a step that begins, and put something around its closure."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        watched = self.ledger.before_step(optimizer, closure)
-        if watched is None:
-            return None
-        if len(args) > 1:
-            return (args[0], watched, *args[2:]), kwargs
-        return args, {**kwargs, "closure": watched}
+        watched = self.ledger.before_step(optimizer, closure_of(args, kwargs))
+        return None if watched is None else with_closure(args, kwargs, watched)
 
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Note a step that is done, and end the program if it was the last."""
