@@ -1,7 +1,6 @@
 """Checks that turn a clip without effect into a message, once, and cost no waiting."""
 
 import gc
-import sys
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
@@ -15,6 +14,7 @@ from gradclip.policy import only_records
 from gradclip.rules import Norm, Rule, Skip, Value, stages
 from gradclip.rules.groups import Groups
 from gradclip.torch.exact import at_hand, tensor_of
+from gradclip.torch.frames import frames
 
 CHECKS = (
     "unchanged",
@@ -236,12 +236,10 @@ def _far_above(info: Info) -> bool:
 
 def _users_level() -> int:
     """Return how far up the code of the user is: one warning counts once for a line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(
-        ("gradclip.", "torch.")
-    ):
-        frame, level = frame.f_back, level + 1
-    return level
+    for level, frame in enumerate(frames()):
+        if not frame.f_globals["__name__"].startswith(("gradclip.", "torch.")):
+            return level
+    return 1
 
 
 def unheld(model: torch.nn.Module, params: Sequence[Tensor]) -> list[str]:

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 
 from gradclip.torch.clipper import Clipper
+from gradclip.torch.frames import frames
 
 
 class Hooked(Clipper):
@@ -104,7 +104,4 @@ def only_prepares(optimizer: torch.optim.Optimizer) -> bool:
     prepare = getattr(home, "_init_optim_state", None)
     if prepare is None or optimizer.state or torch.compiler.is_compiling():
         return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not prepare.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code is prepare.__code__ for frame in frames())

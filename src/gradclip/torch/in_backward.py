@@ -6,10 +6,8 @@ which have come so far in this one, whichever is larger.
 """
 
 import math
-import sys
 from collections.abc import Iterable
 from itertools import chain
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.exact import safe_norm, tensor_of
+from gradclip.torch.frames import frames
 from gradclip.torch.gradients import collect, drop, named_by_optimizers, params_of
 from gradclip.torch.hooked import Hooked, only_prepares
 from gradclip.torch.verbs import InPlace
@@ -294,12 +293,10 @@ def _check_rule(rule: Rule) -> None:
 
 def _is_nested() -> bool:
     """Return whether a function of a backward pass has started the one at hand."""
-    frame: FrameType | None = sys._getframe(1)
     started = False
-    while frame is not None:
-        # From the inside out: first this pass, then a function of the one around it.
+    for frame in frames():
+        # First comes this pass, then a function of the one around it.
         started |= frame.f_code is _engine_run_backward.__code__
         if started and frame.f_code is BackwardCFunction.apply.__code__:
             return True
-        frame = frame.f_back
     return False

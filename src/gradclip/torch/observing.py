@@ -7,13 +7,11 @@ and do what they always did.
 import functools
 import inspect
 import math
-import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from gradclip.rules import Norm, Rule, Value
 from gradclip.torch.attach import Attached
 from gradclip.torch.clipper import Clipper
 from gradclip.torch.dtensors import full_of
+from gradclip.torch.frames import frames
 from gradclip.torch.functional import get_total_norm
 from gradclip.torch.hooked import closure_of, with_closure
 from gradclip.torch.ledger import Ledger, gradient
@@ -237,12 +236,10 @@ class _Watch:
 
 def _lines_outside() -> Iterator[tuple[Path, int]]:
     """Yield the lines that led here, the innermost first, outside of torch and us."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
+    for frame in frames():
         path = Path(frame.f_code.co_filename)
         if not _between(path):
             yield path, frame.f_lineno
-        frame = frame.f_back
 
 
 def _between(path: Path) -> bool:
