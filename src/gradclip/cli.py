@@ -22,6 +22,7 @@ except ModuleNotFoundError:
 import gradclip
 from gradclip import commands
 from gradclip.exits import FAILED, INTERRUPTED
+from gradclip.extras import missing
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -198,12 +199,8 @@ def _require(command: str, extra: str, *modules: str) -> None:
     try:
         for module in modules:
             importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        typer.echo(
-            f"gradclip {command} needs {missing.name}, which is not installed: "
-            f'pip install "gradclip[{extra}]"',
-            err=True,
-        )
+    except ModuleNotFoundError as error:
+        typer.echo(missing(f"gradclip {command}", error.name, extra), err=True)
         raise typer.Exit(FAILED) from None
 
 

@@ -24,8 +24,13 @@ def needed(extra: str, *packages: str) -> Any:
             # Something inside of an installed package is missing: not ours to explain.
             if error.name is None or not f"{package}.".startswith(f"{error.name}."):
                 raise
-    raise ModuleNotFoundError(
-        f"this part of gradclip needs {' or '.join(packages)}, which is not installed: "
-        f'pip install "gradclip[{extra}]"',
-        name=packages[0],
+    told = missing("this part of gradclip", " or ".join(packages), extra)
+    raise ModuleNotFoundError(told, name=packages[0])
+
+
+def missing(what: str, package: str | None, extra: str) -> str:
+    """Say what needs a package that is not there, and how to install it."""
+    return (
+        f"{what} needs {package}, which is not installed: "
+        f'pip install "gradclip[{extra}]"'
     )

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradclip.extras import missing
 from gradclip.history import History
 
 
@@ -27,12 +28,9 @@ def write_report(
             raise ValueError(f"{out}: the page would replace the log {name}.")
     try:
         from gradclip.report.page import render
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"the report needs {missing.name}, which is not installed: "
-            'pip install "gradclip[report]"',
-            name=missing.name,
-        ) from None
+    except ModuleNotFoundError as error:
+        told = missing("the report", error.name, "report")
+        raise ModuleNotFoundError(told, name=error.name) from None
     # A name may hold bytes that are no text; whole, or a page would be left empty.
     page = render(named).encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)
