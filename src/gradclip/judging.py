@@ -110,9 +110,7 @@ def _of_one_kind(record: Record) -> Record:
 
 def warmup_of(record: Record, known: Any) -> int:
     """Return how long the first run's warm-up is; more runs are not cut."""
-    if np.unique(record.run).size > 1:
-        return 0
-    return transient_length(record.norm[known])
+    return 0 if record.several else transient_length(record.norm[known])
 
 
 @dataclass
@@ -149,8 +147,7 @@ class Facts:
     def _change(self) -> int:
         """Return after how many steady norms, behind the start, their level changes."""
         # Between runs, the level may differ.
-        several = np.unique(self.record.run).size > 1
-        change = 0 if several else level_change(self.steady)
+        change = 0 if self.record.several else level_change(self.steady)
         # What changes within the first fifth is still the start of the run.
         return change if self.warmup + change >= self.norm.size // 5 else 0
 
@@ -207,7 +204,7 @@ class Facts:
     def healthy(self) -> Floats | None:
         """The norms before the loss rose for good; None if it did not."""
         cut = self.lost_at
-        if cut == self.record.norm.size or np.unique(self.record.run).size > 1:
+        if cut == self.record.norm.size or self.record.several:
             return None
         known = usable(self.record.norm, np)
         before = self.record.norm[:cut][known[:cut]]

@@ -76,6 +76,11 @@ class Record:
     notes: tuple[str, ...] = ()
     """What was odd about the log, in sentences."""
 
+    @property
+    def several(self) -> bool:
+        """Whether there are steps of more than one run."""
+        return np.unique(self.run).size > 1
+
     def take(self, rows: Any) -> "Record":
         """Return the record with some of its rows."""
         names = ("step", "norm", "limit", "scale", "loss", "run")
