@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradclip.arrays import Clipper, dense
-from gradclip.backends import find_backend, is_half
+from gradclip.backends import Backend, find_backend, is_half
 from gradclip.decision import Info
 from gradclip.memory import coded, decoded
 from gradclip.reading import host_array
@@ -72,12 +72,7 @@ class UClip(Clipper):
         # Where keys have dots in them, two tensors may come to one name.
         if len(set(names)) < len(names):
             names = [where for where, _ in named]
-        carried = [engine.xp.zeros_like(x) for x in given]
-        if self.carried is not None:
-            carried = [
-                engine.xp.astype(engine.adopt(d, x), x.dtype)
-                for x, d in zip(given, self._carried_for(names, given), strict=True)
-            ]
+        carried = self._carried_for(names, given, engine)
         total = [x + d for x, d in zip(given, carried, strict=True)]
         pairs = zip(total, near, strict=True)
         narrow = (_as_before(x, g, engine.xp) for x, g in pairs)
@@ -85,31 +80,41 @@ class UClip(Clipper):
         if bool(info.kept & (info.finite | (self.on_nonfinite == "zero"))):
             after = [x for _, x in flatten(clipped)]
             rest = [x - u for x, u in zip(total, after, strict=True)]
-            # With on_nonfinite="zero" an element may be NaN: what it had has to wait.
-            xp = engine.xp
-            left = [
-                xp.where(xp.isfinite(now), now, before)
-                for now, before in zip(rest, carried, strict=True)
-            ]
-            (lasting,) = engine.lasting([dict(enumerate(left))])
-            self.carried = list(lasting.values())
+            self._carry(rest, carried, engine)
             self._names = names
         return clipped, info
 
-    def _carried_for(self, names: list[str], total: list[Array]) -> list[Array]:
-        """Return what is carried in the order of the gradients now."""
-        carried = self.carried or []
+    def _carry(self, rest: list[Array], carried: list[Array], engine: Backend) -> None:
+        """Keep what was cut off for the next step."""
+        # With on_nonfinite="zero" an element may be NaN: what it had has to wait.
+        xp = engine.xp
+        left = [
+            xp.where(xp.isfinite(now), now, before)
+            for now, before in zip(rest, carried, strict=True)
+        ]
+        (lasting,) = engine.lasting([dict(enumerate(left))])
+        self.carried = list(lasting.values())
+
+    def _carried_for(
+        self, names: list[str], given: list[Array], engine: Backend
+    ) -> list[Array]:
+        """Return what is carried for these gradients, in their order and types."""
+        if self.carried is None:
+            return [engine.xp.zeros_like(x) for x in given]
         # One array alone has no name, as what earlier versions saved.
-        known = dict(zip(self._names or names, carried, strict=False))
+        known = dict(zip(self._names or names, self.carried, strict=False))
         shapes = [tuple(known[name].shape) for name in names if name in known]
-        now = [tuple(x.shape) for x in total]
-        if len(carried) != len(names) or shapes != now:
+        now = [tuple(x.shape) for x in given]
+        if len(self.carried) != len(names) or shapes != now:
             raise ValueError(
-                f"UClip carries {len(carried)} arrays of shapes "
-                f"{[tuple(d.shape) for d in carried]}, and the gradients have the "
+                f"UClip carries {len(self.carried)} arrays of shapes "
+                f"{[tuple(d.shape) for d in self.carried]}, and the gradients have the "
                 f"shapes {now}; hand over the same gradients at every step."
             )
-        return [known[name] for name in names]
+        pairs = zip(names, given, strict=True)
+        return [
+            engine.xp.astype(engine.adopt(known[name], x), x.dtype) for name, x in pairs
+        ]
 
     def state_dict(self) -> dict[str, Array]:
         """Return the memory of the rule, and what is carried, as NumPy arrays."""
