@@ -2,7 +2,6 @@
 
 from gradclip.advice import advise
 from gradclip.arrays import Clipper, clip
-from gradclip.carrying import UClip
 from gradclip.decision import Info
 from gradclip.history import History
 from gradclip.policy import NonFiniteError
@@ -37,6 +36,7 @@ from gradclip.rules import (
     by_name,
     chain,
 )
+from gradclip.uclip import UClip
 
 __all__ = [
     "AGC",

@@ -14,10 +14,10 @@ from gradclip.arguments import (
 )
 from gradclip.backends import Backend, find_backend
 from gradclip.decision import Info
+from gradclip.host import host_array
 from gradclip.memory import Memory
 from gradclip.pipeline import run
 from gradclip.policy import Policy, chosen
-from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, stages
 from gradclip.trees import Grads, arranged, dotted, flatten, named_leaves, rebuild
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gradclip.reading import smallest, to_numpy, whole
+from gradclip.host import smallest, to_numpy, whole
 from gradclip.rules import Array, Measured, Rule, State, usable
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from gradclip.host import host_array
 from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
-from gradclip.reading import host_array
 from gradclip.rules import Array, Rule, State, stages
 from gradclip.rules.keeping import under
 from gradclip.wording import counted

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gradclip.decision import Info
-from gradclip.reading import host_array, smallest, to_numpy, whole
+from gradclip.host import host_array, smallest, to_numpy, whole
 
 SCHEMA = 1
 OWN = {"gradclip", "names", "step", "tensors", "norm", "limit", "scale", "action"}

@@ -12,8 +12,8 @@ import numpy as np
 from gradclip.arguments import check_rule
 from gradclip.decision import Info, decide
 from gradclip.history import History, recorded
+from gradclip.host import smallest, whole
 from gradclip.pipeline import summary
-from gradclip.reading import smallest, whole
 from gradclip.record import Floats, Record, Steps, is_norm, kind_of, no_norms
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages, usable
 from gradclip.scalars import Scalars

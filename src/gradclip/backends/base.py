@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gradclip.decision import clip_scale
-from gradclip.reading import host_array
+from gradclip.host import host_array
 from gradclip.rules import Array, Rule, Scope, State
 
 Scaling: TypeAlias = Callable[[Array], Array]

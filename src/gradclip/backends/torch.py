@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradclip.backends.base import Backend, inward
-from gradclip.reading import host_array
+from gradclip.host import host_array
 from gradclip.rules import Array
 
 

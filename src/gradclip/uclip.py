@@ -6,8 +6,8 @@ from typing import Any
 from gradclip.arrays import Clipper, dense
 from gradclip.backends import Backend, find_backend, is_half
 from gradclip.decision import Info
+from gradclip.host import host_array
 from gradclip.memory import coded, decoded
-from gradclip.reading import host_array
 from gradclip.rules import Array
 from gradclip.trees import Grads, dotted, flatten, named_leaves, rebuild
 
