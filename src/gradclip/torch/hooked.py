@@ -73,13 +73,9 @@ def is_inside_a_step(optimizer: torch.optim.Optimizer) -> bool:
         return False
     if torch.compiler.is_compiling():
         return False
-    step = sys._getframe(2)
-    frame = step.f_back
-    while frame is not None:
-        if frame.f_code is step.f_code and frame.f_locals["args"][0] is optimizer:
-            return True
-        frame = frame.f_back
-    return False
+    _, _, step, *others = frames()
+    outer = (frame for frame in others if frame.f_code is step.f_code)
+    return any(frame.f_locals["args"][0] is optimizer for frame in outer)
 
 
 def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
