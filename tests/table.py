@@ -134,36 +134,36 @@ ROWS |= {
     "skip-deviation": _skip("Deviation", 6.0, window=30, warmup=9),
     "skip-zscore-tensor": _skip("ZScore", 3.0, warmup=6, over="tensor"),
 }
-# One group that all tensors fall into is a rule over all of them.
+# One group that all tensors fall into, having a name, is a rule over all of them.
 ROWS["groups"] = Row(
-    lambda: gc.by_name({"none": gc.Norm(0.1), "*": gc.Norm(1.0)}),
+    lambda: gc.by_name({"none": gc.Norm(0.1), "?*": gc.Norm(1.0)}),
     lambda: reference.Norm(1.0),
-    scales=lambda c: gc.by_name({"none": None, "*": gc.Norm(c)}),
+    scales=lambda c: gc.by_name({"none": None, "?*": gc.Norm(c)}),
 )
 ROWS["groups-zscore"] = Row(
-    lambda: gc.by_name({"none": gc.ZScore(), "*": gc.ZScore(1.5, warmup=5)}),
+    lambda: gc.by_name({"none": gc.ZScore(), "?*": gc.ZScore(1.5, warmup=5)}),
     lambda: reference.ZScore(1.5, warmup=5),
 )
 ROWS["groups-ema-tensor"] = Row(
-    lambda: gc.by_name({"none": None, "*": gc.EMA(warmup=5)}),
+    lambda: gc.by_name({"none": None, "?*": gc.EMA(warmup=5)}),
     lambda: reference.EMA(warmup=5),
 )
 ROWS["groups-moving"] = Row(
-    lambda: gc.by_name({"none": None, "*": gc.MovingBand(0.7, 1.2, over="all")}),
+    lambda: gc.by_name({"none": None, "?*": gc.MovingBand(0.7, 1.2, over="all")}),
     lambda: reference.MovingBand(0.7, 1.2, over="all"),
 )
 ROWS["groups-agc"] = Row(
-    lambda: gc.by_name({"none": gc.Norm(0.1), "*": gc.AGC(0.1)}),
+    lambda: gc.by_name({"none": gc.Norm(0.1), "?*": gc.AGC(0.1)}),
     lambda: reference.Relative(0.1),
 )
 # A rule over units in another group makes all norms those of units.
 UNITS = gc.Norm(1.0, over="unit", axis=-1)
 ROWS["groups-ema-beside-units-tensor"] = Row(
-    lambda: gc.by_name({"none": UNITS, "*": gc.EMA(warmup=5)}),
+    lambda: gc.by_name({"none": UNITS, "?*": gc.EMA(warmup=5)}),
     lambda: reference.EMA(warmup=5),
 )
 ROWS["groups-rms-beside-units"] = Row(
-    lambda: gc.by_name({"none": UNITS, "*": gc.RMS(0.2, over="all")}),
+    lambda: gc.by_name({"none": UNITS, "?*": gc.RMS(0.2, over="all")}),
     lambda: reference.RMS(0.2, over="all"),
 )
 ROWS["chain-skip"] = Row(

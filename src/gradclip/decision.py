@@ -89,13 +89,10 @@ def lawful(limit: Array, norm: Array, xp: Any) -> Array:
     return xp.where(limit >= 0, limit, 0.0)
 
 
-def decide(
-    rule: Rule, seen: Measured, state: State, absent: Array | None = None
-) -> tuple[Info, State]:
+def decide(rule: Rule, seen: Measured, state: State) -> tuple[Info, State]:
     """Ask a rule for the limit; return what follows from it, and the new state.
 
-    `absent` marks cells without a gradient at this step: their norm is NaN, which
-    teaches the rule nothing, and does not make the step non-finite.
+    The NaN of cells that are absent does not make the step non-finite.
     """
     xp = seen.xp
     limit, state = rule.update(seen, state)
@@ -104,7 +101,7 @@ def decide(
     # Norms are never below 0, so that one comparison finds NaN and infinity.
     finite = seen.norm < math.inf
     after = xp.where(finite & (scale != 1), limit, seen.norm)
-    whole = xp.all(finite if absent is None else finite | absent)
+    whole = xp.all(finite if seen.absent is None else finite | seen.absent)
     clipped = xp.any(scale != 1)
     kept = ~clipped if rule.drops else xp.ones_like(clipped)
     if rule.drops:

@@ -55,14 +55,7 @@ def run(
         weight = weigh(engine, weights, stage)
         seen = Measured(norm, weight, step, engine.xp, counts, told[i], missing)
         old.append(recalled(engine, stage, states[i], parts, norm))
-        if stage.by_part:
-            # Torch changes gradients in place, and those of a dropped step must stay.
-            going = not skips or engine.known(all_finite(norm, engine)) is not False
-            parts, info, state = look_inside(engine, parts, stage, seen, old[i], going)
-        else:
-            info, state = decide(stage, seen, old[i], missing)
-        if skips:
-            info = info._replace(kept=info.kept & info.finite)
+        parts, info, state = judged(engine, parts, stage, seen, old[i], skips)
         infos.append(info)
         new.append(state)
         # On a device nobody knows yet, and the later stages run in vain.
@@ -113,6 +106,26 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
             )
         told[id(given)] = value
     return told
+
+
+def judged(
+    engine: Backend,
+    leaves: list[Array],
+    stage: Rule,
+    seen: Measured,
+    state: State,
+    skips: bool,
+) -> tuple[list[Array], Info, State]:
+    """Return what one stage decides; what looks inside of tensors multiplies, too."""
+    if stage.by_part:
+        # Torch changes gradients in place, and those of a dropped step must stay.
+        going = not skips or engine.known(all_finite(seen.norm, engine)) is not False
+        leaves, info, state = look_inside(engine, leaves, stage, seen, state, going)
+    else:
+        info, state = decide(stage, seen, state)
+    if skips:
+        info = info._replace(kept=info.kept & info.finite)
+    return leaves, info, state
 
 
 def turned(

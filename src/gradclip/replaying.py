@@ -216,8 +216,8 @@ def _one_step(
     absent = None if np.ndim(norm) == 0 else np.isnan(norm)
     infos, after = [], []
     for stage, state in zip(stages(rule), states, strict=True):
-        seen = Measured(norm, None, step, xp)
-        info, new = decide(stage, seen, state, absent)
+        seen = Measured(norm, None, step, xp, absent=absent)
+        info, new = decide(stage, seen, state)
         infos.append(info)
         after.append(new)
         norm = info.norm_after

@@ -294,25 +294,8 @@ class Clipper:
             self._doctor.before(found.leaves)
         if self.history is not None and self.history.wants_tensors():
             self._record_tensors(self.history, found, verbs)
-        clip = partial(
-            run,
-            verbs,
-            found.leaves,
-            self._bound,
-            memory.states,
-            step=int(memory.step) if watched else memory.step,
-            policy=policy,
-            weights=found.weights,
-            name_of=lambda i: self.names[found.present[i]],
-            absent=verbs.absent(self.params[0].device),
-        )
-        with verbs.quiet():
-            if self._verifier is None:
-                outcome = clip()
-            else:
-                outcome = self._verifier.compare(clip, self._by_unit)
-        bring_back(found.leaves, found.origins)
-        _, info, states = outcome
+        step = int(memory.step) if watched else memory.step
+        info, states = self._clip(found, verbs, policy, step)
         before = memory.states, memory.skipped, memory.in_a_row
         memory.states = states
         if self.history is not None:
@@ -322,15 +305,43 @@ class Clipper:
         if captured:
             _stay(memory, *before)
         if watched:
-            if found.leaves:
-                self._doctor.after(found.leaves, info)
-            # Gradients may all be elsewhere: only a norm of 0 says that there are none.
-            elif at_hand(info.norm) and info.norm.numel() and not info.norm.any():
-                self._doctor.tell("missing", NOTHING.format(len(self.params)))
+            self._look_back(found, info)
             if isinstance(memory.in_a_row, Tensor):
                 self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
         self._info = info._replace(skipped=memory.skipped)
         return self._info
+
+    def _clip(
+        self, found: Gradients, verbs: InPlace, policy: Policy, step: Any
+    ) -> tuple[Info, list[State | None]]:
+        """Take the gradients through the rule, and compare processes if asked to."""
+        clip = partial(
+            run,
+            verbs,
+            found.leaves,
+            self._bound,
+            self._memory.states,
+            step=step,
+            policy=policy,
+            weights=found.weights,
+            name_of=lambda i: self.names[found.present[i]],
+            absent=verbs.absent(self.params[0].device),
+        )
+        with verbs.quiet():
+            if self._verifier is None:
+                _, info, states = clip()
+            else:
+                _, info, states = self._verifier.compare(clip, self._by_unit)
+        bring_back(found.leaves, found.origins)
+        return info, states
+
+    def _look_back(self, found: Gradients, info: Info) -> None:
+        """Let the doctor see what was done, or that there was nothing to do."""
+        if found.leaves:
+            self._doctor.after(found.leaves, info)
+        # Gradients may all be elsewhere: only a norm of 0 says that there are none.
+        elif at_hand(info.norm) and info.norm.numel() and not info.norm.any():
+            self._doctor.tell("missing", NOTHING.format(len(self.params)))
 
     def _keep_numbers(self, single: bool) -> None:
         """Count and remember in single numbers, or in tensors again.
