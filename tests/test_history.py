@@ -607,3 +607,20 @@ def test_who_takes_a_step_back_to_try_it_again_is_one_clipper(tmp_path):
     history.flush()
     norm = gc.History.load(history.path).norm
     assert norm[4::5].tolist() == [104.0 + i for i in range(0, 30, 5)]
+
+
+def test_a_group_without_one_of_its_gradients_is_replayed_as_it_was(tmp_path):
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
+    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "abc"}
+    rule = gc.by_name({"[ab]": gc.Norm(1.0), "*": None})
+    clipper = Clipper(list(params.items()), rule, history=history, doctor=())
+    for step in range(4):
+        for name, p in params.items():
+            p.grad = None if (step, name) == (2, "b") else torch.tensor([3.0, 4.0])
+        clipper.clip_()
+    history.close()
+    recorded = gc.History.load(tmp_path / "run.jsonl")
+    assert recorded.scale[2] == pytest.approx(0.2)
+    assert gc.replay(recorded, rule).scale.tolist() == pytest.approx(
+        recorded.scale.tolist()
+    )

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from gradclip.colours import BLACK, GREEN, ORANGE, RED, SKY
 from gradclip.policy import only_records
 from gradclip.recorder import SCHEMA, plain
 from gradclip.rules import Norm, Percentile, Rule, ZScore
@@ -42,13 +43,12 @@ ARMS: dict[str, Rule] = {
     # The first steps are the ones that explode, and ZScore() only watches them.
     "zscore": ZScore(max_limit=1.0),
 }
-# Okabe and Ito's colours can be told apart with any kind of colour vision.
 LINES = (
-    ("#000000", "-"),
-    ("#E69F00", "-"),
-    ("#56B4E9", "-"),
-    ("#009E73", "--"),
-    ("#D55E00", ":"),
+    (BLACK, "-"),
+    (ORANGE, "-"),
+    (SKY, "-"),
+    (GREEN, "--"),
+    (RED, ":"),
 )
 PICTURE, SUMMARY = "demo.png", "summary.json"
 FORMS = {

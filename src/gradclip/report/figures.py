@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
+from gradclip.colours import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from gradclip.evidence import share_above
 from gradclip.record import Floats, Record, Tensors, is_norm
 from gradclip.rules import usable
 
-# Okabe and Ito's colours can be told apart with any kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("solid", "dot", "dashdot", "longdash")
 POINTS = 4000
 COLUMNS, ROWS = 400, 60

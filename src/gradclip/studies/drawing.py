@@ -5,21 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradclip.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from gradclip.studies.statistics import Estimate
 
-# Okabe and Ito's colours can be told apart with any kind of colour vision.
-COLOURS = (
-    "#000000",
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#7F7F7F",
-)
-GREY = COLOURS[-1]
-"""For lines that are no measurements."""
+GREY = "#7F7F7F"
+COLOURS = (BLACK, BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
+"""The last one is for lines that are no measurements."""
 SHAPES = "osD^vPX<"
 
 
