@@ -395,6 +395,68 @@ def test_hugging_face_between_carriage_returns_of_a_progress_bar(tmp_path):
     assert any("epochs but no steps" in note for note in history.notes)
 
 
+def bar(count, norm=None, end="4"):
+    """Return what tqdm prints; its numbers come with the first `set_postfix`."""
+    numbers = "" if norm is None else f", grad_norm={norm}, loss=1"
+    at = f"{25 * count:3d}%|██  | {count}/{end}" if end else f"{count}it"
+    return f"\rSteps: {at} [00:01<00:07,  8.33it/s{numbers}]"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        # update(1), then set_postfix(), as diffusers has it.
+        "1:- 1:5 2:5 2:3 3:3 3:7 4:7 4:2 4:2",
+        # The same where it is not drawn before it has its numbers.
+        "1:5 2:3 2:3 3:7 4:2 4:2",
+        # for x in bar: bar.set_postfix()
+        "0:- 0:5 1:5 1:3 2:3 2:7 3:7 3:2 4:2 4:2",
+        # The same in a loop that is faster than its bar.
+        "0:5 0:3 2:3 2:7 2:2 4:2 4:2",
+        "0:5 1:5 1:3 1:7 1:2 4:2 4:2",
+    ],
+)
+def test_a_bar_that_moves_on_has_the_numbers_of_the_step_before(tmp_path, shown):
+    pairs = [pair.split(":") for pair in shown.split()]
+    bars = [bar(int(count), None if n == "-" else n) for count, n in pairs]
+    history = load(tmp_path / "out.log", "".join(bars))
+    assert history.norm.tolist() == [5, 3, 7, 2]
+    first = int(shown[0])
+    assert history.step.tolist() == list(range(first, first + 4))
+    assert history.notes == ()
+
+
+def test_a_bar_without_an_end_has_a_count_too(tmp_path):
+    pairs = [(1, 5), (2, 5), (2, 3), (3, 3), (3, 7)]
+    text = "".join(bar(count, norm, end="") for count, norm in pairs)
+    history = load(tmp_path / "out.log", text)
+    assert history.norm.tolist() == [5, 3, 7]
+    assert history.step.tolist() == [1, 2, 3]
+
+
+def test_the_bars_of_epochs_are_counted_on(tmp_path):
+    bars = [
+        bar(count, norm).replace("Steps", f"Epoch {epoch}")
+        for epoch in (1, 2)
+        for norm, count in enumerate([0, 1, 2, 3], 4 * epoch)
+    ]
+    # Each has its last numbers once more when it ends.
+    bars = [*bars[:4], bars[3].replace("3/4", "4/4"), *bars[4:]]
+    bars.append(bars[-1].replace("3/4", "4/4"))
+    history = load(tmp_path / "out.log", "".join(bars))
+    assert history.norm.tolist() == list(range(4, 12))
+    assert history.step.tolist() == list(range(8))
+
+
+def test_what_else_is_printed_ends_no_step_of_a_bar(tmp_path):
+    bars = [bar(1, 5), "\nsaved to a file\n", bar(2, 5), bar(2, "nan"), bar(3, "nan")]
+    text = "".join([*bars, bar(3, "nan"), "\nstep 9 grad_norm 8.0\n"])
+    history = load(tmp_path / "out.log", text.replace("grad_norm=", "gnorm="))
+    np.testing.assert_array_equal(history.norm, [5, np.nan, np.nan, 8])
+    assert history.step.tolist() == [1, 2, 3, 9]
+    assert history.recorded.format == "tqdm console"
+
+
 def test_the_averages_that_fairseq_ends_an_epoch_with_are_left_out(tmp_path):
     inner = "epoch 001: {step} / 9 loss=9.1, num_updates={step}, gnorm={norm}, clip=0"
     total = "2021 | INFO | train | epoch 001 | num_updates 3 | gnorm 99.0 | clip 0"

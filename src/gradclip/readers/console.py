@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from gradclip.readers.bars import settled
 from gradclip.readers.choice import is_before_clipping, network_of
 from gradclip.readers.columns import Columns, number
 from gradclip.record import LogError
@@ -90,20 +91,22 @@ PATTERNS = (
     _pattern(
         "steps",
         rf"{EPOCH}{APART}"
-        r"(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|it)"
+        r"(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|(?<!\d)it)"
         # What comes to percent is how far a progress bar has come.
         r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b(?![\d.]*\s*%).*?"
         rf"{NORM}['\"]?\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
+        "tqdm",
+        # Without an end there is no bar, but '12it'. fairseq's has its own steps.
+        rf"{EPOCH}(?:\d%\|[^|]*\|\s*(?=\d+/)|(?<![\w.])(?=\d+it))"
+        r"(?P<step>\d{1,15})(?:/(?P<of>\d{1,15})|it) \[(?!.*num_updates).*?"
+        rf"{NORM}['\"]?\s*[=:]\s*['\"]?(?P<norm>NUMBER)",
+    ),
+    _pattern(
         "fairseq",
         r"(?:\bloss[=: ]+(?P<loss>NUMBER).*?)?\bgnorm[=: ]+(?P<norm>NUMBER)"
         r"(?:.*?num_updates[=: ]+(?P<step>\d+))?",
-    ),
-    _pattern(
-        "tqdm",
-        rf"{EPOCH}\d%\|[^|]*\|\s*(?P<step>\d+)/\d+ \[.*?"
-        rf"{NORM}['\"]?\s*[=:]\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
         "norms",
@@ -147,7 +150,7 @@ def read(lines: Iterable[str], source: str, column: str | None) -> tuple[Columns
     """
     columns = Columns(column)
     tools: Counter[str] = Counter()
-    for tool, row in _rows(lines, columns):
+    for tool, row in settled(_rows(lines, columns)):
         columns.add(row)
         tools[tool] += 1
     if not tools.keys() - {"icefall"}:
