@@ -54,7 +54,7 @@ DEEPSPEED = (
     "skipped=0, lr=[1e-05], mom=[(0.9, 0.95)], grad_norm: {norm}"
 )
 MMDET = (
-    "2022-01-01 00:00:00,123 - mmdet - INFO - Epoch [0][{step}/7330]\tlr: 1.9e-03, "
+    "2022-01-01 00:00:00,123 - mmdet - INFO - Epoch [1][{step}/7330]\tlr: 1.9e-03, "
     "eta: 1 day, time: 0.3, loss_cls: 1.2, loss: 3.9, grad_norm: {norm}"
 )
 TQDM = (
@@ -156,6 +156,38 @@ def test_the_loss_of_a_step_is_read_and_no_other(tmp_path, form, loss):
     history = load(tmp_path / "out.log", printed(form))
     assert history.norm.tolist() == NORMS
     np.testing.assert_array_equal(history.recorded.loss, [loss] * 3)
+
+
+MMENGINE = (
+    "2023/01/01 00:00:00 - mmengine - INFO - {at}  lr: 1.0e-04  eta: 1:00:00  time: "
+    "0.5  data_time: 0.01  memory: 5000  grad_norm: {norm}  loss: 5.0  loss_cls: 0.2"
+)
+
+
+@pytest.mark.parametrize(
+    ("forms", "steps"),
+    [
+        (["Epoch(train) [1][ 1/20]", "Epoch(train) [1][20/20]"], [1, 20]),
+        (["Epoch(train)  [2][10/20]", "Epoch(train)  [3][ 1/20]"], [30, 41]),
+        (["Epoch [1][50/7330]", "Epoch [2][50/7330]"], [50, 7380]),
+        (["Iter(train) [   50/80000]", "Iter(train) [  100/80000]"], [50, 100]),
+        (["Iter [50/80000]", "Iter [100/80000]"], [50, 100]),
+    ],
+)
+def test_openmmlab_counts_epochs_from_1(tmp_path, forms, steps):
+    lines = [MMENGINE.format(at=at, norm=1 + i) for i, at in enumerate(forms)]
+    history = load(tmp_path / "out.log", "\n".join(lines))
+    assert history.norm.tolist() == [1, 2]
+    assert history.step.tolist() == steps
+    assert history.loss.tolist() == [5.0, 5.0]
+    assert history.notes == ()
+
+
+def test_swin_counts_epochs_from_0(tmp_path):
+    first = SWIN.format(step=1250, norm=1.0)
+    then = SWIN.replace("[0/300]", "[1/300]").format(step=0, norm=2.0)
+    history = load(tmp_path / "out.log", f"{first}\n{then}\n")
+    assert history.step.tolist() == [1250, 1251]
 
 
 def test_the_batches_below_headings_are_counted_through_epochs(tmp_path):

@@ -55,10 +55,12 @@ class Pattern(NamedTuple):
 
     tool: str
     line: re.Pattern[str]
+    epoch: int
+    """The number of its first epoch."""
 
 
-def _pattern(tool: str, text: str) -> Pattern:
-    return Pattern(tool, re.compile(text.replace("NUMBER", NUMBER)))
+def _pattern(tool: str, text: str, epoch: int = 0) -> Pattern:
+    return Pattern(tool, re.compile(text.replace("NUMBER", NUMBER)), epoch)
 
 
 # The first that fits counts, so that those for any tool stand last.
@@ -81,6 +83,12 @@ PATTERNS = (
     _pattern(
         "OpenMMLab",
         r"Epoch\s*(?:\(train\))?\s*\[(?P<epoch>\d+)\]\[\s*(?P<at>\d+)/(?P<of>\d+)\].*?"
+        r"grad_norm: (?P<norm>NUMBER)",
+        epoch=1,
+    ),
+    _pattern(
+        "OpenMMLab",
+        r"Iter\s*\(train\)\s*\[\s*(?P<step>\d+)/\d+\].*?"
         r"grad_norm: (?P<norm>NUMBER)",
     ),
     _pattern(
@@ -215,7 +223,7 @@ def _from_line(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         for pattern in PATTERNS:
             if found := pattern.line.search(line):
-                yield pattern.tool, _named(found, line)
+                yield pattern.tool, _named(found, line, pattern.epoch)
                 return
         if found := AFTER.search(line):
             # Under this name it is refused with the reason.
@@ -250,14 +258,13 @@ def _pairs(line: str) -> dict[str, Any]:
     return {name: x for name, x in row.items() if number(x) is not None}
 
 
-def _named(found: re.Match[str], line: str) -> dict[str, Any]:
+def _named(found: re.Match[str], line: str, first: int) -> dict[str, Any]:
     """Return a step of a line; where networks are named, each with its norm."""
     row = {name: x for name, x in found.groupdict().items() if x is not None}
     # Swin and OpenMMLab count the batches of each epoch from 0 or 1 again.
     if "at" in row:
-        row["step"] = str(
-            int(row.pop("epoch")) * int(row.pop("of")) + int(row.pop("at"))
-        )
+        before = (int(row.pop("epoch")) - first) * int(row.pop("of"))
+        row["step"] = str(before + int(row.pop("at")))
     if "loss" not in row and (loss := _loss(line)):
         row["loss"] = loss
     norm = row.pop("norm")
