@@ -552,6 +552,71 @@ def test_not_a_number_is_kept_in_every_spelling(tmp_path):
     assert any("1 damaged lines" in note for note in history.notes)
 
 
+NOT_FINITE = {
+    "inf Inf INF +Inf Infinity INFINITY 1.#INF 1.#INF00": math.inf,
+    "-inf -Inf -INF -Infinity -1.#INF": -math.inf,
+    "nan NaN NAN Nan -nan +NaN 1.#QNAN 1.#QNAN0 -1.#IND -1.#IND00 1.#SNAN": math.nan,
+}
+
+
+@pytest.mark.parametrize("words", NOT_FINITE)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "step {step} loss 1.0 grad_norm {norm}",
+        "step {step} | grad_norm: {norm} | lr 0.1",
+        "step: {step} grad_norm=tensor({norm})",
+        " iteration {step}/ 500 | lm loss: 1.0 | grad norm: {norm} | skipped: 0 |",
+        "step:{step} - actor/grad_norm:{norm} - actor/lr:1e-06",
+        "{{'step': {step}, 'grad_norm': '{norm}'}}",
+    ],
+)
+def test_what_is_not_finite_is_read_in_every_spelling(tmp_path, form, words):
+    spellings = words.split()
+    history = load(tmp_path / "out.log", printed(form, [*spellings, 2.5]))
+    expected = [NOT_FINITE[words]] * len(spellings)
+    np.testing.assert_array_equal(history.norm, [*expected, 2.5])
+    rows = [["step", "grad_norm"], [0, 2.5], *enumerate(spellings, 1)]
+    history = load(tmp_path / "log.csv", table(rows))
+    np.testing.assert_array_equal(history.norm, [2.5, *expected])
+
+
+def test_python_prints_what_is_not_finite_without_quotes(tmp_path):
+    rows = [f"{{'step': {i}, 'grad_norm': {x}}}" for i, x in enumerate(["Inf", "NAN"])]
+    history = load(tmp_path / "out.log", "start\n" + "\n".join(rows))
+    np.testing.assert_array_equal(history.norm, [math.inf, math.nan])
+
+
+@pytest.mark.parametrize("word", ["INFO", "nano", "Info:"])
+def test_a_word_that_begins_like_infinity_is_no_norm(tmp_path, word):
+    text = f"step 1 grad norm {word}\nstep 2 grad norm 2.5\n"
+    assert load(tmp_path / "out.log", text).norm.tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["step {step}/100k loss 1.0 grad_norm {norm}", "grad_norm: {norm} step: {step}"],
+)
+@pytest.mark.parametrize("digits", ["{:.1f}k", "{:.0f}k"])
+def test_a_step_in_thousands_is_shared_by_many_and_is_none(tmp_path, form, digits):
+    lines = [
+        form.format(step=digits.format(1 + i / 20), norm=1 + i / 10) for i in range(40)
+    ]
+    history = load(tmp_path / "out.log", "\n".join(lines))
+    assert history.norm.tolist() == [1 + i / 10 for i in range(40)]
+    assert history.step.tolist() == list(range(40))
+    assert "the log has no steps; they were counted from 0." in history.notes
+
+
+def test_rows_behind_the_last_step_that_was_told_whole_are_counted_on(tmp_path):
+    steps = [*range(990, 1000), "1.0k", "1.0k", "1.1k"]
+    lines = [f"step {step} grad_norm {1 + i}.5" for i, step in enumerate(steps)]
+    history = load(tmp_path / "out.log", "\n".join(lines))
+    assert history.step.tolist() == list(range(990, 1003))
+    told = "3 rows have no step and were counted on from the row before."
+    assert history.notes == (told,)
+
+
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [

@@ -15,6 +15,7 @@ from gradclip.readers.choice import (
 from gradclip.readers.columns import WHOLE, Column, Columns
 from gradclip.readers.runs import split_runs
 from gradclip.record import Floats, Record, Steps, record_of
+from gradclip.wording import counted
 
 
 def assemble(columns: Columns, source: str, format: str) -> Record:
@@ -121,15 +122,16 @@ def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
     # Hugging Face prints 0.01, 0.02, …, of which several steps share one.
     if name.lower() == "epoch" and not _whole_and_rising(step):
         return count, ["the log has epochs but no steps; steps were counted from 0."]
-    step = _filled(step)
+    step, notes = _filled(step)
     if column.rounded:
-        return _unrounded(step)
+        even, told = _unrounded(step)
+        return even, [*notes, *told]
     if np.any(step != np.floor(step)):
         note = f"steps such as {step[step != np.floor(step)][0]:g} are no whole numbers"
         return count, [f"{note}; they were counted from 0."]
     if (epochs := columns.found.get("epoch")) and name.lower() != "epoch":
         step = _through_epochs(step, _aligned(epochs, rows))
-    return step.astype(np.int64), []
+    return step.astype(np.int64), notes
 
 
 def _through_epochs(step: Floats, epoch: Floats) -> Floats:
@@ -147,14 +149,16 @@ def _whole_and_rising(step: Floats) -> bool:
     return bool(np.all(step == np.round(step)) and np.all(np.diff(step) > 0))
 
 
-def _filled(step: Floats) -> Floats:
-    """Return steps with the missing ones counted on from those before."""
+def _filled(step: Floats) -> tuple[Floats, list[str]]:
+    """Return steps with the missing ones counted on from those before, and a note."""
     known = np.abs(step) < WHOLE
     if known.all():
-        return step
+        return step, []
     places = np.maximum.accumulate(np.where(known, np.arange(step.size), 0))
     base = np.where(known[places], step[places], 0)
-    return base + (np.arange(step.size) - places)
+    missing = counted(int(np.sum(~known)), "rows have no step and were")
+    note = f"{missing} counted on from the row before."
+    return base + (np.arange(step.size) - places), [note]
 
 
 def _unrounded(step: Floats) -> tuple[Steps, list[str]]:

@@ -14,7 +14,6 @@ GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 """A number whose digits are parted by commas."""
 WHOLE = 2.0**53
 """From here on a float skips integers, so that it cannot be a step."""
-NAMED = {"nan", "inf", "infinity", "-inf", "-infinity", "+inf", "null", "none", "-nan"}
 
 
 class Column:
@@ -144,8 +143,8 @@ def _float(value: float) -> float:
 
 def _from_text(text: str) -> float | None:
     text = text.strip().strip("'\"")
-    if text.lower() in NAMED:
-        return math.nan if text.lower() in ("null", "none", "-nan") else float(text)
+    if (named := _not_finite(text.lower())) is not None:
+        return named
     if "/" in text:
         # Hugging Face's 'global_step/max_steps': '1/294'.
         text = text.partition("/")[0]
@@ -155,3 +154,14 @@ def _from_text(text: str) -> float | None:
         return float(text) if text[:1] not in "_nN" else None
     except ValueError:
         return None
+
+
+def _not_finite(text: str) -> float | None:
+    """Return infinity or NaN where a cell says so, in any spelling."""
+    word = text.lstrip("+-")
+    if word in ("nan", "null", "none"):
+        return math.nan
+    if word in ("inf", "infinity") or word.startswith("1.#inf"):
+        return -math.inf if text.startswith("-") else math.inf
+    # 1.#IND and 1.#QNAN, from which rounding may take letters.
+    return math.nan if word.startswith("1.#") else None

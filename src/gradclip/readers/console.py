@@ -13,13 +13,15 @@ from gradclip.readers.columns import Columns, number
 from gradclip.record import LogError
 
 NUMBER = (
-    r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?|NaN|Infinity)"
+    # Windows once printed 1.#INF and -1.#IND; and no word begins with a number.
+    r"[-+]?(?:1\.#\w+|\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+"
+    r"|(?i:nan|inf(?:inity)?)\b)"
 )
 # Colours of 24 bits may be written with colons.
 COLOURS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
 WRAPPED = re.compile(rf"(?:tensor|Array|np\.float\d+)\(\s*({NUMBER})\s*(?:,[^()]*)?\)")
 """How a number is printed that is an array of a library."""
-BARE = re.compile(r"(?<=[:\s\[,])(-?)(?:nan|NaN|inf|Infinity)(?=\s*[,}\]])")
+BARE = re.compile(r"(?<=[:\s\[,])([-+]?)(?i:nan|inf(?:inity)?)(?=\s*[,}\]])")
 LIMIT = re.compile(
     r"(?<![a-zA-Z])(?:max_grad_norm|clip[-_]grad(?:_norm)?|grad(?:ient)?[-_]clip(?:ping"
     r"|_val|_norm)?|clip[-_]norm)['\"]?(?:\s*[=:]\s*|\s*\.{2,}\s*|['\"]?,?\s+)['\"]?"
@@ -47,6 +49,8 @@ AFTER = re.compile(
     rf"|{WORD}(?i:[ _/]*\(?(?:after|post|clipped)(?:[ _-]?clip(?:ping)?)?\)?))"
     rf"['\"]?\s*[=:|]?\s*['\"]?(?P<norm>{NUMBER})"
 )
+SHORT = r"\d+(?:\.\d+)?[kKMG]\b"
+"""A count such as 1.2k, that many steps share."""
 EPOCH = r"(?:(?i:\bepoch)[\s=:#\[(|]*(?P<epoch>\d+)\b.*?)?"
 
 
@@ -101,7 +105,7 @@ PATTERNS = (
         rf"{EPOCH}{APART}"
         r"(?i:num_updates|(?:global|train)[ _]?step|steps?|iter(?:ation)?s?|(?<!\d)it)"
         # What comes to percent is how far a progress bar has come.
-        r"['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b(?![\d.]*\s*%).*?"
+        rf"['\"]?[\s=:#\[(|]*(?:{SHORT}|(?P<step>\d[\d,]*)\b(?![\d.]*\s*%)).*?"
         rf"{NORM}['\"]?\s*[=:|]?\s*['\"]?(?P<norm>NUMBER)",
     ),
     _pattern(
@@ -119,7 +123,9 @@ PATTERNS = (
     _pattern(
         "norms",
         rf"{NORM}['\"]?\s*[=:]\s*"
-        r"['\"]?(?P<norm>NUMBER)(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+(?P<step>\d[\d,]*))?",
+        r"['\"]?(?P<norm>NUMBER)"
+        r"(?:.*?\b(?i:step|iter(?:ation)?)[\s=:]+"
+        rf"(?!{SHORT})(?P<step>\d[\d,]*))?",
     ),
 )
 LOSS = re.compile(
