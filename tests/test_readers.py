@@ -891,6 +891,38 @@ def test_mlflow_without_steps_is_counted(tmp_path):
     assert history.norm.tolist() == list(range(1, 10))
 
 
+def stored(run, norms, mark=True):
+    """Write a run as MLflow does."""
+    (run / "metrics").mkdir(parents=True)
+    lines = [f"17000 {norm} {step}\n" for step, norm in enumerate(norms)]
+    (run / "metrics" / "grad_norm").write_text("".join(lines))
+    if mark:
+        (run / "meta.yaml").write_text("run_id: a\n")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "metrics.csv", "run.jsonl"])
+def test_a_folder_called_metrics_makes_no_store_of_another_log(tmp_path, name):
+    stored(tmp_path / "project", [9.0], mark=False)
+    (tmp_path / "project" / "metrics" / "accuracy.py").write_text("import math\n")
+    text = {
+        "trainer_state.json": '{"log_history": [{"step": 1, "grad_norm": 2.5}]}',
+        "metrics.csv": "step,grad_norm\n1,2.5\n",
+        "run.jsonl": '{"gradclip": 1, "rule": ""}\n{"step": 1, "norm": 2.5}\n',
+    }[name]
+    (tmp_path / name).write_text(text)
+    assert gc.History.load(tmp_path).norm.tolist() == [2.5]
+
+
+def test_a_store_of_mlflow_is_read_beside_what_it_keeps_of_others(tmp_path):
+    stored(tmp_path / "mlruns" / "0" / "abc", [1.5, 2.5])
+    kept = tmp_path / "mlruns" / "0" / "abc" / "artifacts" / "metrics"
+    kept.mkdir(parents=True)
+    (kept / "metrics.csv").write_text("step,grad_norm\n1,9.0\n")
+    history = gc.History.load(tmp_path)
+    assert history.recorded.format == "MLflow"
+    assert history.norm.tolist() == [1.5, 2.5]
+
+
 def test_a_torn_gzip_file_is_refused_by_its_own_name(tmp_path):
     path = tmp_path / "log.csv.gz"
     path.write_bytes(gzip.compress(b"step,grad_norm\n1,2\n" * 9)[:-9])

@@ -99,7 +99,7 @@ def _inside(path: Path, format: str | None) -> Path:
         raise FileNotFoundError(f"{path}: there is no such file.")
     if not path.is_dir() or format in ("tensorboard", "mlflow"):
         return path
-    if any(path.rglob(events.PATTERN)) or mlflow.runs_in(path):
+    if any(path.rglob(events.PATTERN)) or mlflow.holds_runs(path):
         return path
     for name in KNOWN_FILES:
         if found := sorted(path.rglob(name), key=_natural):
@@ -107,6 +107,9 @@ def _inside(path: Path, format: str | None) -> Path:
     own = [x for x in path.rglob("*.jsonl") if x.stat().st_size and _is_own(x)]
     if own:
         return max(own, key=_natural)
+    # A copy of a run's metrics may have come without its mark.
+    if mlflow.runs_in(path):
+        return path
     inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
     raise LogError(
         f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "

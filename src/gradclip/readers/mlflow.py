@@ -13,7 +13,18 @@ def runs_in(path: Path) -> list[Path]:
     if path.name == "metrics" and path.is_dir():
         return [path]
     found = [folder for folder in path.rglob("metrics") if folder.is_dir()]
-    return sorted(found, key=lambda folder: folder.stat().st_mtime)
+    marked = [folder for folder in found if _is_marked(folder)]
+    return sorted(marked or found, key=lambda folder: folder.stat().st_mtime)
+
+
+def holds_runs(path: Path) -> bool:
+    """Return whether MLflow's own mark is on a run at or below a path."""
+    return any(map(_is_marked, runs_in(path)))
+
+
+def _is_marked(folder: Path) -> bool:
+    # A folder of any project may be called metrics.
+    return (folder.parent / "meta.yaml").is_file()
 
 
 def read(path: Path, column: str | None) -> Columns:
