@@ -923,6 +923,17 @@ def test_a_store_of_mlflow_is_read_beside_what_it_keeps_of_others(tmp_path):
     assert history.norm.tolist() == [1.5, 2.5]
 
 
+def test_the_run_that_mlflow_appended_to_last_is_the_newest(tmp_path):
+    for i, name in enumerate(["first", "second"]):
+        stored(tmp_path / name, [1.0 + i])
+        # Appending to a file leaves the time of its folder.
+        os.utime(tmp_path / name / "metrics" / "grad_norm", (100 - i, 100 - i))
+        os.utime(tmp_path / name / "metrics", (50 + i, 50 + i))
+    history = gc.History.load(tmp_path)
+    assert history.norm.tolist() == [1.0]
+    assert any("read the newest, first" in note for note in history.notes)
+
+
 def test_a_torn_gzip_file_is_refused_by_its_own_name(tmp_path):
     path = tmp_path / "log.csv.gz"
     path.write_bytes(gzip.compress(b"step,grad_norm\n1,2\n" * 9)[:-9])

@@ -9,12 +9,12 @@ from gradclip.record import LogError
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the folders `metrics` at or below a path, the newest run last."""
+    """Return the folders `metrics` at or below a path, that written last at the end."""
     if path.name == "metrics" and path.is_dir():
         return [path]
     found = [folder for folder in path.rglob("metrics") if folder.is_dir()]
     marked = [folder for folder in found if _is_marked(folder)]
-    return sorted(marked or found, key=lambda folder: folder.stat().st_mtime)
+    return sorted(marked or found, key=_written)
 
 
 def holds_runs(path: Path) -> bool:
@@ -25,6 +25,12 @@ def holds_runs(path: Path) -> bool:
 def _is_marked(folder: Path) -> bool:
     # A folder of any project may be called metrics.
     return (folder.parent / "meta.yaml").is_file()
+
+
+def _written(folder: Path) -> int:
+    """Return when a run was written last, which the time of its folder does not say."""
+    times = [x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()]
+    return max(times, default=0)
 
 
 def read(path: Path, column: str | None) -> Columns:
