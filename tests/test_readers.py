@@ -1157,6 +1157,37 @@ def test_rows_of_another_width_are_left_out_and_counted(tmp_path):
     assert any("2 rows" in n and "line 3" in n for n in history.notes)
 
 
+@pytest.mark.parametrize("sign", [",", "\t", ";"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["step", "lr", "grad_norm", "loss"],
+        ["step", "grad_norm"],
+        ["step", " ", "grad_norm", "val_loss", "", "loss"],
+        ["step", "grad_norm", "loss"],
+        ["step", "loss", "grad_norm"],
+    ],
+)
+def test_a_resumed_table_may_have_other_columns(tmp_path, names, sign):
+    rows = [["step", "loss", "grad_norm"], *([i, 9, 20 + i] for i in range(5))]
+    cells = {"step": [4, 5, 6], "grad_norm": [4, 5, 6], "loss": [3, 3, 3]}
+    added = [[cells.get(name, ["", "", ""])[i] for name in names] for i in range(3)]
+    history = load(tmp_path / "log.csv", table([*rows, names, *added], sign))
+    assert history.norm.tolist() == [20, 21, 22, 23, 4, 5, 6]
+    assert history.step.tolist() == list(range(7))
+    loss = [3] * 3 if "loss" in names else [math.nan] * 3
+    np.testing.assert_array_equal(history.recorded.loss, [9] * 4 + loss)
+    (note,) = history.notes
+    assert "the newest branch counts" in note
+
+
+def test_words_of_another_width_are_no_heading(tmp_path):
+    text = "step,loss,grad_norm\n1,9,2.5\nall,done\nsaved,to,step,4\n2,8,3.5\n"
+    history = load(tmp_path / "log.csv", text)
+    assert history.norm.tolist() == [2.5, 3.5]
+    assert any("2 rows have another number of cells" in x for x in history.notes)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damage_to_any_fixture_is_survived_or_refused(tmp_path_factory, data):

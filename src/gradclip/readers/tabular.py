@@ -1,7 +1,7 @@
 """Tables: CSV with any delimiter, and Parquet."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -40,10 +40,18 @@ def is_heading(text: str) -> bool:
     """Return whether a text is a line with the names of columns, and no more."""
     lines = [line for line in text.splitlines() if line.strip()]
     rows = (next(csv.reader(lines, delimiter=sign)) for sign in DELIMITERS)
-    tables = ([name.strip().lower() for name in row] for row in rows if len(row) > 1)
-    return len(lines) == 1 and any(
-        name in STEPS or NORM.fullmatch(name) for names in tables for name in names
-    )
+    return len(lines) == 1 and any(len(row) > 1 and _has_known(row) for row in rows)
+
+
+def _has_known(row: Iterable[str]) -> bool:
+    """Return whether one of these names is that of a step or of a norm."""
+    names = (name.strip().lower() for name in row)
+    return any(name in STEPS or NORM.fullmatch(name) for name in names)
+
+
+def _names_columns(row: Sequence[str]) -> bool:
+    """Return whether a row below the heading is another heading."""
+    return all(number(x) is None and _is_name(x) for x in row) and _has_known(row)
 
 
 def is_one_column(text: str) -> bool:
@@ -57,6 +65,8 @@ def is_one_column(text: str) -> bool:
 
 def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     """Return the columns of a table; rows of another width are left out and counted.
+
+    A row that is a heading itself names the columns from there on.
 
     Raises:
         LogError: If it has no row below the names, or a cell beyond any measure.
@@ -83,7 +93,11 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
         # Spreadsheets part cells by it where the comma is the decimal sign.
         if sign == ";":
             cells = list(map(_with_point, cells))
-        if len(cells) == len(names):
+        odd = len(cells) != len(names)
+        # A resumed run writes its names again, and may log more than before, or less.
+        if (odd or cells[0] == names[0]) and _names_columns(cells):
+            names = _apart(map(str.strip, cells))
+        elif not odd:
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
             bad.append(rows.line_num + above)
