@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import gradclip
-from gradclip import cli
+from gradclip import cli, watching
 
 ARMS = ("unclipped", "norm-1", "norm-0.25", "percentile", "zscore")
 LISTENING = """
@@ -156,6 +157,52 @@ def test_a_terminal_for_ascii_shows_what_it_can(tmp_path):
     )
     assert shown.returncode == 0, shown.stderr
     assert b"step 29" in shown.stdout
+
+
+def rewritten(path, text):
+    path.write_text(text)
+    # As an hour later, since two writes may come within one tick of the clock.
+    os.utime(path, ns=(10**18, path.stat().st_mtime_ns + 3600 * 10**9))
+
+
+def exchanged(path, text):
+    """Put another file in the place of one, of the same time."""
+    other, stat = path.with_name("other"), path.stat()
+    other.write_text(text)
+    os.utime(other, ns=(10**18, stat.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "folder"),
+    [(rewritten, False), (exchanged, False), (rewritten, True), (exchanged, True)],
+)
+def test_watch_shows_a_log_that_became_another_as_long(
+    tmp_path, monkeypatch, change, folder
+):
+    log, shown, old = tmp_path / "run.jsonl", [], 10**18
+    log.write_text("one")
+    for path in (log, tmp_path):
+        os.utime(path, ns=(old, old))
+    looks = iter([lambda: None, lambda: change(log, "two"), lambda: None])
+
+    def sleep(seconds):
+        look = next(looks, None)
+        if look is None:
+            raise KeyboardInterrupt
+        look()
+
+    def now(path, width):
+        shown.append(log.read_text())
+        return ""
+
+    monkeypatch.setattr(watching.time, "sleep", sleep)
+    monkeypatch.setattr(watching, "_now", now)
+    watched = str(tmp_path if folder else log)
+    result = CliRunner().invoke(cli.app, ["watch", watched])
+    assert shown == ["one", "two"]
+    # Ctrl-C is how it ends.
+    assert result.exit_code == 0
 
 
 def test_version_and_help_need_no_torch():

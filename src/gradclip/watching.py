@@ -29,22 +29,33 @@ def follow(path: Path, once: bool, every: float) -> None:
     if once:
         console.print(view(History.load(path).recorded, path, console.width))
         return
-    seen: int | None = None
+    seen: tuple[int, ...] = ()
     took = 0.0
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
                 # Reading again is what takes time, looking at the size does not.
-                size = _size(path)
-                if size != seen:
+                state = _state(path)
+                if state != seen:
                     # Before it is read: what is written meanwhile is seen next.
-                    seen, begun = size, time.monotonic()
+                    seen, begun = state, time.monotonic()
                     live.update(_now(path, console.width), refresh=True)
                     took = time.monotonic() - begun
                 # A long log may not take a core from the training beside it.
                 time.sleep(max(every, 10 * took))
         except KeyboardInterrupt:
             return
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what differs once a log has changed, even into another one as long."""
+    try:
+        # A folder notes when a file in it was exchanged.
+        found = [path.stat(), *(x.stat() for x in path.rglob("*") if x.exists())]
+    except FileNotFoundError:
+        return (-1,)
+    newest = max(stat.st_mtime_ns for stat in found)
+    return _size(path), newest, found[0].st_ino
 
 
 def _size(path: Path) -> int:
