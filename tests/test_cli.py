@@ -205,6 +205,27 @@ def test_watch_shows_a_log_that_became_another_as_long(
     assert result.exit_code == 0
 
 
+def test_watch_refuses_what_it_cannot_follow(tmp_path):
+    text = "".join(f"step {i} grad_norm {i + 1}.5\n" for i in range(30))
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("-", tmp_path / "pipe"):
+        refused = subprocess.run(
+            [*PROGRAM, "watch", path],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert refused.returncode == 2
+        told = " ".join(refused.stderr.replace("│", "").split())
+        assert "cannot be followed. Write it to a file" in told
+    once = subprocess.run(
+        [*PROGRAM, "watch", "--once", "-"], input=text, capture_output=True, text=True
+    )
+    assert once.returncode == 0, once.stderr
+    assert "step 29" in once.stdout
+
+
 def test_version_and_help_need_no_torch():
     for option, answer in (
         ("--version", f"gradclip {gradclip.__version__}\n"),

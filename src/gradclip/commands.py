@@ -200,8 +200,16 @@ def watch(
 
     Example: gradclip watch run.jsonl
     """
+    from gradclip.readers.plain import flows_away
     from gradclip.watching import follow
 
+    if flows_away(log) and not once:
+        raise typer.BadParameter(
+            f"{log}: what comes through a pipe is gone once it is read, and cannot be "
+            "followed. Write it to a file, as with 'tee run.log', and watch that file; "
+            "--once shows what has come.",
+            param_hint="log",
+        )
     with plain_errors():
         follow(log, once, every)
 

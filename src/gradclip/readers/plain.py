@@ -33,7 +33,7 @@ def plain_file(path: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         copy = path
         try:
-            if str(path) == STDIN or (path.exists() and _flows_away(path)):
+            if flows_away(path):
                 copy = _copied(stack, _opened(stack, path), path.name)
             copy = _unpacked(stack, copy)
             yield copy
@@ -42,9 +42,11 @@ def plain_file(path: Path) -> Iterator[Path]:
             raise LogError(str(error).replace(str(copy), str(path))) from None
 
 
-def _flows_away(path: Path) -> bool:
-    """Return whether what was read from it is gone."""
-    return not path.is_file() and not path.is_dir()
+def flows_away(path: Path) -> bool:
+    """Return whether what was read from it is gone, as from a pipe."""
+    if str(path) == STDIN:
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _opened(stack: ExitStack, path: Path) -> BinaryIO:
