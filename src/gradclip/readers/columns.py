@@ -4,7 +4,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 WORTH_KEEPING = re.compile(r"norm|clip|step|iter|epoch|update|loss|limit|scale", re.I)
@@ -12,6 +12,8 @@ ROUNDED = re.compile(r"(?:\.(\d*))?e\+(\d+)")
 COMMA = re.compile(r"[-+]?\d+,\d+")
 GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 """A number whose digits are parted by commas."""
+PLAIN = re.compile(r" *-?[0-9]+(?:\.[0-9]+)?\s*")
+"""What nearly all cells are, and a long log has millions: no need to ask further."""
 WHOLE = 2.0**53
 """From here on a float skips integers, so that it cannot be a step."""
 
@@ -33,6 +35,10 @@ class Column:
 
     def add(self, row: int, text: Any) -> None:
         """Take in what stands in a row, if it is a number."""
+        if type(text) is str and PLAIN.fullmatch(text):
+            self.rows.append(row)
+            self.values.append(float(text))
+            return
         value = number(text)
         if value is None:
             if isinstance(text, str) and text.strip():
@@ -74,11 +80,18 @@ class Columns:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in one row."""
-        for name, value in _flat(row):
-            # A null may stand for a norm, and makes no column of anything else.
-            if value is not None or name in self.found or "norm" in name:
-                self._put(name, value)
+        self._put_all(row, "")
         self.count += 1
+
+    def _put_all(self, row: Mapping[str, Any], above: str) -> None:
+        """Take in the cells of a row; those in a dictionary under the names of both."""
+        for name, value in row.items():
+            whole = f"{above}{name}" if above else name
+            if isinstance(value, dict):
+                self._put_all(value, f"{whole}/")
+            # A null may stand for a norm, and makes no column of anything else.
+            elif value is not None or whole in self.found or "norm" in whole:
+                self._put(whole, value)
 
     def _put(self, name: str, value: Any) -> None:
         column = self.found.get(name)
@@ -96,16 +109,6 @@ class Columns:
     def names(self) -> list[str]:
         """The names of all columns, with or without numbers."""
         return sorted([*self.found, *self.ignored])
-
-
-def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the cells of a row; those in a dictionary under the names of both."""
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            for inner, deeper in _flat(value):
-                yield f"{name}/{inner}", deeper
-        else:
-            yield name, value
 
 
 def parsed(line: str) -> Any:

@@ -97,7 +97,9 @@ PATTERNS = (
     ),
     _pattern(
         "nanoGPT",
-        r"(?i:step|iter)\s*(?P<step>\d+)[/ :|].*?(?:loss:? (?P<loss>NUMBER).*?)?"
+        # Looked for first, since a line without it would be gone through many times.
+        r"(?i:step|iter)\s*(?P<step>\d+)[/ :|](?=.*\|\s*norm)"
+        r".*?(?:loss:? (?P<loss>NUMBER).*?)?"
         r"\|\s*norm:?\s+(?P<norm>NUMBER)",
     ),
     _pattern(
@@ -139,6 +141,8 @@ NETWORKS = re.compile(
     r"\b(?P<name>[a-zA-Z][\w/.]*[_/.](?:grad(?:ient)?[_-]?norm))['\"]?\s*[=:|]?\s*['\"]?"
     rf"(?P<norm>{NUMBER})"
 )
+GRADIENT = re.compile(r"[_/.]grad")
+"""A cheap look, since most lines name no network."""
 BOX = re.compile(r"^\s*\|\s*(?P<name>[^|]+?)\s*\|\s*(?P<value>[^|]*?)\s*\|\s*$")
 HEADER = re.compile(
     r"^(?!.*norm).*?(?:\[epoch=(?P<epoch>\d+)\])?\[(?:step|batch)=(?P<step>\d+)/[^\]]*"
@@ -193,7 +197,8 @@ def _rows(
     # A box ends with the first line that is no row of it; its rows are one step.
     for raw in lines:
         # torchtitan colours its fields, and some logs are padded with wide spaces.
-        line = COLOURS.sub("", raw).replace("\u3000", " ")
+        line = COLOURS.sub("", raw) if "\x1b" in raw else raw
+        line = line.replace("\u3000", " ")
         line = WRAPPED.sub(r"\1", line) if "(" in line else line
         if cell := BOX.match(line) or (box and BELOW.match(line)):
             box[cell["name"]] = cell["value"]
@@ -274,12 +279,17 @@ def _named(found: re.Match[str], line: str, first: int) -> dict[str, Any]:
     if "loss" not in row and (loss := _loss(line)):
         row["loss"] = loss
     norm = row.pop("norm")
-    networks = [x for x in NETWORKS.finditer(line) if is_before_clipping(x["name"])]
+    networks = _networks(line) if GRADIENT.search(line) else []
     # Beside a norm without a name, those with one are parts of it.
     named = found.start("norm") in [x.start("norm") for x in networks]
     if named and all(network_of(x["name"]) for x in networks):
         return row | {x["name"]: x["norm"] for x in networks}
     return row | {"grad_norm": norm}
+
+
+def _networks(line: str) -> list[re.Match[str]]:
+    """Return the norms with a name before theirs, of networks or of parts."""
+    return [x for x in NETWORKS.finditer(line) if is_before_clipping(x["name"])]
 
 
 def _loss(line: str) -> str | None:
