@@ -50,23 +50,13 @@ def follow(path: Path, once: bool, every: float) -> None:
 def _state(path: Path) -> tuple[int, ...]:
     """Return what differs once a log has changed, even into another one as long."""
     try:
-        # A folder notes when a file in it was exchanged.
+        # A log may be a folder, which notes when a file in it was exchanged.
         found = [path.stat(), *(x.stat() for x in path.rglob("*") if x.exists())]
+    # What is saved for a moment may vanish while it is counted; the next look tells.
     except FileNotFoundError:
         return (-1,)
     newest = max(stat.st_mtime_ns for stat in found)
-    return _size(path), newest, found[0].st_ino
-
-
-def _size(path: Path) -> int:
-    """Return how much there is of a log, which may be a folder; -1 for nothing."""
-    try:
-        if path.is_dir():
-            return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
-        return path.stat().st_size if path.exists() else -1
-    # What is saved for a moment may vanish while it is counted; the next look tells.
-    except FileNotFoundError:
-        return -1
+    return sum(stat.st_size for stat in found), newest, found[0].st_ino
 
 
 def _now(path: Path, width: int) -> Group:
