@@ -22,7 +22,7 @@ from gradclip.evidence import (
     tail_index,
     transient_length,
 )
-from gradclip.judging import find_spikes
+from gradclip.judging import find_spikes, regime
 from gradclip.readers.assemble import in_order
 from gradclip.report import write_report
 from gradclip.ruletext import call, known, recorded_rule, rule_from
@@ -295,6 +295,29 @@ def test_a_limit_that_changed_is_not_taken_for_one():
     assert math.isnan(advice.in_force)
     assert not any("nothing to change" in reason for reason in advice.reasons)
     assert any("the run was clipped on" in reason for reason in advice.reasons)
+
+
+def test_a_limit_that_never_acted_is_no_insurance():
+    advice = advise(norms(), limit=100.0)
+    assert advice.limit == pytest.approx(1.5)
+    assert "the limit in force, 100, never acted." in advice.reasons
+    assert "insurance" not in " ".join(advice.reasons)
+    rarely = advise(np.r_[norms(), 200.0], limit=100.0).reasons
+    assert any("at 100 on less than 0.1% of its steps" in reason for reason in rarely)
+
+
+@pytest.mark.parametrize(
+    ("clipped", "told"),
+    [(1003, "on 10% of its steps, which is insurance"), (1040, "on 10.4% of its")],
+)
+def test_a_regime_is_that_of_the_share_that_is_told(clipped, told):
+    norm = np.r_[norms(10_000 - clipped) / 100, 10 * norms(clipped, seed=1)]
+    norm = np.random.default_rng(2).permutation(norm)
+    assert np.mean(norm > 1) == clipped / 10_000
+    reasons = advise(norm, limit=1.0).reasons
+    assert any(told in reason for reason in reasons)
+    assert any("in between" in reason for reason in reasons) == (clipped > 1003)
+    assert regime(clipped / 10_000) == ("in between" if clipped > 1003 else "insurance")
 
 
 def recorded_by(tmp_path, rule):

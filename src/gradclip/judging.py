@@ -30,6 +30,8 @@ FEWEST_BEFORE = 3
 ALIKE = 2
 """Medians that differ by a factor above this are those of different norms."""
 INSURANCE, ALWAYS_ON = 0.1, 0.5
+DIGITS = 3
+"""Of a share: as many as a percentage with one digit behind the point shows."""
 # With more norms in memory, a limit that follows a rise lags behind, and clips most.
 FOLLOWING = Percentile(q=90.0, window=100)
 
@@ -312,7 +314,8 @@ class Facts:
     def _in_force_fits(self) -> bool:
         """Return whether the run's own limit was insurance, and not out of reach."""
         rate = float(np.mean(self.steady > self.in_force))
-        return rate <= INSURANCE and self.in_force <= 3 * self.quantiles[0.5][0]
+        insures = regime(rate) == "insurance"
+        return insures and self.in_force <= 3 * self.quantiles[0.5][0]
 
     def _on_the_run(self) -> list[str]:
         """Say how the run was clipped, where the log tells."""
@@ -322,8 +325,12 @@ class Facts:
             return []
         # A rule that stretches acts as well.
         rate = float(np.mean(scale != 1))
-        at = f" at {self.in_force:g}" if math.isfinite(self.in_force) else ""
-        told = f"the run was clipped{at} on {rate:.0%} of its steps"
+        known = math.isfinite(self.in_force)
+        if not rate:
+            which = f", {self.in_force:g}," if known else ""
+            return [f"the limit in force{which} never acted."]
+        at = f" at {self.in_force:g}" if known else ""
+        told = f"the run was clipped{at} on {percent(rate)} of its steps"
         if rate > ALWAYS_ON:
             return [
                 f"{told}: there the limit only sets the length of the step, and the "
@@ -450,10 +457,29 @@ def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
 
 
 def regime(rate: float) -> str:
-    """Return what clipping is, by the share of steps that it acts on."""
+    """Return what clipping is, by the share of steps that it acts on.
+
+    Example:
+        >>> regime(0.1003), regime(0.101), regime(0.9)
+        ('insurance', 'in between', 'always on')
+    """
+    # As it is told: 10.0% is a tenth, whatever was rounded off.
+    rate = round(rate, DIGITS)
     if rate <= INSURANCE:
         return "insurance"
     return "always on" if rate > ALWAYS_ON else "in between"
+
+
+def percent(rate: float) -> str:
+    """Return a share above 0 as it is told, with a digit behind the point if it counts.
+
+    Example:
+        >>> percent(1.0), percent(0.1003), percent(0.104), percent(0.0001)
+        ('100%', '10%', '10.4%', 'less than 0.1%')
+    """
+    if round(rate, DIGITS) == 0:
+        return "less than 0.1%"
+    return f"{rate:.1%}".replace(".0%", "%")
 
 
 def rounded_up(value: float, digits: int = 2) -> float:
