@@ -77,6 +77,26 @@ def test_spikes_are_found_where_they_were_put():
     assert advise(norms(sigma=0.1)).spikes == ()
 
 
+@pytest.mark.parametrize("at", [1500, 1510, 1525, 1540])
+@pytest.mark.parametrize("factor", [0.01, 0.1, 0.5, 10, 100])
+def test_ordinary_norms_beside_a_step_of_the_level_are_no_spikes(at, factor):
+    for seed in range(4):
+        norm = norms(3000, seed, sigma=0.2)
+        norm[at:] *= factor
+        assert find_spikes(gc.History.of(norm).recorded) == ()
+        norm[[at - 30, at - 2, at + 60]] *= 40 * max(factor, 1)
+        spikes = find_spikes(gc.History.of(norm).recorded)
+        assert [spike.step for spike in spikes] == [at - 30, at - 2, at + 60]
+
+
+@pytest.mark.parametrize("at", [1500, 1513, 1525, 1537])
+def test_each_step_of_a_burst_is_a_spike(at):
+    norm = norms(3000)
+    norm[at : at + 24] *= 30
+    spikes = find_spikes(gc.History.of(norm).recorded)
+    assert [spike.step for spike in spikes] == list(range(at, at + 24))
+
+
 def test_a_spike_names_the_parameters_that_carried_it(tmp_path):
     history = gc.History(tmp_path / "run.jsonl", tensors_every=1)
     history.begin(gc.Norm(1.0))

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gradclip.record import Floats
@@ -16,6 +17,8 @@ NORMAL_MAD = 1.4826
 """The standard deviation of normal numbers is this many median deviations."""
 SPIKE = 6.0
 WIDTH = 50
+STRIDE = 10
+"""Medians of the steps on one side are taken at every tenth: a million has many."""
 RESAMPLES = 300
 BINS = 2000
 CENTRAL = (0.025, 0.975)
@@ -130,8 +133,8 @@ def _is_step(logs: Floats, cut: int) -> bool:
 def spike_scores(norm: Floats) -> Floats:
     r"""Return how far each norm stands out from those around it.
 
-    $z_t = (\log \lVert g_t \rVert - m_t) / \sigma$ with the median $m_t$ of the
-    neighbourhood and $\sigma$ from the median deviation of all steps.
+    $z_t = (\log \lVert g_t \rVert - m_t) / \sigma$ with $m_t$ the largest median
+    around, before or after it, and $\sigma$ from the median deviation of all steps.
 
     Args:
         norm: Finite norms above 0, in order.
@@ -148,10 +151,12 @@ def spike_scores(norm: Floats) -> Floats:
     if not norm.size:
         return norm.copy()
     logs = np.log(norm)
-    rest = logs - running_median(logs)
-    deviation = NORMAL_MAD * float(np.median(np.abs(rest)))
+    around = running_median(logs)
+    deviation = NORMAL_MAD * float(np.median(np.abs(logs - around)))
+    # Where the level steps, ordinary norms stand above what lies between two levels.
+    level = np.maximum(around, higher_side(logs))
     # Logs with two or three digits have a median deviation of 0.
-    return rest / max(deviation, 0.02)
+    return (logs - level) / max(deviation, 0.02)
 
 
 def running_median(values: Floats) -> Floats:
@@ -162,6 +167,19 @@ def running_median(values: Floats) -> Floats:
     whole = values[: blocks * WIDTH].reshape(blocks, WIDTH)
     centres = np.arange(blocks) * WIDTH + (WIDTH - 1) / 2
     return np.interp(np.arange(values.size), centres, np.median(whole, axis=1))
+
+
+def higher_side(values: Floats) -> Floats:
+    """Return the larger of the medians before and after each value, to some steps."""
+    if values.size < 3 * WIDTH:
+        return np.full(values.shape, -math.inf)
+    # Of a burst that fills a block, those beside it still tell.
+    width = 2 * WIDTH
+    medians = np.median(sliding_window_view(values, width)[::STRIDE], axis=1)
+    place, last = np.arange(values.size), medians.size - 1
+    before = medians[np.clip((place - width) // STRIDE, 0, last)]
+    after = medians[np.minimum(place // STRIDE + 1, last)]
+    return np.maximum(before, after)
 
 
 def quantile_intervals(
