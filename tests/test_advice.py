@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import gradclip as gc
 from gradclip.cli import app
 from gradclip.evidence import (
+    dead_from,
     level_change,
     lost_from,
     quantile_intervals,
@@ -437,6 +438,94 @@ def test_a_loss_that_became_nan_is_a_lost_run_whatever_the_norms():
     advice = advise(norms(), loss=loss)
     assert advice.lost
     assert advice.confidence == "low"
+
+
+@pytest.mark.parametrize(
+    ("size", "dead", "norm_at_the_end", "loss_at_the_end", "how"),
+    [
+        (1000, 450, math.nan, 0.0, "no norm is finite"),
+        (3000, 100, math.nan, math.nan, "no norm is finite"),
+        (3000, 10, math.inf, 1.0, "no norm is finite"),
+        (3000, 1200, 0.0, 0.0, "norm and loss are 0"),
+        (3000, 1800, 0.0, 0.0, "norm and loss are 0"),
+    ],
+)
+def test_a_run_that_died_is_lost_from_there(
+    size, dead, norm_at_the_end, loss_at_the_end, how
+):
+    norm, loss = norms(size), np.linspace(3, 1, size)
+    norm[-dead:], loss[-dead:] = norm_at_the_end, loss_at_the_end
+    norm[size // 5] = math.inf
+    advice, good = advise(norm, loss=loss), size - dead
+    assert advice.lost
+    assert advice.confidence == "low"
+    assert advice.limit == pytest.approx(1.0, abs=0.1)
+    (reason,) = advice.reasons
+    assert reason.startswith(f"from step {good} to the end {how}, so that")
+    assert f"the median of the {good - 1} norms before" in reason
+    assert [spike.step for spike in advice.spikes] == [size // 5]
+    assert not any("without a signal" in note for note in advice.notes)
+
+
+def test_a_run_that_died_in_zeros_and_nan_is_lost_from_the_first():
+    norm, loss = norms(500), np.linspace(3, 1, 500)
+    norm[-12:], loss[-12:] = 0.0, 0.0
+    norm[-12:-6] = math.nan
+    (reason,) = advise(norm, loss=loss).reasons
+    assert reason.startswith("from step 488 to the end norms are not finite, or 0 with")
+    norm[:488] = math.inf
+    assert "500 of 500 norms" in advise(norm, loss=loss).reasons[0]
+
+
+def test_nine_bad_norms_at_the_end_or_more_before_it_are_spikes():
+    norm = norms()
+    norm[-9:] = math.nan
+    assert len(advise(norm).spikes) == 9
+    assert not advise(norm).lost
+    norm[-20:-1] = math.nan
+    norm[-1] = 1.0
+    assert len(advise(norm).spikes) == 19
+    assert not advise(norm).lost
+
+
+@pytest.mark.parametrize(("last", "lost"), [(12, False), (60, True)])
+def test_steps_without_a_signal_at_the_end_are_a_death_only_if_many(last, lost):
+    norm, loss = norms(1000), np.full(1000, 0.1)
+    silent = np.random.default_rng(3).random(1000) < 0.6
+    silent[-last:] = True
+    norm[silent], loss[silent] = 0.0, 0.0
+    assert advise(norm, loss=loss).lost == lost
+
+
+@pytest.mark.parametrize("last", [9, 10, 12, 13])
+def test_more_than_three_times_as_many_in_a_row_is_a_death(last):
+    norm = np.ones(100)
+    norm[20:24], norm[100 - last :] = 0.0, 0.0
+    assert dead_from(norm, norm.copy()) == (100 if last < 13 else 87)
+    assert dead_from(norm, np.ones(100)) == 100
+
+
+def test_each_run_in_a_log_may_die_and_none_of_that_is_a_spike():
+    norm = norms(1000)
+    norm[480:500], norm[990:] = math.nan, math.nan
+    advice = runs_of(norm, [*range(500), *range(500)])
+    assert advice.spikes == ()
+    assert not advice.lost
+
+
+def test_a_loss_that_rose_before_the_norms_ended_is_told_as_that():
+    norm, loss = norms(1000), np.full(1000, 2.0)
+    loss[600:], norm[700:] = 9.0, math.nan
+    advice = advise(norm, loss=loss)
+    assert "the loss rose for good at step 600, so that" in advice.reasons[0]
+    assert advice.spikes == ()
+
+
+def test_a_run_that_died_at_once_has_nothing_to_go_by():
+    norm, loss = np.zeros(500), np.zeros(500)
+    norm[:2], loss[:2] = 1.0, 2.0
+    (reason,) = advise(norm, loss=loss).reasons
+    assert reason.startswith("from step 2 to the end norm and loss are 0, and of the 2")
 
 
 def test_a_run_that_did_not_learn_lowers_the_confidence():

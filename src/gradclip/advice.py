@@ -49,7 +49,7 @@ class Advice:
     in_force: float
     """The limit that the run was clipped with; NaN where the log does not tell."""
     lost: bool
-    """Whether the loss rose for good, so that the norms are those of a broken model."""
+    """Whether the loss rose for good, or no norm was finite from some step on."""
     followed: Replay | None
     """The recommended rule on the last steps, where it follows the norms."""
     _ordered: Floats = field(repr=False)

@@ -342,6 +342,44 @@ def lost_from(loss: Floats) -> int:
     return int(low[-1]) + 1 if low.size else risen
 
 
+def dead_from(norm: Floats, loss: Floats) -> int:
+    """Return from which step on to the end a run is dead, for ten steps or more.
+
+    A dead step has a norm that is not finite, or a norm and a loss of exactly 0, as
+    they are written where NaN is. Runs with sound steps of this kind, as those of GRPO,
+    are dead once these last more than three times as long as ever before.
+
+    Args:
+        norm: The norm at each step.
+        loss: The loss at each step; NaN where not known.
+
+    Returns:
+        The index, or the number of steps for a run that is alive.
+
+    Example:
+        >>> import numpy as np
+        >>> norm = np.array([1.0] * 30 + [np.nan] * 12)
+        >>> dead_from(norm, np.zeros(42))
+        30
+    """
+    zero = (norm == 0) & (loss == 0)
+    start = _end_block(~np.isfinite(norm) | zero)
+    least = max(LEAST, 3 * _longest(zero[:start]) + 1) if zero[start:].any() else LEAST
+    return start if norm.size - start >= least else norm.size
+
+
+def _end_block(found: NDArray[np.bool_]) -> int:
+    """Return where the true values begin that a row ends with."""
+    others = np.flatnonzero(~found)
+    return int(others[-1]) + 1 if others.size else 0
+
+
+def _longest(found: NDArray[np.bool_]) -> int:
+    """Return how many true values stand beside each other at most."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], found, [False]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
+
+
 def _noise(loss: Floats) -> float:
     """Return the standard deviation of the logarithm of single losses."""
     steps = np.diff(np.log(loss[np.isfinite(loss) & (loss > 0)]))

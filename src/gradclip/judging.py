@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradclip.evidence import (
     SPIKE,
+    dead_from,
     drift_factor,
     level_change,
     lost_from,
@@ -140,11 +142,28 @@ class Facts:
         whole = plain and self.measured.over == "all"
         self.in_force = _in_force(self.record.limit) if whole else math.nan
         self.still = stands_still(self.record.loss)
-        self.lost_at = lost_from(self.record.loss)
+        self.lost_at, self.lost_how = self._lost()
         self.spikes = find_spikes(self.record)
         self._note_gaps()
         self._note_oddities()
         self._note_phases()
+
+    def _lost(self) -> tuple[int, str]:
+        """Return from which row on the run was lost, and how that shows."""
+        risen = lost_from(self.record.loss)
+        dead = dead_from(self.record.norm, self.record.loss)
+        if dead < self.record.norm.size and dead <= risen and not self._broken():
+            bad = ~np.isfinite(self.record.norm[dead:])
+            told = f"from step {self.record.step[dead]} to the end"
+            return dead, f"{told} {_dead_how(bad)}"
+        step = self.record.step[risen : risen + 1]
+        return risen, f"the loss rose for good at step {step[0]}" if step.size else ""
+
+    def _broken(self) -> bool:
+        """Return whether most norms say nothing, and not for zeros alone."""
+        size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
+        # Zeros alone break no run: GRPO has many steps without a signal.
+        return bool(bad > size / 2 >= (self.record.norm == 0).sum())
 
     def _change(self) -> int:
         """Return after how many steady norms, behind the start, their level changes."""
@@ -166,7 +185,7 @@ class Facts:
 
     def _note_oddities(self) -> None:
         size = self.record.norm.size
-        if zeros := int((self.record.norm == 0).sum()):
+        if zeros := int((alive(self.record) & (self.record.norm == 0)).sum()):
             self.notes.append(
                 f"{zeros} of {size} norms are exactly 0: steps without a signal, which "
                 "are left out of the quantiles."
@@ -204,7 +223,7 @@ class Facts:
 
     @property
     def healthy(self) -> Floats | None:
-        """The norms before the loss rose for good; None if it did not."""
+        """The norms before the run was lost; None if it was not."""
         cut = self.lost_at
         if cut == self.record.norm.size or self.record.several:
             return None
@@ -220,8 +239,7 @@ class Facts:
     def refusal(self) -> str:
         """Return why norms of a run that was not lost say nothing; empty if they do."""
         size, bad = self.record.norm.size, self.record.norm.size - self.norm.size
-        # Zeros alone break no run: GRPO has many steps without a signal.
-        if size and bad > size / 2 and not (self.record.norm == 0).sum() > size / 2:
+        if self._broken():
             return (
                 f"{bad} of {size} norms are 0, NaN or infinite: the run is broken, and "
                 "no limit mends that. Look at the loss where it began."
@@ -261,11 +279,11 @@ class Facts:
     def decide(self) -> tuple[float | None, Rule | None, str, list[str]]:
         """Return limit, rule, confidence and the reasons."""
         before = self.healthy
-        few = self.refusal() if before is None else _too_few(before)
+        few = self.refusal() if before is None else _too_few(before, self.lost_how)
         if why := self._no_norms() or few:
             return None, None, "none", [why]
         if before is not None:
-            return self._before_the_loss(before)
+            return self._before_it_was_lost(before)
         limit, reason = self._limit()
         reasons = [reason]
         rule: Rule = Norm(limit, p=self.measured.p)
@@ -283,14 +301,13 @@ class Facts:
         reasons += self._on_the_run()
         return limit, rule, self._confidence(), reasons
 
-    def _before_the_loss(self, before: Floats) -> tuple[float, Rule, str, list[str]]:
+    def _before_it_was_lost(self, before: Floats) -> tuple[float, Rule, str, list[str]]:
         """Return what little a run says that was lost: the norms before."""
         limit = rounded_up(float(np.median(before)))
         reason = (
-            f"the loss rose for good at step {self.record.step[self.lost_at]}, so that "
-            f"the later norms are those of a broken model: {limit:g} is the median of "
-            f"the {counted(before.size, 'norms')} before. Run again with it, and ask "
-            "again."
+            f"{self.lost_how}, so that the later norms are those of a broken model: "
+            f"{limit:g} is the median of the {counted(before.size, 'norms')} before. "
+            "Run again with it, and ask again."
         )
         return limit, Norm(limit, p=self.measured.p), "low", [reason]
 
@@ -372,8 +389,16 @@ class Facts:
         )
 
 
-def _too_few(before: Floats) -> str:
-    """Return why the norms before the loss rose say nothing; empty if they do."""
+def _dead_how(bad: NDArray[np.bool_]) -> str:
+    """Return what a run ends with, by which of its last norms are not finite."""
+    if bad.all():
+        return "no norm is finite"
+    told = "norms are not finite, or 0 with the loss"
+    return told if bad.any() else "norm and loss are 0"
+
+
+def _too_few(before: Floats, how: str) -> str:
+    """Return why the norms before a run was lost say nothing; empty if they do."""
     if before.size >= FEWEST_BEFORE:
         return ""
     told = (
@@ -382,7 +407,7 @@ def _too_few(before: Floats) -> str:
         else "no norm before that is usable"
     )
     return (
-        f"the loss rose for good, and {told}; at least {FEWEST_BEFORE} are needed. "
+        f"{how}, and {told}; at least {FEWEST_BEFORE} are needed. "
         "Lower the learning rate until the loss falls, and ask again."
     )
 
@@ -405,7 +430,8 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
     """Return the steps whose norm stands out from those around it.
 
     Args:
-        record: A record; norms that are not finite are spikes, unless most are.
+        record: A record; norms that are not finite are spikes, unless most are, and
+            but for those that a run which died ends with.
 
     Returns:
         The spikes in the order of the log.
@@ -434,8 +460,17 @@ def row_scores(record: Record) -> Floats:
     # Where most norms are infinite, the run is broken, and none of them is a spike.
     bad = ~np.isfinite(norm)
     if bad.sum() <= norm.size / 2:
-        scores[bad] = math.inf
+        scores[bad & alive(record)] = math.inf
     return scores
+
+
+def alive(record: Record) -> NDArray[np.bool_]:
+    """Return which rows lie before the end of their run, if it ends dead."""
+    found = np.ones(record.norm.shape, bool)
+    for name in np.unique(record.run):
+        rows = np.flatnonzero(record.run == name)
+        found[rows[dead_from(record.norm[rows], record.loss[rows]) :]] = False
+    return found
 
 
 def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
