@@ -19,6 +19,7 @@ from gradclip.evidence import (
     level_change,
     lost_from,
     quantile_intervals,
+    relapsed_from,
     spike_scores,
     tail_index,
     transient_length,
@@ -438,6 +439,115 @@ def test_a_loss_that_became_nan_is_a_lost_run_whatever_the_norms():
     advice = advise(norms(), loss=loss)
     assert advice.lost
     assert advice.confidence == "low"
+
+
+def falling(size, start=10.8, low=3.0):
+    """Return a loss that falls as that of a language model does."""
+    return low + (start - low) * np.exp(-np.arange(size) / (size / 20))
+
+
+def jumped(level, norm_factor=3.0, size=2000, at=1400, start=10.8, noise=0.02):
+    """Return norms and losses of a run whose loss jumps from 3 to a level for good."""
+    loss, norm = falling(size, start), norms(size)
+    loss[at:], norm[at:] = level, norm[at:] * norm_factor
+    return norm, loss * norms(size, seed=1, sigma=noise)
+
+
+@pytest.mark.parametrize("level", [4.8, 5.5, 7.2, 10.9, 16.5])
+@pytest.mark.parametrize("norm_factor", [0.03, 3.0, math.nan])
+def test_a_run_that_is_lost_below_where_it_began_is_lost(level, norm_factor):
+    norm, loss = jumped(level, norm_factor)
+    advice = advise(norm, loss=loss)
+    assert advice.lost
+    assert advice.confidence == "low"
+    assert advice.limit == pytest.approx(1.0, abs=0.1)
+    (reason,) = advice.reasons
+    assert re.search(r"the median of the 1(399|400|401) norms before", reason)
+
+
+@pytest.mark.parametrize(
+    ("lost", "change"),
+    [
+        (False, {"level": 4.35}),
+        (True, {"level": 4.65}),
+        (False, {"start": 4.35}),
+        (True, {"start": 4.65}),
+        (False, {"norm_factor": 1.9}),
+        (True, {"norm_factor": 2.1}),
+        (False, {"norm_factor": 1 / 1.9}),
+        (True, {"norm_factor": 1 / 2.1}),
+        (False, {"start": 3 + 2.5 / 0.14}),
+        (True, {"start": 3 + 2.5 / 0.16}),
+    ],
+)
+def test_a_loss_that_had_fallen_is_lost_by_half_a_third_2_and_15_percent(lost, change):
+    kept = {"level": 5.5, "noise": 0.001} | change
+    norm, loss = jumped(**kept)
+    norm = np.where(np.arange(2000) < 1400, 1.0, kept.get("norm_factor", 3.0))
+    norm *= norms(sigma=0.02)
+    assert advise(norm, loss=loss).lost == lost
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.15, 0.3])
+@pytest.mark.parametrize("size", [300, 2000])
+def test_a_noisy_loss_that_had_fallen_is_lost_where_it_jumps(noise, size):
+    for seed in range(5):
+        norm, loss = jumped(7.2, size=size, at=int(0.7 * size), noise=0.001)
+        loss *= norms(size, seed, sigma=noise)
+        assert abs(relapsed_from(loss) - int(0.7 * size)) <= 3
+        assert advise(norm, loss=loss).lost
+
+
+@pytest.mark.parametrize(("share", "lost"), [(0.02, True), (0.08, True), (0.4, False)])
+def test_a_loss_that_rises_slowly_is_not_lost(share, lost):
+    up = np.clip((np.arange(2000) / 2000 - 0.4) / share, 0, 1)
+    loss = falling(2000) * 2.5**up * norms(sigma=0.02)
+    assert (relapsed_from(loss) < 2000) == lost
+
+
+def healthy_losses(rng, size=1000):
+    """Return losses of runs that train, each with what its norms follow of it."""
+    at = np.arange(size) / size
+    loss = falling(size)
+    noisy = [loss * rng.lognormal(sigma=sigma, size=size) for sigma in (0.05, 0.3)]
+    heavy = loss * (1 + 0.1 * np.abs(rng.standard_t(2, size)))
+    stays = loss * np.exp(0.3 * noise_that_stays(rng, size, 0.98))
+    cycle = 0.5 + 0.5 * np.cos(np.pi * (at / rng.uniform(0.1, 0.4) % 1))
+    restarts = loss * (1 + 0.3 * cycle)
+    fitted = 0.03 + 2.2 * np.exp(-at * 15) + 0.2 * cycle
+    epochs = np.choose((3 * at).astype(int), [2.0, 1.2, 0.6])
+    value = 0.5 + 9 * np.exp(-at * 20) + 5 * np.clip((at - 0.3) / 0.5, 0, 1)
+    data = np.where(at > rng.uniform(0.5, 0.8), 2.0, 1.0) * loss
+    spike = loss + np.where((at > 0.8) & (at < 0.85), 5, 0)
+    yield from ((x, 0.0) for x in (*noisy, heavy, data))
+    yield from ((x, 0.5) for x in (stays, restarts, fitted, epochs, value, spike))
+    yield 0.02 * rng.standard_normal(size), 0.0
+
+
+def test_losses_of_runs_that_train_are_not_lost():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        for kind, (loss, follows) in enumerate(healthy_losses(rng)):
+            noise = rng.lognormal(sigma=0.05, size=loss.size)
+            norm = np.abs(loss) ** follows * rng.lognormal(sigma=0.3, size=loss.size)
+            assert not advise(norm, loss=loss * noise).lost, kind
+
+
+def test_noise_that_remembers_is_seldom_a_loss_that_jumps():
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(200):
+        loss = falling(1000) * np.exp(0.3 * noise_that_stays(rng, 1000, 0.98))
+        found += relapsed_from(loss) < 1000
+    assert found <= 8
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e308, 5e-324, math.inf, math.nan])
+def test_a_loss_at_the_end_of_the_numbers_has_no_relapse(loss):
+    assert relapsed_from(np.full(200, loss)) == 200
+    loss = np.concatenate([[1e308], np.full(250, 1e-300), np.full(100, 1e308)])
+    assert relapsed_from(loss) == 251
+    loss[7] = 0.0
+    assert relapsed_from(loss) == loss.size
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ BINS = 2000
 CENTRAL = (0.025, 0.975)
 LEAST = 10
 """Fewer norms than this are no level of their own."""
+GIVEN_BACK = 0.15
+"""A rise counts from this part of the fall before it."""
+WANDERS = 6
+"""A rise counts from this many steps between the medians of neighbouring twentieths."""
 FEWEST_TO_SPLIT = 30
 """Norms that resemble each other and are worth fewer than this show no levels."""
 
@@ -327,18 +331,91 @@ def lost_from(loss: Floats) -> int:
     size, known = loss.size, np.flatnonzero(~np.isnan(loss))
     if size < 10 or known.size < size / 2:
         return size
-    # The first may be a lucky one.
-    first = float(max(loss[known[0]], np.median(loss[known[:3]])))
+    first = _first(loss[known])
     end = float(np.median(np.nan_to_num(loss[-(size // 10) :], nan=math.inf)))
     # Three losses may be low by chance, and by how much those behind them tell.
-    noise = min(1.5 * _noise(loss[: max(size // 10, LEAST)]), 300.0)
-    if not 0 < first * max(1.5, math.exp(noise)) < end:
+    if not 0 < first * _clearly(loss[: max(size // 10, LEAST)]) < end:
         return size
+    return _left(loss, _risen(loss, 1.5 * first), first)
+
+
+def relapsed_from(loss: Floats) -> int:
+    """Return from which step on a loss was high again that had fallen.
+
+    It fell by a third or more from where it began to its lowest median of a tenth, and
+    the median of the last tenth is more than half above that, both by more than the
+    noise explains. It rose at once, and not slowly, as that of a value network may; and
+    by more than a part of what it had fallen, as a loss near 0 wanders.
+
+    Args:
+        loss: The loss at each step; nothing is said if most are not known, or if one
+            is not above 0.
+
+    Returns:
+        The index, or the number of steps where there is no such rise.
+
+    Example:
+        >>> import numpy as np
+        >>> loss = np.concatenate([np.linspace(10.8, 3.0, 700), np.full(300, 5.5)])
+        >>> relapsed_from(loss)
+        700
+    """
+    known = np.flatnonzero(np.isfinite(loss))
+    seen = loss[known]
+    if known.size < max(10 * LEAST, loss.size / 2) or seen.min() <= 0:
+        return loss.size
+    logs, tenth = np.log(seen), known.size // 10
+    medians = np.median(logs[: 9 * tenth].reshape(9, tenth), axis=1)
+    low, end = float(medians.min()), float(np.median(logs[-tenth:]))
+    if not _is_return(seen, low, end):
+        return loss.size
+    start = tenth * int(np.argmin(medians))
+    risen = start + _risen(logs[start:], (low + end) / 2)
+    before = float(np.median(logs[max(risen - tenth, 0) : max(risen, 1)]))
+    after = float(np.median(logs[risen : risen + tenth]))
+    # Of a slow rise, the losses before its middle are hardly below those behind.
+    if after - before <= (end - low) / 2:
+        return loss.size
+    return int(known[_left(seen, risen, math.exp(before))])
+
+
+def _is_return(loss: Floats, low: float, end: float) -> bool:
+    """Return whether a loss had fallen to a logarithm clearly, and clearly rose."""
+    first = math.log(_first(loss))
+    if min(first, end) - low <= math.log(_clearly(loss)):
+        return False
+    # Noise that remembers takes the medians of whole parts along.
+    part = loss.size // 20
+    medians = np.median(np.log(loss[: 20 * part]).reshape(20, part), axis=1)
+    if end - low <= WANDERS * float(np.median(np.abs(np.diff(medians)))):
+        return False
+    # Divided by the largest, losses near 1e308 do not overflow.
+    top = max(first, end)
+    began, lowest, ended = (math.exp(x - top) for x in (first, low, end))
+    return ended - lowest > GIVEN_BACK * (began - lowest)
+
+
+def _first(loss: Floats) -> float:
+    """Return where a loss began; the first one may be a lucky one."""
+    return float(max(loss[0], np.median(loss[:3])))
+
+
+def _clearly(loss: Floats) -> float:
+    """Return the factor of a change that counts, and that noise does not explain."""
+    return max(1.5, math.exp(min(1.5 * _noise(loss), 300.0)))
+
+
+def _risen(loss: Floats, high: float) -> int:
+    """Return where losses end to be low: the cut that leaves the fewest aside."""
     # A single loss that is high is noise. A gap, and a loss that became NaN, counts on
     # neither side.
-    high = np.where(np.isnan(loss), 0, np.where(loss > 1.5 * first, 1, -1))
-    risen = int(np.argmin(np.concatenate([[0], np.cumsum(high)])))
-    low = np.flatnonzero(loss[:risen] <= 1.1 * first)
+    sides = np.where(np.isnan(loss), 0, np.where(loss > high, 1, -1))
+    return int(np.argmin(np.concatenate([[0], np.cumsum(sides)])))
+
+
+def _left(loss: Floats, risen: int, level: float) -> int:
+    """Return where a loss that has risen left its level behind."""
+    low = np.flatnonzero(loss[:risen] <= 1.1 * level)
     return int(low[-1]) + 1 if low.size else risen
 
 

@@ -15,6 +15,7 @@ from gradclip.evidence import (
     lost_from,
     pile_up,
     quantile_intervals,
+    relapsed_from,
     share_above,
     spike_scores,
     stands_still,
@@ -151,6 +152,8 @@ class Facts:
     def _lost(self) -> tuple[int, str]:
         """Return from which row on the run was lost, and how that shows."""
         risen = lost_from(self.record.loss)
+        if risen == self.record.norm.size:
+            risen = self._relapsed()
         dead = dead_from(self.record.norm, self.record.loss)
         if dead < self.record.norm.size and dead <= risen and not self._broken():
             bad = ~np.isfinite(self.record.norm[dead:])
@@ -158,6 +161,15 @@ class Facts:
             return dead, f"{told} {_dead_how(bad)}"
         step = self.record.step[risen : risen + 1]
         return risen, f"the loss rose for good at step {step[0]}" if step.size else ""
+
+    def _relapsed(self) -> int:
+        """Return from which row on a loss was high again, and the norms were others."""
+        at, norm = relapsed_from(self.record.loss), self.record.norm
+        known, width = usable(norm, np), norm.size // 10
+        parts = slice(max(at - width, 0), at), slice(at, at + width)
+        before, after = (norm[part][known[part]] for part in parts)
+        # The loss of other data may be higher, and that of a broken model has others.
+        return norm.size if _alike(before, after) else at
 
     def _broken(self) -> bool:
         """Return whether most norms say nothing, and not for zeros alone."""
