@@ -645,6 +645,25 @@ def test_a_run_that_did_not_learn_lowers_the_confidence():
     assert advise(norms(), loss=np.linspace(2.3, 1, 2000)).confidence == "high"
 
 
+@pytest.mark.parametrize(("end", "still"), [(2.97, True), (2.91, False), (7.2, True)])
+def test_a_loss_is_said_to_stand_still_in_medians_of_tenths(end, still):
+    loss = np.concatenate([np.full(50, 10.8), np.full(950, 3.0), np.full(1000, end)])
+    loss[50:200] = 3.0
+    advice = advise(norms(), loss=loss)
+    assert not advice.lost
+    assert (advice.confidence == "low") == still
+    told = f"(the median of its first tenth is 3, of its last {end:g})"
+    assert any(told in note for note in advice.notes) == still
+
+
+def test_a_lost_run_is_not_told_that_it_learns_nothing():
+    norm = norms() * np.where(np.arange(2000) < 500, 1, 30)
+    loss = np.where(np.arange(2000) < 500, 3.0, 9.0)
+    advice = advise(norm, loss=loss)
+    assert advice.lost
+    assert not any("does not learn" in note for note in advice.notes)
+
+
 def runs_of(norm, step):
     record, _ = in_order(gc.History.of(norm, step=step).recorded)
     return gc.advise(gc.History.from_record(record, None))

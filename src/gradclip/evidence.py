@@ -465,22 +465,36 @@ def _noise(loss: Floats) -> float:
 
 
 def stands_still(loss: Floats) -> bool:
-    """Return whether a loss is known, above 0, and ends no lower than it began.
+    """Return whether a loss is above 0, and its last tenth no lower than its first.
 
     Args:
         loss: The loss at each step; NaN where not known.
+
+    Returns:
+        Whether the median of the last tenth is at most 2 % below that of the first.
 
     Example:
         >>> import numpy as np
         >>> stands_still(np.full(100, 2.3)), stands_still(np.linspace(2.3, 1.0, 100))
         (True, False)
     """
+    before, after = ends(loss)
+    return before > 0 and after > 0.98 * before
+
+
+def ends(loss: Floats) -> tuple[float, float]:
+    """Return the median of the first tenth and of the last; NaN where not known.
+
+    Example:
+        >>> import numpy as np
+        >>> ends(np.repeat([3.0, 2.0, 1.0], 20)), ends(np.ones(20))
+        ((3.0, 1.0), (nan, nan))
+    """
     known = loss[np.isfinite(loss)]
     tenth = known.size // 10
     if tenth < 3 or known.size < loss.size / 2:
-        return False
-    before, after = np.median(known[:tenth]), np.median(known[-tenth:])
-    return bool(before > 0 and after > 0.98 * before)
+        return math.nan, math.nan
+    return float(np.median(known[:tenth])), float(np.median(known[-tenth:]))
 
 
 def pile_up(norm: Floats) -> float:

@@ -11,6 +11,7 @@ from gradclip.evidence import (
     SPIKE,
     dead_from,
     drift_factor,
+    ends,
     level_change,
     lost_from,
     pile_up,
@@ -209,10 +210,13 @@ class Facts:
             )
         if bad := int((~np.isfinite(self.record.norm)).sum()):
             self.notes.append(f"{bad} of {size} norms are NaN or infinite.")
-        if self.still:
+        # Of a run that was lost, the reasons say more.
+        if self.still and self.healthy is None:
+            before, after = ends(self.record.loss)
             self.notes.append(
-                "the loss ended no lower than it began: the norms of a run that does "
-                "not learn say little about one that does."
+                "the loss ended no lower than it began, or less than 2 % (the median "
+                f"of its first tenth is {before:.4g}, of its last {after:.4g}): the "
+                "norms of a run that does not learn say little about one that does."
             )
 
     def _note_phases(self) -> None:
