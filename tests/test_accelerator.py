@@ -350,7 +350,7 @@ def test_norms_of_pieces_do_not_make_the_host_wait(device, over, missing):
 @pytest.mark.parametrize(
     "rule",
     [
-        gc.by_name({"[0]": gc.Norm(0.5), "*": gc.Norm(0.1)}),
+        gc.by_name({"[[]0]": gc.Norm(0.5), "*": gc.Norm(0.1)}),
         gc.chain(gc.Norm(0.1, over="tensor"), gc.Norm(0.1)),
         gc.EMA(1.05, warmup=1),
     ],

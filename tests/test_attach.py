@@ -616,6 +616,24 @@ def test_gradients_stay_hidden_until_the_outer_step_ends():
     assert p.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:step\\(\\) was called while none")
+def test_gradients_that_a_step_makes_for_the_one_inside_are_clipped():
+    class Making(Outer):
+        def step(self, closure=None):
+            with torch.enable_grad():
+                (p * torch.tensor([30.0, 40.0])).sum().backward()
+            super().step(closure)
+
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Making([p], lr=1.0)
+    clipper = attach(optimizer, gc.Norm(1.0))
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(p.detach(), torch.tensor([-1.2, -1.6]))
+    assert int(clipper.state_dict()["step"]) == 2
+
+
 def test_gradients_of_a_step_that_was_interrupted_do_not_mix_with_later_ones():
     p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
     optimizer = torch.optim.SGD([p, q], lr=1.0)
@@ -657,12 +675,19 @@ def bad_from(evaluation, net, loss):
 def test_lbfgs_is_where_it_was_when_an_evaluation_raises(options):
     net = network()
     before = copy.deepcopy(net.state_dict())
-    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=10)
-    attach(optimizer, gc.Norm(1e9), max_consecutive_skips=1, **options)
+    search = {"line_search_fn": "strong_wolfe", "max_iter": 10}
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=1.0, **search)
+    limits = {"max_consecutive_skips": 2}
+    clipper = attach(optimizer, gc.Norm(1e9), **limits, **options)
     with pytest.raises(gc.NonFiniteError):
-        optimizer.step(bad_from(3, net, loss=False))
+        optimizer.step(bad_from(1, net, loss=True))
     same(net.state_dict().values(), before.values(), rtol=0, atol=0)
     assert not optimizer.state
+    # What is loaded then stays.
+    with torch.no_grad():
+        net[0].bias.fill_(7.0)
+    clipper.detach()
+    assert net[0].bias.tolist() == [7.0] * 4
 
 
 @pytest.mark.parametrize("evaluation", [0, 1, 2, 5])

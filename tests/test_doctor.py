@@ -188,6 +188,31 @@ def test_names_that_no_parameter_has_are_told(rules, model, told, wrap):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attach(optimizer, wrap(gc.by_name(rules)), model=net if model else None)
+        for _ in range(2):
+            net(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
     said = [str(w.message) for w in caught]
     assert len(said) == (told is not None)
     assert all(told in text for text in said)
+
+
+def test_names_of_another_optimizer_of_the_model_are_none_too_many():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rule = gc.by_name({"1.*": gc.Norm(1.0), "*": None})
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in net]
+    for optimizer in optimizers:
+        attach(optimizer, rule, model=net, doctor=("unmatched",))
+    net(torch.ones(1, 2)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_names_are_looked_for_once_all_parameters_are_there():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rule = gc.by_name({"1.*": gc.Norm(1.0), "*": None})
+    optimizer = torch.optim.SGD(net[0].named_parameters(prefix="0"), lr=0.1)
+    attach(optimizer, rule)
+    optimizer.add_param_group({"params": net[1].named_parameters(prefix="1")})
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()

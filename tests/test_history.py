@@ -481,19 +481,20 @@ def test_facts_that_are_no_dictionary_are_none(tmp_path):
 
 
 def test_a_folder_that_grows_is_shown_again(tmp_path):
-    empty = watching._size(tmp_path)
     (tmp_path / "lr").mkdir()
     (tmp_path / "lr" / "events").write_text("more")
-    assert watching._size(tmp_path) == empty + 4
-    assert watching._size(tmp_path / "nothing") == -1
+    before = watching._state(tmp_path)
+    assert watching._state(tmp_path) == before
+    (tmp_path / "lr" / "events").write_text("more and more")
+    assert watching._state(tmp_path)[0] == before[0] + 9
+    assert watching._state(tmp_path / "nothing") == (-1,)
 
 
 def test_a_file_that_vanishes_while_it_is_looked_at_is_none(tmp_path, monkeypatch):
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
-    monkeypatch.setattr(watching.Path, "is_file", lambda path: True)
-    assert watching._size(tmp_path) == -1
+    assert watching._state(tmp_path) != (-1,)
     monkeypatch.setattr(watching.Path, "exists", lambda path: True)
-    assert watching._size(tmp_path / "nothing") == -1
+    assert watching._state(tmp_path) == (-1,)
 
 
 def test_what_is_waited_for_is_said(tmp_path):

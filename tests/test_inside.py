@@ -271,7 +271,8 @@ def test_tensors_without_elements_are_nothing(rule):
     weights = [torch.zeros(0, 3), torch.zeros(2, 2)]
     for p in weights:
         p.grad = torch.ones_like(p)
-    info, grads = Clipper(weights, rule).clip_(), [np.zeros((0, 3)), np.ones((2, 2))]
+    info = Clipper(weights, rule, doctor=()).clip_()
+    grads = [np.zeros((0, 3)), np.ones((2, 2))]
     clipped, other = gc.Clipper(rule).clip(grads)
     np.testing.assert_allclose(clipped[1], weights[1].grad, rtol=1e-6)
     np.testing.assert_allclose(info.norm, other.norm)

@@ -362,7 +362,7 @@ def test_a_state_of_another_rule_is_refused():
     [
         (gc.EMA(), gc.ZScore(), "should not have 'ema' of ZScore"),
         (gc.ZScore(), gc.Norm(1.0), "should not have 'count' of Norm"),
-        (gc.Norm(1.0), gc.Peak(), "remembers nothing of a gradient number 1"),
+        (gc.Norm(1.0), gc.Peak(), "lacks 'count.0' of Peak"),
         (gc.Norm(1.0), gc.chain(gc.Norm(1.0), gc.EMA()), "memory of 1 stage, and"),
     ],
 )

@@ -60,6 +60,7 @@ def by_clipper(grads, rule, policy):
 
 def by_function(grads, rule, policy):
     params = with_gradients(grads)
+    policy = policy or "ignore"
     norm = clip_grad_norm_(params, rule.limit, rule.p, on_nonfinite=policy)
     return [p.grad for p in params], float(norm)
 

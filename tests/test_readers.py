@@ -1303,3 +1303,33 @@ def test_norms_are_read_deep_in_a_row_in_one_column_and_as_arrays(tmp_path):
     names = ("a.jsonl", "a.csv", "a.log")
     found = [gc.History.load(tmp_path / name).norm.tolist() for name in names]
     assert found == [[1.5, 1.5], [1.5, 2.5], [1.5, 2.5]]
+
+
+def drawn(*bars):
+    return "".join(
+        f"\r{n:3d}%|#  | {n}/64 [00:01<00:07, 1.0it/s, grad_norm={norm}]"
+        for n, norm in bars
+    )
+
+
+def test_a_bar_that_counts_samples_is_drawn_twice_for_a_step(tmp_path):
+    later = ((8 * i, x) for i in range(2, 6) for x in (i / 2, i / 2, (i + 1) / 2))
+    text = drawn((8, 1.0), *later)
+    history = load(tmp_path / "out.log", text)
+    assert history.step.tolist() == [8, 16, 24, 32, 40]
+    assert history.norm.tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
+
+
+def test_the_batches_of_a_bar_that_counts_epochs_are_steps(tmp_path):
+    text = drawn(*((epoch, epoch * 5 + i) for epoch in range(6) for i in range(5)))
+    history = load(tmp_path / "out.log", text)
+    assert history.norm.tolist() == list(range(30))
+    assert history.step.tolist() == list(range(30))
+    assert any("counted from 0" in note for note in history.notes)
+
+
+def test_a_heading_that_begins_with_another_name_is_followed(tmp_path):
+    text = "loss,grad_norm,step\n9,2.0,1\n9,2.1,2\n\ufeffgrad_norm,loss,step\n2.2,9,3\n"
+    history = load(tmp_path / "log.csv", text)
+    assert history.norm.tolist() == [2.0, 2.1, 2.2]
+    assert history.loss.tolist() == [9, 9, 9]

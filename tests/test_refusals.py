@@ -14,7 +14,13 @@ import torch
 import gradclip as gc
 from gradclip.jax import as_optax, state_dict
 from gradclip.per_sample import clipped_sum
-from gradclip.torch import Clipper, attach, clip_grad_norm_, clip_grad_value_
+from gradclip.torch import (
+    Clipper,
+    attach,
+    clip_grad_norm_,
+    clip_grad_value_,
+    get_total_norm,
+)
 from gradclip.torch.ghost import PerSample
 from gradclip.trees import dotted, flatten
 
@@ -536,3 +542,15 @@ def test_batch_norm_mixes_samples():
     model.eval()
     with PerSample(model) as samples:
         samples.backward(model(torch.randn(3, 2)).sum(1), gc.Norm(1.0))
+
+
+def test_the_norm_of_integers_is_refused_as_by_torch():
+    with pytest.raises(TypeError, match="in which 0"):
+        get_total_norm([torch.tensor([3, 4])])
+
+
+def test_torchs_functions_have_a_policy_of_their_own():
+    p = torch.ones(2)
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="on_nonfinite=None"):
+        clip_grad_norm_(p, 1.0, on_nonfinite=None)

@@ -31,8 +31,9 @@ def look_inside(
             info, _ = decide(rule, now, memory)
         else:
             memory = memories.get(str(i), {})
-            check_place(stage, memory, i)
-            check_count(engine, stage, leaves, len(memories))
+            if memories:
+                check_place(stage, memory, i)
+                check_count(engine, stage, leaves, len(memories))
             check_shapes(stage, memory, parts)
             info, after = decide(stage, now, memory)
             # Decided in the widest type, and kept as narrow as it began.

@@ -107,7 +107,7 @@ def as_optax(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, ClipState]:
-        _check_state(rule, state)
+        _check_state(rule, state, ["0"] if jax.tree.leaves(updates) else [])
         clipped, info, memory = _run(
             engine, rule, updates, params, state.memory, state.step, policy
         )
@@ -194,7 +194,7 @@ def load_state_dict(
     return ClipState(jnp.asarray(memory.step, state.step.dtype), loaded, info)
 
 
-def _check_state(rule: Rule, state: Any) -> None:
+def _check_state(rule: Rule, state: Any, places: Sequence[str] = ()) -> None:
     """Refuse what is no state of a clip, and that of another rule."""
     if not isinstance(state, ClipState):
         raise TypeError(
@@ -208,7 +208,7 @@ def _check_state(rule: Rule, state: Any) -> None:
             f"{rule!r} has {len(stages(rule))}; it belongs to another rule."
         )
     for stage, memory in zip(stages(rule), state.memory, strict=True):
-        check_remembered(stage, memory)
+        check_remembered(stage, memory, places=places)
 
 
 def _memory(rule: Rule, state: ClipState, params: Any) -> Memory:

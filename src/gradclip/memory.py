@@ -3,7 +3,7 @@
 Flat, and arrays only, so that every checkpoint format can hold it.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -162,15 +162,23 @@ class Memory:
         return found or self.states[i]
 
 
-def check_remembered(stage: Rule, found: State, known: Set[str] = frozenset()) -> None:
-    """Refuse the memory of another rule, and one with something missing."""
+def check_remembered(
+    stage: Rule,
+    found: State,
+    known: Set[str] = frozenset(),
+    places: Collection[str] = (),
+) -> None:
+    """Refuse the memory of another rule, and one with something missing.
+
+    `places` are tensors that there is something of for sure, in a memory of parts.
+    """
     # Without a memory of its own yet, a rule is asked what an empty one would have.
-    known = known or _remembered(stage, found)
+    known = known or _remembered(stage, found, places)
     if apart := sorted(known ^ found.keys()):
         how = "lacks" if apart[0] in known else "should not have"
         raise ValueError(
             f"the state {how} {apart[0]!r} of {stage!r}; it is damaged, or it was "
-            "saved with another rule, or with other parameters."
+            "saved with other parameters, or another rule."
         )
 
 
@@ -185,7 +193,7 @@ def decoded(array: Array) -> list[str]:
     return text.split("\n") if text else []
 
 
-def _remembered(stage: Rule, found: State) -> set[str]:
+def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
     """Return the names in a memory; of parts, for those that are found at all."""
     if stage.borrows:
         return set()
@@ -193,7 +201,7 @@ def _remembered(stage: Rule, found: State) -> set[str]:
     names = set(stage.init(zero, array_api_compat.array_namespace(zero)))
     if not stage.by_part:
         return names
-    places = {name.rpartition(".")[2] for name in found}
+    places = {name.rpartition(".")[2] for name in found} or places
     return {f"{name}.{place}" for name in names for place in places}
 
 

@@ -30,10 +30,15 @@ def may_drop(rule: Rule, policy: Policy) -> bool:
 
 
 def chosen(policy: Policy | None, rule: Rule) -> Policy:
-    """Return the policy for NaN and infinity, or say which there are."""
+    """Return the policy for NaN and infinity, also where none is given."""
     if policy is None:
         # Who only records wants the run as it would have been, NaN and all.
         return "ignore" if only_records(rule) else "skip"
+    return check_policy(policy)
+
+
+def check_policy(policy: Policy) -> Policy:
+    """Return the policy for NaN and infinity, or say which there are."""
     if policy not in POLICIES:
         known = ", ".join(map(repr, POLICIES))
         raise ValueError(f"on_nonfinite={policy!r}: use one of {known}.")

@@ -69,7 +69,8 @@ class TorchArrays(Backend):
 
     def adopt(self, x: Array, norm: Array) -> Array:
         """Return an array of a memory, beside the norms."""
-        x = x if hasattr(x, "detach") else self.xp.asarray(host_array(x))
+        # A copy, since arrays of JAX cannot be written to, of which torch warns.
+        x = x if hasattr(x, "detach") else self.xp.asarray(host_array(x).copy())
         return x.to(norm.device)
 
 

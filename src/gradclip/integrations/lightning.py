@@ -77,6 +77,11 @@ class GradientClipping(Callback):  # type: ignore[misc]
         """Attach to every optimizer, and go on from a checkpoint."""
         optimizers = trainer.optimizers
         histories = one_for_each(optimizers, self.history)
+        if self._saved and len(self._saved) != len(optimizers):
+            raise ValueError(
+                f"the checkpoint has the memory of {len(self._saved)} optimizers, and "
+                f"there are {len(optimizers)} now; resume with those that were saved."
+            )
         # One of several optimizers never holds the whole model, nor all the names.
         alone = len(optimizers) == 1
         checks = [c for c in CHECKS if alone or c not in ("unheld", "unmatched")]
@@ -87,11 +92,6 @@ class GradientClipping(Callback):  # type: ignore[misc]
             Tracked(optimizer, self.rule, history=history, **options)
             for optimizer, history in zip(optimizers, histories, strict=True)
         ]
-        if self._saved and len(self._saved) != len(self.tracked):
-            raise ValueError(
-                f"the checkpoint has the memory of {len(self._saved)} optimizers, and "
-                f"there are {len(self.tracked)} now; resume with those that were saved."
-            )
         for key, state in self._saved.items():
             self.tracked[int(key)].load_state_dict(state)
         self._saved = {}

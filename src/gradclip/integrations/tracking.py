@@ -125,6 +125,7 @@ class Tracked:
             ValueError: If there is a DTensor in the memory.
         """
         if holds_dtensor(self.clipper.state_dict().values()):
+            self.detach()
             raise ValueError(
                 f"{self.clipper.rule!r} remembers elements of parameters that are "
                 "split, and the trainer has one process write checkpoints by itself; "

@@ -42,23 +42,35 @@ def _numbers(bar: Bar) -> Bar:
     return {name: x for name, x in bar.items() if name not in PLACE}
 
 
+def _norms(bar: Bar) -> Bar:
+    return {name: x for name, x in bar.items() if "norm" in name}
+
+
 def _of_their_steps(bars: list[Bar], shown: Bar, behind: Bar) -> list[Bar]:
     """Return the bars at one count that have the numbers of a step, each with its own.
 
     `shown` is what the bar before them had, `behind` the bar that moves on.
     """
-    stale = _numbers(bars[0]) == shown
     # At its end the bar of a loop moves on once more, and no step comes with it.
     ended = bars[0]["step"] == bars[0].get("of")
     if ended and all(_numbers(bar) == shown for bar in bars):
         return []
-    fresh = bars[1:] if stale and len(bars) > 1 else bars
+    fresh = _with_others(bars)
+    if len(fresh) > 1 and _norms(bars[0]) == _norms(shown):
+        fresh = fresh[1:]
     first = int(bars[0]["step"])
-    passed = max(1, _until(behind, bars[0]) - first)
+    if len(fresh) > max(1, _until(behind, bars[0]) - first):
+        # A bar of epochs, or one that was cut off: its count is not that of steps.
+        return list(map(_numbers, fresh))
     return [
-        _numbers(bar) | {"step": first + i} | _epoch(bar)
-        for i, bar in enumerate(fresh[-passed:])
+        _numbers(bar) | {"step": first + i} | _epoch(bar) for i, bar in enumerate(fresh)
     ]
+
+
+def _with_others(bars: list[Bar]) -> list[Bar]:
+    """Return the last of bars with one norm, as they come: some are drawn again."""
+    pairs = zip(bars, [*bars[1:], {}], strict=True)
+    return [bar for bar, after in pairs if _norms(bar) != _norms(after)]
 
 
 def _until(behind: Bar, bar: Bar) -> int:

@@ -49,6 +49,11 @@ def _has_known(row: Iterable[str]) -> bool:
     return any(name in STEPS or NORM.fullmatch(name) for name in names)
 
 
+def _begins_with_name(row: Sequence[str]) -> bool:
+    """Return whether a row may name columns: a quick look, as each row is looked at."""
+    return bool(row) and row[0][:1].replace("_", "a").isalpha()
+
+
 def _names_columns(row: Sequence[str]) -> bool:
     """Return whether a row below the heading is another heading."""
     return all(number(x) is None and _is_name(x) for x in row) and _has_known(row)
@@ -79,8 +84,10 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
     lines = chain(some, lines)
-    # A crash may leave NUL in a file, which csv refuses before Python 3.11.
-    rows = csv.reader((line.replace("\0", "") for line in lines), delimiter=sign)
+    # A crash may leave NUL in a file, which csv refuses before Python 3.11; and who
+    # appends may put a byte-order mark before the names again.
+    clean = (line.replace("\0", "").lstrip("\ufeff") for line in lines)
+    rows = csv.reader(clean, delimiter=sign)
     while True:
         try:
             cells = next(rows, None)
@@ -95,7 +102,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             cells = list(map(_with_point, cells))
         odd = len(cells) != len(names)
         # A resumed run writes its names again, and may log more than before, or less.
-        if (odd or cells[0] == names[0]) and _names_columns(cells):
+        if (odd or _begins_with_name(cells)) and _names_columns(cells):
             names = _apart(map(str.strip, cells))
         elif not odd:
             columns.add(dict(zip(names, cells, strict=True)))

@@ -262,6 +262,7 @@ class Attached(Hooked):
         if closure is None:
             self._clip_for_step()
             return None
+        self._acted = True
         if isinstance(optimizer, torch.optim.LBFGS):
             # It evaluates many times and moves in between: only a copy can undo that.
             state = {p: copy.deepcopy(s) for p, s in optimizer.state.items()}
@@ -279,6 +280,8 @@ class Attached(Hooked):
                 self._clip_for_step()
             except NonFiniteError:
                 self._go_back()
+                # Whatever the caller does to the parameters now, stays.
+                self._before_closure = None
                 raise
             searches = next(evaluations) and self._before_closure is not None
             # A line search would take gradients that are hidden for those of a minimum.
@@ -302,6 +305,7 @@ class Attached(Hooked):
                 "gradient: was backward() called?",
             )
             return
+        self._acted = True
         if self._layout is not None and self.split_over is not None:
             self._doctor.look_for_lone_scaler(self.optimizer)
         found = self._collect()

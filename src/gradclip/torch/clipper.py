@@ -225,7 +225,6 @@ class Clipper:
         """Make the memory for all parameters, so that it can be saved and loaded."""
         shapes = [tuple(p.shape) for p in self.params]
         self._bound = self.rule.bind(self.names, shapes)
-        self._doctor.look_for_names(self._bound, self.names)
         named = zip(self.names, self.params, strict=True)
         self._layout = layout_of(named, self.split_over, self._module)
         if self._layout is not None:
@@ -290,6 +289,11 @@ class Clipper:
         captured = watched and captures(self.params[0])
         if captured:
             check_graph(self.rule)
+        if watched and "unmatched" in self._doctor.checks:
+            # Not before: parameters may have come since, and others may have clippers.
+            whole = named_parameters(self._module) if self._module else ()
+            names = dict.fromkeys([*self.names, *(name for name, _ in whole)])
+            self._doctor.look_for_names(self.rule, list(names))
         if watched and found.leaves:
             self._doctor.before(found.leaves)
         if self.history is not None and self.history.wants_tensors():

@@ -4,6 +4,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Doctor:
     ) -> None:
         """Refuse unknown checks, and watch when one gradient is made."""
         listed = isinstance(checks, Collection) and not isinstance(checks, str)
-        unknown = sorted(set(checks) - set(CHECKS)) if listed else checks
+        given = [checks] if isinstance(checks, str) else checks
+        unknown = sorted(set(checks) - set(CHECKS), key=repr) if listed else given
         if unknown or not listed:
             raise ValueError(
                 f"doctor={unknown!r}: it is a collection of checks, which are "
@@ -119,17 +121,16 @@ class Doctor:
     def look_for_names(self, rule: Rule, names: Sequence[str]) -> None:
         """See whether a rule by names has found any, as by misspelt ones it has not."""
         inner = [s.rule if isinstance(s, Skip) else s for s in stages(rule)]
-        unnamed = names[:1] == ["[0]"]
-        remedy = " Hand over model=, for their names." if unnamed else ""
+        remedy = " Hand over model=, for their names." if names[:1] == ["[0]"] else ""
         for groups in (r for r in inner if isinstance(r, Groups)):
-            patterns = [pattern for pattern, _ in groups.rules]
-            named = {i for i, pattern in enumerate(patterns) if pattern != "*"}
-            if named and not named & set(groups.members):
+            named = [pattern for pattern, _ in groups.rules if pattern != "*"]
+            if named and not any(fnmatchcase(x, p) for x in names for p in named):
                 self.tell(
                     "unmatched",
-                    f"no parameter fits {', '.join(repr(patterns[i]) for i in named)}; "
-                    f"they are {', '.join(names[:5])}.{remedy}",
+                    f"no parameter fits {', '.join(map(repr, named))}; they are "
+                    f"{', '.join(names[:5])}.{remedy}",
                 )
+        self.checks.discard("unmatched")
 
     def _unchanged(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether the first and the last gradient are those of the last clip."""

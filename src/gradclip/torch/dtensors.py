@@ -15,6 +15,12 @@ USUAL = frozenset({Tensor, torch.nn.Parameter})
 """The classes of almost all tensors, which a set tells from others in one pass."""
 
 
+_REMEDY = (
+    "Save a split memory with torch.distributed.checkpoint, or "
+    "whole(clipper.state_dict())."
+)
+
+
 def is_dtensor(t: Tensor) -> bool:
     """Return whether a tensor knows where its other parts are."""
     return holds_dtensor([t])
@@ -87,12 +93,21 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
 
 def _check_coordinate(p: Any, x: Any) -> None:
     """Refuse the part of another process, as a file that one of them wrote has it."""
-    here, there = (t.device_mesh.get_coordinate() for t in (p, x))
-    if here is None or there is None or list(here) != list(there):
+    here, there = p.device_mesh, x.device_mesh
+    if there.size() == 1:
+        return
+    if here.shape != there.shape:
         raise ValueError(
-            f"the state has the part of the process at {there} of the mesh, and this "
-            f"one is at {here}: one process has written for all. Save a split memory "
-            "with torch.distributed.checkpoint, or whole(clipper.state_dict())."
+            f"the state has parts of a mesh of {tuple(there.shape)} processes, and "
+            f"these are {tuple(here.shape)}. {_REMEDY}"
+        )
+    at, came_from = here.get_coordinate(), there.get_coordinate()
+    cut = [i for i, place in enumerate(x.placements) if not place.is_replicate()]
+    if any(at[i] != came_from[i] for i in cut):
+        raise ValueError(
+            f"the state has the part of the process at {tuple(came_from)} of the mesh, "
+            f"and this one is at {tuple(at)}: one process has written for all. "
+            f"{_REMEDY}"
         )
 
 

@@ -12,13 +12,14 @@ from gradclip.arguments import without_memory
 from gradclip.backends.narrow import at_home, bring_back
 from gradclip.decision import clip_scale
 from gradclip.pipeline import run
-from gradclip.policy import NonFiniteError, Policy, chosen
+from gradclip.policy import NonFiniteError, Policy, check_policy
 from gradclip.rules import Norm, Rule, Value
 from gradclip.scalars import one_number
 from gradclip.torch.dtensors import full_of, holds_dtensor, part_of
 from gradclip.torch.exact import WIDE, at_hand, host_number, on_host, tensor_of
 from gradclip.torch.gradients import (
     check_strided,
+    check_types,
     collect,
     distinct,
     drop,
@@ -168,7 +169,7 @@ def get_total_norm(
         float32 cannot hold it).
 
     Raises:
-        TypeError: For what is not a tensor.
+        TypeError: For what is not a tensor, and for integers.
         ValueError: For an order that is not above 0.
         NonFiniteError: A `RuntimeError`, where that was asked for.
 
@@ -185,6 +186,7 @@ def get_total_norm(
             return torch.tensor(0.0, device="cpu")
         # The others of the group wait for what this process has, also for nothing.
         leaves = [torch.zeros(0, device="cpu")]
+    check_types({t.dtype for t in leaves})
     verbs, layout = _VERBS, _layout(leaves, split_over)
     leaves = at_home(list(map(_dense, leaves)))
     if layout is not None:
@@ -270,7 +272,7 @@ def _clip_parameters(
     verify: Verify,
 ) -> Tensor:
     """Clip the gradients of parameters, and return the norm as torch's functions do."""
-    chosen(policy, rule)
+    check_policy(policy)
     params = distinct(parameters)
     layout = _layout(params, split_over)
     verifier = None

@@ -187,7 +187,7 @@ def collect(
     if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
     dtypes = set(map(attrgetter("dtype"), leaves))
-    _check_types(dtypes)
+    check_types(dtypes)
     if not (whole := _all_plain(leaves, dtypes)):
         leaves = [plain(p, g) for p, g in zip(here, leaves, strict=True)]
     if not weights:
@@ -197,7 +197,7 @@ def collect(
     return Gradients(at_home(leaves), present, at_home(list(here)), dtypes, leaves)
 
 
-def _check_types(dtypes: set[torch.dtype]) -> None:
+def check_types(dtypes: set[torch.dtype]) -> None:
     """Refuse gradients that cannot hold what a clip makes of them."""
     for dtype in dtypes - _REAL:
         check_arithmetic(dtype)

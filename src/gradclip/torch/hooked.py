@@ -14,6 +14,8 @@ class Hooked(Clipper):
     """A clipper that acts in the steps of optimizers."""
 
     _hooks: Sequence[Any] = ()
+    _acted = False
+    """Whether the step that is going on has had its clip, or its closure has it."""
 
     def _register(self) -> None:
         """Have the optimizers call this at every step."""
@@ -32,8 +34,10 @@ class Hooked(Clipper):
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
     ) -> tuple[Any, Any] | None:
-        inside = is_inside_a_step(optimizer)
-        return None if inside else self._enter(optimizer, args, kwargs)
+        if not is_inside_a_step(optimizer):
+            self._acted = False
+        # An optimizer may make its gradients in the outer step, for the one inside.
+        return None if self._acted else self._enter(optimizer, args, kwargs)
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
@@ -68,10 +72,10 @@ def is_inside_a_step(optimizer: torch.optim.Optimizer) -> bool:
     Torch puts hooks around the step of a class, and around that of its subclass, which
     may call the first: clipped in both, gradients would be clipped twice.
     """
-    around = [vars(kind).get("step") for kind in type(optimizer).__mro__]
-    if sum(hasattr(step, "hooked") for step in around) < 2:
-        return False
-    if torch.compiler.is_compiling():
+    around = 0
+    for kind in type(optimizer).__mro__:
+        around += hasattr(kind.__dict__.get("step"), "hooked")
+    if around < 2 or torch.compiler.is_compiling():
         return False
     _, _, step, *others = frames()
     outer = (frame for frame in others if frame.f_code is step.f_code)

@@ -112,6 +112,7 @@ class InBackward(Hooked):
         params = [p for p in params_of(optimizer) if p.grad is not None]
         if not params or only_prepares(optimizer):
             return
+        self._acted = True
         # Of all parameters only when one is new: this is called for each of them.
         if not all(id(p) in self._index for p in params):
             self._take_up_new_parameters()
