@@ -1258,13 +1258,16 @@ def one_file(rank, world):
         clipper.clip_()
     state = clipper.state_dict()
     every = gathered_state(state)
+    alike = placed(torch.ones(3), meshes(world)["line"], [Replicate()])
+    copies = Clipper([alike], INSIDE["moment"](), doctor=())
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
         dist.broadcast_object_list(folder)
         if rank == 0:
-            torch.save((state, every), f"{folder[0]}/state.pt")
+            saved = state, every, copies.state_dict()
+            torch.save(saved, f"{folder[0]}/state.pt")
         dist.barrier()
-        part, loaded = torch.load(f"{folder[0]}/state.pt", weights_only=False)
+        part, loaded, copied = torch.load(f"{folder[0]}/state.pt", weights_only=False)
         dist.barrier()
     again = Clipper(params, INSIDE["moment"](), doctor=())
     refusal = told(lambda: again.load_state_dict(part))
@@ -1274,6 +1277,7 @@ def one_file(rank, world):
     optimizer = torch.optim.SGD(params, lr=0.1)
     tracked = Tracked(optimizer, INSIDE["moment"](), doctor=())
     return {
+        "copies": told(lambda: copies.load_state_dict(copied)),
         "trainer": told(lambda: tracked.check_unsplit("do this")),
         "refusal": refusal,
         "untouched": untouched,

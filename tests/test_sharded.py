@@ -309,6 +309,7 @@ def test_a_file_of_one_process_has_the_whole_memory_or_is_refused(found, world):
         assert "use a rule over norms, or do this." in result["trainer"]
         assert result["plain"]
         assert result["same"]
+        assert result["copies"] == ""
 
 
 @each_world
