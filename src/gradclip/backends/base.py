@@ -26,7 +26,7 @@ def check_arithmetic(dtype: Any, where: str = "") -> None:
     """Refuse floats of 8 bits or fewer: libraries store and convert them, no more."""
     if any(name in str(dtype) for name in ("float8_", "float6_", "float4_")):
         raise TypeError(
-            f"gradients{where} of type {dtype}, which only stores numbers; clip in "
+            f"gradients{where} has dtype {dtype}, which only stores numbers; clip in "
             "float32 or bfloat16, and convert what comes out."
         )
 

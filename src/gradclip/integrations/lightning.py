@@ -41,8 +41,9 @@ class GradientClipping(Callback):  # type: ignore[misc]
     Raises:
         TypeError: For what is not a rule.
         ValueError: When training starts, if the trainer clips too, if the strategy
-            does not use the optimizers it is given, or if histories are missing; and
-            at the step where a module calls `clip_gradients` by itself.
+            does not use the optimizers it is given, if histories are missing, or if a
+            checkpoint has the memory of more or fewer optimizers; and at the step where
+            a module calls `clip_gradients` by itself.
 
     Example:
         >>> from lightning.pytorch import Trainer

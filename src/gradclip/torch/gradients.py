@@ -203,7 +203,7 @@ def check_types(dtypes: set[torch.dtype]) -> None:
         check_arithmetic(dtype)
         if not (dtype.is_floating_point or dtype.is_complex):
             raise TypeError(
-                f"gradients of type {dtype}, in which 0.4 would be 0; use .float()."
+                f"a gradient has dtype {dtype}, in which 0.4 would be 0; use .float()."
             )
 
 
