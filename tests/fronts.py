@@ -136,7 +136,9 @@ FRONTS = {
     "torch": functools.partial(Torch, dtype=torch.float64),
     "torch-float32": functools.partial(Torch, dtype=torch.float32),
     "torch-elsewhere": functools.partial(Elsewhere, dtype=torch.float32),
-    "compiled": functools.partial(Torch, dtype=torch.float64, backend="aot_eager"),
+    # Whether the whole is taken as one graph shows with any backend.
+    "compiled": functools.partial(Torch, dtype=torch.float64, backend="eager"),
+    "functional": functools.partial(Torch, dtype=torch.float64, backend="aot_eager"),
     "inductor": functools.partial(Torch, dtype=torch.float32, backend="inductor"),
     "jax": functools.partial(Jax, wide=True),
     "jax-float32": functools.partial(Jax, wide=False),

@@ -22,7 +22,7 @@ from table import EVERYWHERE, ROWS, STATEFUL
 SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
-WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "jax")
+WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "functional", "jax")
 USUAL = STEPS if EVERYWHERE else 125
 """Steps for all but NumPy, which goes the whole way; most of what is bad is in them."""
 
@@ -225,9 +225,19 @@ ONE_EACH = list({type(ROWS[name].make()): name for name in reversed(ROWS)}.value
 
 
 @pytest.mark.filterwarnings(CACHED)
-@pytest.mark.parametrize("name", ROWS if EVERYWHERE else ONE_EACH)
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_compiled_torch_equals_twin(name):
     follow("compiled", name)
+
+
+# Without changes in place, as inductor has it: of all tensors, of parts, of a chain.
+FUNCTIONAL = ["norm", "moment-tensor", "chain-skip"]
+
+
+@pytest.mark.filterwarnings(CACHED)
+@pytest.mark.parametrize("name", ROWS if EVERYWHERE else FUNCTIONAL)
+def test_compiled_torch_without_changes_in_place_equals_twin(name):
+    follow("functional", name)
 
 
 INDUCED = ["agc", "zscore"]
