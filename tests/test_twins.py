@@ -23,8 +23,8 @@ SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
 WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "functional", "jax")
-USUAL = STEPS if EVERYWHERE else 125
-"""Steps for all but NumPy, which goes the whole way; most of what is bad is in them."""
+USUAL = STEPS if EVERYWHERE else 80
+"""Steps for all but NumPy, which goes the whole way; of all that is bad, some come."""
 
 
 def exactly(x):
@@ -250,7 +250,10 @@ def test_inductor_equals_twin(name):
     follow("inductor", name)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+# A rule with a memory is compiled for the relay below, where JAX has the first steps.
+@pytest.mark.parametrize(
+    "name", COMPILED if EVERYWHERE else sorted({*COMPILED} - {*STATEFUL})
+)
 def test_jax_equals_twin(name):
     follow("jax", name)
 
@@ -291,7 +294,7 @@ def test_states_equal_those_of_the_twin(name):
     assert compared > STEPS // 2
 
 
-ORDER = ["numpy", "torch", "jax", "numpy", "jax", "torch", "numpy"]
+ORDER = ["jax", "numpy", "torch", "jax", "torch", "numpy", "jax"]
 
 
 def test_the_relay_goes_every_way():
