@@ -23,6 +23,8 @@ from gradclip.record import LogError
 from gradclip.report import write_report
 from gradclip.torch import Clipper, attach
 
+ONES = torch.ones(1)
+
 
 def lines(path):
     return path.read_text().splitlines()
@@ -581,10 +583,32 @@ def test_too_many_skips_are_reported_and_leave_no_gradients(front):
         return clipper.clip_() if front == "torch" else clipper.clip(np.array([bad]))
 
     step()
-    with pytest.raises(gc.NonFiniteError, match="2 steps in a row"):
+    name = r"\[0\]" if front == "torch" else "gradients"
+    said = rf"2 steps in a row were skipped, since step 0.* {name} \(1 of 1 elem"
+    with pytest.raises(gc.NonFiniteError, match=said):
         step()
     assert int(clipper.info.skipped) == 2
     assert front == "arrays" or p.grad is None
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero", "ignore"])
+@pytest.mark.parametrize("every", [0, 4])
+def test_who_was_nan_is_recorded_where_the_step_is_dropped(tmp_path, policy, every):
+    named = {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.nn.Parameter(ONES)}
+    history = gc.History(tmp_path / "run.jsonl", tensors_every=every)
+    options = {"history": history, "doctor": ()}
+    clipper = Clipper(named.items(), gc.Norm(1.0), policy, **options)
+    for step in range(7):
+        named["a"].grad = torch.tensor([3.0, math.inf if step in (2, 4) else 4.0])
+        named["b"].grad = ONES.clone()
+        clipper.clip_()
+    if not every:
+        assert history.tensors is None
+        return
+    found = history.tensors
+    assert found.step.tolist() == ([0, 2, 4] if policy == "skip" else [0, 4])
+    assert found.norm[0].tolist() == [5.0, 1.0]
+    assert np.isinf(found.norm[-1]).tolist() == [True, False]
 
 
 def test_a_run_is_waited_for_before_there_is_a_file(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The front for arrays: pure functions that return new gradients."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from gradclip.backends import Backend, find_backend
 from gradclip.decision import Info
 from gradclip.host import host_array
 from gradclip.memory import Memory
-from gradclip.pipeline import run
+from gradclip.pipeline import run, with_nonfinite
 from gradclip.policy import Policy, chosen
 from gradclip.rules import Array, Rule, stages
 from gradclip.trees import Grads, arranged, dotted, flatten, named_leaves, rebuild
@@ -153,7 +154,9 @@ class Clipper:
         self._memory.count(missed)
         # Before the check, so that who catches its error finds the report.
         self.info = info._replace(skipped=self._memory.skipped)
-        self._memory.check(self._memory.in_a_row, self.max_consecutive_skips)
+        self._memory.check(
+            self._memory.in_a_row, self.max_consecutive_skips, partial(_bad, grads)
+        )
         return clipped, self.info
 
     def state_dict(self) -> dict[str, Array]:
@@ -209,6 +212,14 @@ def _clip(
     pairs = zip(engine.deliver(leaves, given), named, strict=True)
     results = [engine.shaped_like(result, x) for result, (_, x) in pairs]
     return rebuild(grads, iter(results)), Info(*map(engine.plain, info))
+
+
+def _bad(grads: Grads) -> list[str]:
+    """Return which gradients have NaN or infinity in them."""
+    named = named_leaves(grads)
+    engine = find_backend(named)
+    leaves = [engine.prepare(x, where) for where, x in named]
+    return with_nonfinite(engine, leaves, lambda i: f"gradients{named[i][0]}")
 
 
 def dense(engine: Backend, named: Sequence[tuple[str, Any]]) -> list[Array]:

@@ -33,7 +33,8 @@ class History:
         flush_every: After how many steps they are written, at least 1.
         flush_seconds: After how many seconds they are written, if sooner; at least 0.
         tensors_every: After how many steps the norm of each parameter is recorded, at
-            least 0, which never does. (For `gradclip.torch`.)
+            least 0, which never does. Unless it is 0, they are also recorded of each
+            step that is dropped for NaN or infinity, on the host. (`gradclip.torch`.)
 
     Raises:
         ValueError: For a number of steps below its least.
@@ -203,9 +204,9 @@ class History:
         self._writing().add(step, info, checked(facts))
         self._count += 1
 
-    def wants_tensors(self) -> bool:
-        """Return whether the norm of each parameter is due at this step."""
-        return self.tensors_every > 0 and self._count % self.tensors_every == 0
+    def wants_tensors(self, bad: bool = False) -> bool:
+        """Return whether the norm of each parameter is due, as at each `bad` step."""
+        return self.tensors_every > 0 and (bad or self._count % self.tensors_every == 0)
 
     def record_tensors(self, step: Any, names: Sequence[str], norms: Any) -> None:
         """Take in the norm of each parameter.

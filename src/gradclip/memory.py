@@ -15,7 +15,7 @@ from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
 from gradclip.rules.keeping import under
-from gradclip.wording import counted
+from gradclip.wording import counted, listed
 
 COUNTERS = ("step", "skipped", "in_a_row")
 
@@ -72,15 +72,27 @@ class Memory:
         self.skipped = self.skipped + missed
         self.in_a_row = (self.in_a_row + 1) * missed
 
-    def check(self, in_a_row: int, most: int) -> None:
-        """Raise after too many skipped steps in a row."""
-        if in_a_row >= most:
-            raise NonFiniteError(
-                f"{counted(in_a_row, 'steps')} in a row had NaN or infinity in their "
-                "gradients, or were beyond the limit of a Skip, and were skipped; "
-                "training stands still. Look at the loss, or raise "
-                "max_consecutive_skips."
+    def check(
+        self, in_a_row: int, most: int, bad: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """Raise after too many skipped steps in a row; `bad` names gradients of one."""
+        if in_a_row < most:
+            return
+        found = listed(bad())
+        # The host may have heard of a step late, and waits for the count here.
+        skipped = int(self.in_a_row)
+        raise NonFiniteError(
+            f"{counted(skipped, 'steps')} in a row were skipped, since step "
+            f"{int(self.step) - skipped}, and training stands still: "
+            + (
+                f"NaN or infinity in the gradients of {found}. Look at the loss and "
+                "the parameters, and go back to a checkpoint from before; or"
+                if found
+                else "NaN or infinity in their gradients, or norms beyond the limit of "
+                "a Skip. Look at the loss; or"
             )
+            + " raise max_consecutive_skips."
+        )
 
     def state_dict(self, asarray: Callable[[Any], Array]) -> dict[str, Array]:
         """Return everything as arrays made by `asarray`; states are copied."""

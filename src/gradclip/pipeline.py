@@ -15,6 +15,7 @@ from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked, native
 from gradclip.rules.parts import beside
+from gradclip.wording import listed
 
 
 def run(
@@ -246,22 +247,24 @@ def describe_nonfinite(
     engine: Backend, leaves: Sequence[Array], name_of: Callable[[int], str]
 ) -> str:
     """Return a message that names the gradients with NaN or infinity in them."""
-    counts = [(i, engine.count_nonfinite(x), x) for i, x in enumerate(leaves)]
-    bad = engine.gathered(
-        [
-            f"{name_of(i)} ({count} of {math.prod(x.shape)} elements)"
-            for i, count, x in counts
-            if count
-        ]
-    )
-    shown = ", ".join(bad[:10]) + (
-        f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-    )
+    bad = engine.gathered(with_nonfinite(engine, leaves, name_of))
     return (
-        f"NaN or infinity in the gradients of {shown or 'no single tensor: the norm'}"
-        f"{'' if bad else ' itself is too large'}; nothing was changed. Look at the "
-        "loss and the inputs of this step, or choose on_nonfinite='skip' or 'zero'."
+        f"NaN or infinity in the gradients of {listed(bad) or 'no single tensor: the '}"
+        f"{'' if bad else 'norm itself is too large'}; nothing was changed. Look at "
+        "the loss and the inputs of this step, or choose on_nonfinite='skip' or 'zero'."
     )
+
+
+def with_nonfinite(
+    engine: Backend, leaves: Sequence[Array], name_of: Callable[[int], str]
+) -> list[str]:
+    """Return the names of gradients with NaN or infinity in them, and in how many."""
+    counts = [(i, engine.count_nonfinite(x), x) for i, x in enumerate(leaves)]
+    return [
+        f"{name_of(i)} ({count} of {math.prod(x.shape)} elements)"
+        for i, count, x in counts
+        if count
+    ]
 
 
 def apply(

@@ -1,5 +1,7 @@
 """Numbers and names in sentences."""
 
+from collections.abc import Sequence
+
 ONE = {"are": "is", "were": "was", "have": "has", "repeat": "repeats"}
 WORDS = ("norm", "step", "row", "line", "run", "spike", "stage", "time", "call")
 ONE |= {f"{x}s": x for x in WORDS}
@@ -27,6 +29,17 @@ def ordinal(number: int) -> str:
     teens = number // 10 % 10 == 1
     ending = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return names as a list, without those that nobody would read.
+
+    Example:
+        >>> listed(["a", "b"]), listed(["a", "b", "c"], most=2), listed([])
+        ('a, b', 'a, b and 1 more', '')
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def sentence(text: str) -> str:

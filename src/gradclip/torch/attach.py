@@ -27,6 +27,7 @@ from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.placement import SplitOver
 from gradclip.torch.verbs import InPlace
 from gradclip.torch.verify import Verify
+from gradclip.wording import listed
 
 if TYPE_CHECKING:
     from gradclip.history import History
@@ -211,7 +212,7 @@ class Attached(Hooked):
             self._doctor.tell(
                 "unheld",
                 f"the optimizer does not hold {len(names)} trainable parameters of the "
-                f"model, so they are not clipped: {', '.join(names[:5])}.",
+                f"model, so they are not clipped: {listed(names, most=5)}.",
             )
         if has_clipper(optimizer):
             self._doctor.tell(
@@ -322,7 +323,7 @@ class Attached(Hooked):
         fused = fused and not torch.compiler.is_compiling()
         verbs = self._verbs(found, scale, fused)
         info = self._run(found, verbs, policy)
-        self._check_skips()
+        self._check_skips(found, verbs)
         kept = verbs.known(info.kept)
         if not may_drop(self.rule, policy):
             kept = True

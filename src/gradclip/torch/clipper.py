@@ -13,7 +13,7 @@ from gradclip.arguments import at_least, begin, check_rule
 from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
 from gradclip.memory import COUNTERS, Memory
-from gradclip.pipeline import empty, run
+from gradclip.pipeline import empty, run, with_nonfinite
 from gradclip.policy import Policy, chosen, may_drop
 from gradclip.rules import Rule, State, stages
 from gradclip.scalars import one_number
@@ -167,10 +167,11 @@ class Clipper:
         """
         self._verify_gradients()
         found = self._collect()
-        info = self._run(found, self._verbs(found), self.on_nonfinite)
+        verbs = self._verbs(found)
+        info = self._run(found, verbs, self.on_nonfinite)
         if self._skipping:
             drop(self.params, info.kept)
-        self._check_skips()
+        self._check_skips(found, verbs)
         return cast(Info, self.info)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -296,15 +297,20 @@ class Clipper:
             self._doctor.look_for_names(self.rule, list(names))
         if watched and found.leaves:
             self._doctor.before(found.leaves)
-        if self.history is not None and self.history.wants_tensors():
+        due = self.history is not None and self.history.wants_tensors()
+        if self.history is not None and due:
             self._record_tensors(self.history, found, verbs)
         step = int(memory.step) if watched else memory.step
         info, states = self._clip(found, verbs, policy, step)
         before = memory.states, memory.skipped, memory.in_a_row
         memory.states = states
-        if self.history is not None:
-            self.history.record(memory.step, info)
         kept = verbs.known(info.kept) if self._skipping else True
+        if self.history is not None:
+            # It was dropped before it was changed, and somebody will ask who it was.
+            bad = kept is False and not info.finite
+            if bad and not due and self.history.wants_tensors(bad):
+                self._record_tensors(self.history, found, verbs)
+            self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if kept is None else int(not kept))
         if captured:
             _stay(memory, *before)
@@ -328,7 +334,7 @@ class Clipper:
             step=step,
             policy=policy,
             weights=found.weights,
-            name_of=lambda i: self.names[found.present[i]],
+            name_of=self._name_in(found),
             absent=verbs.absent(self.params[0].device),
         )
         with verbs.quiet():
@@ -367,12 +373,21 @@ class Clipper:
                 for state in memory.states
             ]
 
-    def _check_skips(self) -> None:
-        """Raise after too many skipped steps, which leave no gradients behind."""
-        if not torch.compiler.is_compiling():
-            found = self._memory.in_a_row
-            row = found if isinstance(found, int) else int(self._in_a_row)
-            self._memory.check(row, self.max_consecutive_skips)
+    def _name_in(self, found: Gradients) -> Callable[[int], str]:
+        """Return the names of gradients by their place among those that are there."""
+        return lambda i: self.names[found.present[i]]
+
+    def _check_skips(self, found: Gradients, verbs: InPlace) -> None:
+        """Raise after too many skipped steps, and name what is bad in the latest.
+
+        Not for all processes together: they may hear of the count in other steps.
+        """
+        if torch.compiler.is_compiling():
+            return
+        counted = self._memory.in_a_row
+        row = counted if isinstance(counted, int) else int(self._in_a_row)
+        bad = partial(with_nonfinite, verbs, found.leaves, self._name_in(found))
+        self._memory.check(row, self.max_consecutive_skips, bad)
 
     def _record_tensors(
         self, history: "History", found: Gradients, verbs: InPlace

@@ -18,6 +18,7 @@ from gradclip.policy import NonFiniteError
 from gradclip.torch.dtensors import local_of
 from gradclip.torch.layout import Group, Layout
 from gradclip.torch.verbs import InPlace
+from gradclip.wording import listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -221,7 +222,7 @@ class Verifier:
 
     def _names_in(self, rank: int, group: tuple[int, ...]) -> str:
         names = [held.name for held in self.held[rank] if group in held.declared]
-        return _listed(names) if names else "its parameters"
+        return _quoted(names) if names else "its parameters"
 
     def _check_places(self) -> None:
         """Refuse whole parameters of which some processes would never hear."""
@@ -238,7 +239,7 @@ class Verifier:
         if lacking:
             (having, without), names = next(iter(lacking.items()))
             raise VerifyError(
-                f"rank {having} has {_listed(names)}, which rank {without} does not "
+                f"rank {having} has {_quoted(names)}, which rank {without} does not "
                 "have, and no group connects the two, so that each would clip by a "
                 "norm of its own. Likely cause: a group is missing: declare stages of "
                 "a pipeline, experts and slices with split_over."
@@ -334,7 +335,7 @@ def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Fingerprint]) ->
         (a, b) for a, b in apart if not of[a.rank, a.held].near(of[b.rank, b.held])
     ]
     a, b = (unlike or apart)[0]
-    names = _listed([x.held.name for _, x in (unlike or apart) if x.rank == b.rank])
+    names = _quoted([x.held.name for _, x in (unlike or apart) if x.rank == b.rank])
     if unlike:
         v, w = of[a.rank, a.held], of[b.rank, b.held]
         return (
@@ -354,7 +355,7 @@ def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Fingerprint]) ->
 
 def _about_replicas(replicas: list[Pair]) -> str:
     a, b = replicas[0]
-    names = _listed([x.held.name for _, x in replicas if x.rank == b.rank])
+    names = _quoted([x.held.name for _, x in replicas if x.rank == b.rank])
     group = next(g for g in b.held.declared if a.rank in g)
     return (
         f"rank {b.rank} has the same parameters and gradients as rank {a.rank}, though "
@@ -374,10 +375,8 @@ def _near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=NEAR) or (math.isnan(a) and math.isnan(b))
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:SHOWN])
-    more = len(names) - SHOWN
-    return shown + (f" and {more} more" if more > 0 else "")
+def _quoted(names: Sequence[str]) -> str:
+    return listed(list(map(repr, names)), SHOWN)
 
 
 def _group(ranks: Sequence[int]) -> str:
