@@ -500,6 +500,47 @@ def test_arrays_on_an_explicit_mesh_stay_where_they_lie():
     assert result.stdout.strip() == "4 devices, 11 rules", result.stderr[-3000:]
 
 
+BY_NAME = gc.by_name({"a": gc.Norm(0.5), "*": gc.Norm(1.0)})
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gc.Norm(1.0),
+        BY_NAME,
+        gc.RMS(0.1),
+        gc.chain(gc.Norm(1.0, over="tensor"), gc.Value(1.0)),
+    ],
+    ids=repr,
+)
+def test_results_are_bound_to_no_device(rule):
+    # Who makes the first step without jit would not get its state onto a mesh later.
+    grads = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    transform = as_optax(rule)
+    clipped, state = transform.update(grads, transform.init(grads))
+    made = jax.tree.leaves((clipped, state, *gc.clip(grads, rule)))
+    assert not any(x.committed for x in made if isinstance(x, jax.Array))
+
+
+def test_parameters_of_nnx_are_called_as_anybody_would():
+    from flax import nnx
+
+    grads = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, grads)
+    transform = as_optax(gc.by_name({"*bias": gc.Norm(0.1), "*kernel": None}))
+    clipped, _ = transform.update(grads, transform.init(grads))
+    assert float(jnp.linalg.norm(clipped["bias"].get_value())) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("bad", [jax.random.key(0), np.zeros(2, jax.dtypes.float0)])
+def test_what_has_no_norm_is_named(bad):
+    with pytest.raises(TypeError, match=r"gradients\['k'\] is .* there is no norm"):
+        as_optax(gc.Norm(1.0)).update({"k": bad}, as_optax(gc.Norm(1.0)).init({}))
+    if isinstance(bad, jax.Array):
+        with pytest.raises(TypeError, match=r"gradients\['k'\] is .* there is no norm"):
+            gc.clip({"a": jnp.ones(2), "k": bad}, gc.Norm(1.0))
+
+
 def test_the_flax_example():
     path = Path(__file__).parent.parent / "examples" / "flax_nnx.py"
     code = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"

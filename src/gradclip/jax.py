@@ -4,6 +4,7 @@ Everything works under jit, vmap and scan: nothing is read, and a step that is t
 dropped becomes zeros.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -263,6 +264,10 @@ def _empty_info(shapes: Info) -> Info:
 def _names(tree: Any) -> list[str]:
     """Return the paths to the leaves, joined by dots."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if "flax.nnx" in sys.modules:
+        # It has the array of each parameter as the value of a variable.
+        value = jax.tree_util.GetAttrKey("value")
+        paths = [(p[:-1] if p[-1:] == (value,) else p, x) for p, x in paths]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
 
 
@@ -285,7 +290,10 @@ def _run(
         )
     leaves, info, memory = run(
         engine,
-        [engine.prepare(x, name) for x, name in zip(given, names, strict=True)],
+        [
+            engine.prepare(x, name and f"[{name!r}]")
+            for x, name in zip(given, names, strict=True)
+        ],
         rule.bind(names, [x.shape for x in given]),
         memory,
         step=step,

@@ -262,6 +262,12 @@ def test_what_would_clip_twice_is_refused(options):
         Clipped(keras.optimizers.SGD(0.1, **options), gc.Norm(1.0))
 
 
+def test_an_optimizer_is_taken_by_its_name_and_nothing_else_is():
+    assert isinstance(Clipped("adam", RULE).inner_optimizer, keras.optimizers.Adam)
+    with pytest.raises(ValueError, match="Could not interpret optimizer"):
+        Clipped(keras.optimizers.Adam, RULE)
+
+
 def test_an_optimizer_that_is_wrapped_already_is_refused():
     with pytest.raises(ValueError, match="clips too; use one Clipped, with chain"):
         Clipped(Clipped(sgd(), RULE), RULE)

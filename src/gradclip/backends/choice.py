@@ -31,7 +31,7 @@ def find_backend(leaves: Sequence[tuple[str, Any]]) -> Backend:
             raise TypeError(
                 f"gradients{where} is {type(x).__name__}, not an array; hand over "
                 "NumPy, PyTorch, JAX or array-API arrays, or a list, tuple or dict of "
-                "them."
+                "them; gradclip.jax.as_optax takes any tree that JAX knows."
             )
         found.setdefault(backend.xp, (where, x, backend))
     if len(found) > 1:

@@ -30,6 +30,17 @@ class Jax(Backend):
     def wide(self, value: Any) -> None:
         """Leave it to JAX."""
 
+    def prepare(self, x: Any, where: str) -> Array:
+        """Return `x` in a type that can hold clipped values."""
+        kind, dtypes = getattr(x, "dtype", None), self.jax.dtypes
+        key = kind is not None and dtypes.issubdtype(kind, dtypes.extended)
+        if kind is None or kind == dtypes.float0 or key:
+            raise TypeError(
+                f"gradients{where} is {kind or type(x).__name__}, of which there is no "
+                "norm; hand over arrays of numbers, and None in the place of others."
+            )
+        return super().prepare(x, where)
+
     def row_norms(self, x: Array, p: float) -> Array:
         """Return the `p`-norm of each row of a matrix, without over- or underflow."""
         return self.norms_over((1,), x, p)

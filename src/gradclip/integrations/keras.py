@@ -64,6 +64,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Check everything before the first step."""
         # Keras wants a rate here, and asks the inner optimizer for it.
         super().__init__(learning_rate=0.0, name=name)
+        # By name as well, as compile() takes it.
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
         self.inner_optimizer = inner_optimizer
         self.rule = rule_of(rule)
         self.on_nonfinite = chosen(on_nonfinite, self.rule)

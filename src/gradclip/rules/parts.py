@@ -30,5 +30,10 @@ def share(limit: Array, norm: Array, total: Array, xp: Any) -> Array:
 
 def beside(values: ArrayLike, norm: Array, xp: Any) -> Array:
     """Return constants as an array on the device of the norms, in full precision."""
-    # Torch would make float32 of a list. A traced array has no device, and needs none.
-    return xp.asarray(np.asarray(values), device=getattr(norm, "device", None))
+    # A traced array has no device, and needs none.
+    device = getattr(norm, "device", None)
+    if device is not None and not getattr(norm, "committed", True):
+        # To name it would bind an array of JAX to it, and keep it off any mesh.
+        device = None
+    # Torch would make float32 of a list.
+    return xp.asarray(np.asarray(values), device=device)
