@@ -154,7 +154,7 @@ def advise(history: History) -> Advice:
         Godbole, Dahl, Gilmer, Shallue, Nado: Deep learning tuning playbook. 2023.
     """
     record, notes = comparable(recorded("advise", history))
-    known = usable(record.norm, np)
+    known = usable(record.norm)
     norm = record.norm[known]
     warmup = warmup_of(record, known)
     steady = norm[warmup:]

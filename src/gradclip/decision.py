@@ -69,7 +69,7 @@ def clip_scale(norm: Array, limit: Array, xp: Any, most: Array | float = 1.0) ->
     `most` takes the place of the 1 in it for rules that may stretch.
     """
     # Infinity through infinity would be NaN for everything (optax#1752).
-    known = usable(norm, xp)
+    known = usable(norm)
     size = xp.where(known, norm, 1.0)
     # The quotient of an infinite limit has no derivative.
     ratio = xp.where(limit < math.inf, limit, size) / size

@@ -77,8 +77,8 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
     medians = {}
     for name in names:
         norm = record.norm[record.run == name]
-        if usable(norm, np).sum() >= FEWEST:
-            medians[int(name)] = float(np.median(norm[usable(norm, np)]))
+        if usable(norm).sum() >= FEWEST:
+            medians[int(name)] = float(np.median(norm[usable(norm)]))
     told = ", ".join(f"{x:.3g}" for x in medians.values())
     if not medians:
         return record, notes
@@ -166,7 +166,7 @@ class Facts:
     def _relapsed(self) -> int:
         """Return from which row on a loss was high again, and the norms were others."""
         at, norm = relapsed_from(self.record.loss), self.record.norm
-        known, width = usable(norm, np), norm.size // 10
+        known, width = usable(norm), norm.size // 10
         parts = slice(max(at - width, 0), at), slice(at, at + width)
         before, after = (norm[part][known[part]] for part in parts)
         # The loss of other data may be higher, and that of a broken model has others.
@@ -228,7 +228,7 @@ class Facts:
                 f"(median {np.median(self.steady):.3g})."
             )
         if self.change:
-            steps = self.record.step[usable(self.record.norm, np)]
+            steps = self.record.step[usable(self.record.norm)]
             before, after = self.steady[: self.change], self.steady[self.change :]
             self.notes.append(
                 f"the level of the norms changes at step "
@@ -243,7 +243,7 @@ class Facts:
         cut = self.lost_at
         if cut == self.record.norm.size or self.record.several:
             return None
-        known = usable(self.record.norm, np)
+        known = usable(self.record.norm)
         before = self.record.norm[:cut][known[:cut]]
         after = self.record.norm[cut:][known[cut:]]
         # A loss that begins near 0, as that of GRPO, soon rises in a sound run as well;
@@ -378,7 +378,7 @@ class Facts:
         _, low, high = self.quantiles[0.9]
         sure = high / low < 1.15 and 1 / 3 < self.drift < 3 and not self.change
         # Runs that repeat each other do not add up to a longer one.
-        known = usable(self.record.norm, np)
+        known = usable(self.record.norm)
         longest = int(np.bincount(self.record.run[known]).max()) - self.warmup
         if longest >= 1000 and sure:
             return "high"
@@ -466,7 +466,7 @@ def find_spikes(record: Record) -> tuple[Spike, ...]:
 
 def row_scores(record: Record) -> Floats:
     """Return how far the norm of each row stands out; of a spike, above `SPIKE`."""
-    norm, known = record.norm, usable(record.norm, np)
+    norm, known = record.norm, usable(record.norm)
     scores = np.zeros(norm.shape)
     if known.sum() >= FEWEST:
         cut = warmup_of(record, known)

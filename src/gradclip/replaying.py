@@ -113,7 +113,7 @@ def replay(
 def replay_end(record: Record, rule: Rule) -> Replay:
     """Replay a rule; one that remembers, on the last usable norms of a long log."""
     if rule.stateful and record.norm.size > LONGEST:
-        record = record.take(np.flatnonzero(usable(record.norm, np))[-LONGEST:])
+        record = record.take(np.flatnonzero(usable(record.norm))[-LONGEST:])
     return replay(History.from_record(record, None), rule)
 
 

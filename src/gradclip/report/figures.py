@@ -29,7 +29,7 @@ def thinned(values: Floats, points: int = POINTS) -> Any:
     """Return which of many values to draw, so that every extreme is among them."""
     if values.size <= points:
         return np.arange(values.size)
-    finite = usable(values, np)
+    finite = usable(values)
     # One infinity would hide all other extremes from the downsampler.
     logs = np.log(
         np.where(finite, values, np.median(values[finite] if finite.any() else 1))
@@ -91,7 +91,7 @@ def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
 
 def histogram(norm: Floats) -> Figure:
     """Return how the norms are spread, on a logarithmic axis."""
-    logs = np.log10(norm[usable(norm, np)])
+    logs = np.log10(norm[usable(norm)])
     counts, edges = np.histogram(logs, bins=60, range=None if logs.size else (0, 1))
     bars = {
         "type": "bar",
@@ -110,7 +110,7 @@ def histogram(norm: Floats) -> Figure:
 
 def clip_curve(norm: Floats) -> Figure:
     """Return the clip rate at any limit."""
-    above = norm[usable(norm, np)]
+    above = norm[usable(norm)]
     if not above.size:
         return {"data": [], "layout": {}}
     limits = np.geomspace(above.min() * 0.9, above.max() * 1.1, 400)
@@ -127,7 +127,7 @@ def clip_curve(norm: Floats) -> Figure:
 
 def heat_map(tensors: Tensors) -> Figure:
     """Return the norm of each parameter over the steps; the largest ones if many."""
-    norm = np.where(usable(tensors.norm, np), tensors.norm, np.nan)
+    norm = np.where(usable(tensors.norm), tensors.norm, np.nan)
     peak = np.nanmax(np.where(np.isnan(norm), 0, norm), axis=0)
     shown = np.sort(np.argsort(-peak, kind="stable")[:ROWS])
     parts = np.array_split(

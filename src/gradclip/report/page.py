@@ -88,12 +88,12 @@ def _limit(advice: Advice) -> str:
 
 
 def _median(record: Record) -> float:
-    norm = record.norm[usable(record.norm, np)]
+    norm = record.norm[usable(record.norm)]
     return float(np.median(norm)) if norm.size else float("nan")
 
 
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
-    norm = np.sort(record.norm[usable(record.norm, np)])
+    norm = np.sort(record.norm[usable(record.norm)])
     few, tensors = norm.size <= FEW, record.tensors
     p, _ = kind_of(record.rule)
     return {

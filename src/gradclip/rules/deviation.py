@@ -91,4 +91,4 @@ class Deviation(Rule):
             "norms": remembered(norms, count, taken, xp),
             "count": counted(count, self.window, xp),
         }
-        return limit, held(updated, state, usable(n, xp), xp)
+        return limit, held(updated, state, usable(n), xp)

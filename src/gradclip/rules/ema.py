@@ -86,7 +86,7 @@ class EMA(Rule):
             "rest": xp.where(warming, 0.0, rest),
             "count": count + 1,
         }
-        return limit, held(updated, state, usable(n, xp), xp)
+        return limit, held(updated, state, usable(n), xp)
 
     def _share(self, seen: Measured) -> Array:
         """Return what each norm may take of the global limit during the warm-up."""

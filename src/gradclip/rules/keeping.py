@@ -7,7 +7,7 @@ from typing import Any
 from gradclip.rules.base import Array, State
 
 
-def usable(norm: Array, xp: Any) -> Array:
+def usable(norm: Array) -> Array:
     """Return where a norm says something: one that is 0 or not finite does not.
 
     A memory of zeros (an expert without tokens so far) would freeze what comes next.

@@ -90,7 +90,7 @@ class Moment(Rule):
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of each element, and its moment with it taken in."""
         xp, n, root, count = seen.xp, seen.norm, state["root"], state["count"]
-        known, met = usable(n, xp), root > 0
+        known, met = usable(n), root > 0
         warming, weight = count < self.warmup, xp.sqrt(weight_of(count, self.decay, xp))
         # In the warm-up an uncorrected moment is too small to tell what is a spike.
         corrects = (count > 0) & (warming | self.corrected)
@@ -105,7 +105,7 @@ class Moment(Rule):
         first = xp.sqrt(weight_of(count + 1, self.decay, xp)) * taken
         updated = {
             "root": xp.where(known, xp.where(met, moved, first), root),
-            "count": xp.where(usable(seen.top, xp), count + 1, count),
+            "count": xp.where(usable(seen.top), count + 1, count),
         }
         return limit, updated
 

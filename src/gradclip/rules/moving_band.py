@@ -75,7 +75,7 @@ class MovingBand(Rule):
         # As a difference: in float32, a sum of two products would drift more.
         moved = ema + (1 - self.decay) * (limit - ema)
         updated = {"ema": xp.where(count == 0, n, moved), "count": count + 1}
-        return limit, held(updated, state, usable(n, xp), xp)
+        return limit, held(updated, state, usable(n), xp)
 
 
 AGGC = MovingBand

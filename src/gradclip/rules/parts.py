@@ -14,7 +14,7 @@ def norm_of(norms: Array, xp: Any) -> Array:
     if 0 in norms.shape:
         # A masked optimizer may have no gradients.
         return xp.sum(norms)
-    known = usable(norms, xp)
+    known = usable(norms)
     largest = xp.max(xp.where(known, norms, 0.0))
     unit = xp.where(largest > 0, largest, 1.0)
     return unit * xp.sqrt(xp.sum(xp.where(known, norms / unit, 0.0) ** 2))

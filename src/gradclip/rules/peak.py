@@ -63,7 +63,7 @@ class Peak(Rule):
         """Return the limit of each element, and the average with the largest in it."""
         xp, n, mean, count = seen.xp, seen.norm, state["mean"], state["count"]
         top, count = seen.top, count + 1
-        known = usable(top, xp)
+        known = usable(top)
         moved = mean + (1 - self.decay) * (top - mean)
         most = moved / weight_of(count, self.decay, xp)
         limit = xp.where(n > most, n * (most / xp.where(known, top, 1.0)), most)

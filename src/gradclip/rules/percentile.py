@@ -71,7 +71,7 @@ class Percentile(Rule):
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the percentile of the norms in memory with the new ones among them."""
-        xp, known = seen.xp, usable(seen.norm, seen.xp)
+        xp, known = seen.xp, usable(seen.norm)
         norms, count = state["norms"], state["count"]
         # The host knows the step, and no more norms have come than steps.
         if self.window is None and seen.step >= norms.shape[0]:

@@ -76,4 +76,4 @@ class Quantile(Rule):
         # As a sum, since in float32 the rounding of a factor near 1 adds up.
         change = xp.where(n <= limit, limit * down, limit * up)
         moved, rest = added(limit, state["rest"], change)
-        return limit, held({"limit": moved, "rest": rest}, state, usable(n, xp), xp)
+        return limit, held({"limit": moved, "rest": rest}, state, usable(n), xp)

@@ -72,7 +72,7 @@ class Stabilize(Rule):
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the ratio of the moments with the new norm among them."""
         xp, n, a, b = seen.xp, seen.norm, self.decay, self.square_decay
-        known, count = usable(n, xp), state["count"] + 1
+        known, count = usable(n), state["count"] + 1
         mean = state["mean"] + (1 - a) * (n - state["mean"])
         root = root_moved(state["root"], n, 1 - b, xp)
         updated = {"mean": mean, "root": root, "count": count}

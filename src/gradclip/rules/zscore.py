@@ -77,7 +77,7 @@ class ZScore(Rule):
         """Return the limit, and the statistics with the clipped norm taken in."""
         xp, n = seen.xp, seen.norm
         mean, std, count = state["mean"], state["std"], state["count"]
-        known, warming = usable(n, xp), count < self.warmup
+        known, warming = usable(n), count < self.warmup
 
         limit = xp.where(warming, math.inf, self._limit(seen, mean, std))
 
