@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from gradclip.backends import Backend, is_half
 from gradclip.decision import Info, decide
 from gradclip.rules import Array, Measured, Rule, State
+from gradclip.rules.keys import by_place, placed
 
 
 def look_inside(
@@ -20,7 +21,7 @@ def look_inside(
     results, infos, new = [], [], dict(state)
     # Some processes have fewer tensors: a question to all of them within the loop
     # would wait for ever (areal-project/AReaL#1139).
-    memories, seen = _by_tensor(state), seen._replace(xp=engine.here)
+    memories, seen = by_place(state), seen._replace(xp=engine.here)
     # Of whole tensors that may be split: all processes ask for them at once, out here.
     tops = engine.tops(leaves) if stage.over == "element" else None
     for i, x in zip(engine.places(leaves), leaves, strict=True):
@@ -38,7 +39,7 @@ def look_inside(
             info, after = decide(stage, now, memory)
             # Decided in the widest type, and kept as narrow as it began.
             kept = {k: seen.xp.astype(after[k], x.dtype) for k, x in memory.items()}
-            new |= {f"{name}.{i}": part for name, part in kept.items()}
+            new |= placed(kept, i)
         results.append(put(info.scale) if going else x)
         if math.prod(parts.shape):
             infos.append(_extremes(info, parts, seen))
@@ -56,7 +57,7 @@ def empty_inside(engine: Backend, stage: Rule, leaves: Sequence[Array]) -> State
         if is_half(leaf, xp):
             # Half-precision gradients are not worth a memory in float64.
             parts = xp.astype(parts, xp.float32)
-        found |= {f"{name}.{i}": x for name, x in stage.init(parts, xp).items()}
+        found |= placed(stage.init(parts, xp), i)
     return found
 
 
@@ -126,12 +127,3 @@ def _most_of(infos: Sequence[Info], stage: Rule, seen: Measured) -> Info:
         top("norm_after", xp.max, zero),
         kept=xp.ones_like(clipped),
     )
-
-
-def _by_tensor(state: State) -> dict[str, State]:
-    """Return what is remembered of each tensor, by its place."""
-    found: dict[str, State] = {}
-    for key, x in state.items():
-        name, _, place = key.rpartition(".")
-        found.setdefault(place, {})[name] = x
-    return found

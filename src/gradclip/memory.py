@@ -14,7 +14,7 @@ from gradclip.host import host_array
 from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
-from gradclip.rules.keeping import under
+from gradclip.rules.keys import by_place, name_within, owned, placed, prefix, under
 from gradclip.wording import counted, listed
 
 COUNTERS = ("step", "skipped", "in_a_row")
@@ -104,7 +104,7 @@ class Memory:
         if self.names and any(map(has_places, stages(self.rule))):
             saved["names"] = asarray(coded(self.names))
         for i, state in enumerate(self.states):
-            saved |= {f"{i}.{name}": asarray(x) for name, x in (state or {}).items()}
+            saved |= {k: asarray(x) for k, x in owned(i, state or {}).items()}
         return saved
 
     def load_state_dict(
@@ -131,7 +131,7 @@ class Memory:
             )
         names = decoded(saved.get("names", ()))
         parts = [
-            {name: restore(x) for name, x in under(f"{i}.", saved).items()}
+            {name: restore(x) for name, x in under(i, saved).items()}
             for i in range(len(self.states))
         ]
         check_tensors(self.rule, parts, names, self.names or names)
@@ -152,7 +152,7 @@ class Memory:
 
     def _check_names(self, saved: Mapping[str, Array]) -> None:
         """Refuse the state of another kind of clipper, and impossible counts."""
-        prefixes = tuple(f"{i}." for i in range(len(self.states)))
+        prefixes = tuple(map(prefix, range(len(self.states))))
         others = saved.keys() - {"rule", "names", *COUNTERS}
         if foreign := sorted(x for x in others if not x.startswith(prefixes)):
             raise ValueError(
@@ -213,8 +213,8 @@ def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
     names = set(stage.init(zero, array_api_compat.array_namespace(zero)))
     if not stage.by_part:
         return names
-    places = {name.rpartition(".")[2] for name in found} or places
-    return {f"{name}.{place}" for name in names for place in places}
+    blank = dict.fromkeys(names)
+    return {key for place in by_place(found) or places for key in placed(blank, place)}
 
 
 def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
@@ -235,5 +235,5 @@ def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
     if stage.by_part:
         return tuple(x.shape)
     # A window that has grown is longer, for the same parameters.
-    grows = stage.grows and name.rpartition(".")[2] == "norms"
+    grows = stage.grows and name_within(name) == "norms"
     return tuple(x.shape[1:] if grows else x.shape[-1:])

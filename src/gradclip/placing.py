@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gradclip.rules import Rule, State, stages
+from gradclip.rules.keys import by_place, placed
 
 
 def has_places(stage: Rule) -> bool:
@@ -20,7 +21,7 @@ def places(stage: Rule, state: State | None) -> int:
     if not has_places(stage):
         return 0
     if stage.by_part:
-        return len({name.rpartition(".")[2] for name in state or ()})
+        return len(by_place(state or {}))
     return max((x.shape[-1] for x in (state or {}).values() if x.ndim), default=0)
 
 
@@ -52,5 +53,7 @@ def _reordered(
         fits = {name: x.shape[-1:] == order.shape for name, x in state.items()}
         return {name: x[..., order] if fits[name] else x for name, x in state.items()}
     now = {str(old): str(new) for new, old in enumerate(order)}
-    split = ((name.rpartition("."), x) for name, x in state.items())
-    return {f"{name}.{now.get(place, place)}": x for (name, _, place), x in split}
+    found: State = {}
+    for place, part in by_place(state).items():
+        found |= placed(part, now.get(place, place))
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, Shape, State
 from gradclip.rules.chaining import stages
-from gradclip.rules.keeping import under
+from gradclip.rules.keys import owned, under
 from gradclip.rules.norm import Norm
 from gradclip.rules.parts import beside, norm_of, share
 
@@ -101,11 +101,8 @@ class Groups(Rule):
         if self.over == "unit":
             # Zeros like the norms; a view would have one place for all of them.
             norm = xp.broadcast_to(0 * xp.sum(norm), (len(self.members),)) + 0
-        return {
-            f"{i}.{name}": x
-            for i, (_, rule) in enumerate(self.rules)
-            for name, x in rule.init(norm, xp).items()
-        }
+        memories = [owned(i, r.init(norm, xp)) for i, (_, r) in enumerate(self.rules)]
+        return {key: x for memory in memories for key, x in memory.items()}
 
     def most(self, seen: Measured) -> Array | float:
         """Return how large the scale of each cell may be: that of its own rule."""
@@ -143,10 +140,10 @@ class Groups(Rule):
                 # Without the bad one, the others would be held by a part of their norm.
                 broken = xp.any(here & ~xp.isfinite(seen.norm))
                 total = xp.where(mine & ~broken, norm_of(norm, xp), math.nan)
-            memory = under(f"{i}.", state)
+            memory = under(i, state)
             most, memory = rule.update(seen._replace(norm=total), memory)
             limit = xp.where(mine, share(most, norm, total, xp), limit)
-            updated |= {f"{i}.{name}": x for name, x in memory.items()}
+            updated |= owned(i, memory)
         return limit, updated
 
     def _by_unit(self, seen: Measured, norm: Array, limit: Array) -> Array:

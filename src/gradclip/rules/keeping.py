@@ -1,7 +1,6 @@
 """What enters a memory of norms, and what does not."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from gradclip.rules.base import Array, State
@@ -20,15 +19,6 @@ def held(new: State, old: State, kept: Array, xp: Any) -> State:
     """Return the new memory, or the old one where the step was dropped."""
     return {
         name: xp.where(kept, x, _grown(old[name], x, xp)) for name, x in new.items()
-    }
-
-
-def under(prefix: str, saved: Mapping[str, Array]) -> State:
-    """Return the part of a memory that stands under names with this prefix."""
-    return {
-        name.removeprefix(prefix): x
-        for name, x in saved.items()
-        if name.startswith(prefix)
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradclip.backends.narrow import at_home
 from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Rule, State, stages
+from gradclip.rules.keys import by_place, placed
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.exact import at_hand, tensor_of
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
@@ -172,13 +173,14 @@ def _take_over(
 
     `kept` has their places, now and before, when there were `count` of them.
     """
+    if stage.by_part:
+        parts = by_place(before)
+        for i, j in kept:
+            state.update(placed(parts.get(str(j), {}), i))
+        return
     now, then = [i for i, _ in kept], [j for _, j in kept]
     for name, x in before.items():
-        key, _, place = name.rpartition(".")
-        if stage.by_part and place.isdecimal():
-            if int(place) in then:
-                state[f"{key}.{now[then.index(int(place))]}"] = x
-        elif not (stage.over == "tensor" or stage.by_place):
+        if not (stage.over == "tensor" or stage.by_place):
             state[name] = x
         elif x.shape[-1:] == (count,):
             if state[name].shape[:-1] != x.shape[:-1]:

@@ -16,6 +16,7 @@ from gradclip.memory import COUNTERS, Memory
 from gradclip.pipeline import empty, run, with_nonfinite
 from gradclip.policy import Policy, chosen, may_drop
 from gradclip.rules import Rule, State, stages
+from gradclip.rules.keys import name_and_place, prefix
 from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
@@ -207,10 +208,10 @@ class Clipper:
         Such a part of it is saved as a DTensor, so that it can be split otherwise.
         """
         found = dict(saved)
-        parts = [f"{i}." for i, s in enumerate(stages(self.rule)) if s.by_part]
+        parts = [prefix(i) for i, s in enumerate(stages(self.rule)) if s.by_part]
         for name in found if self._layout is not None else ():
             if name.startswith(tuple(parts)):
-                place = int(name.rpartition(".")[2])
+                place = int(name_and_place(name)[1])
                 found[name] = change(self.params[place], found[name])
         return found
 
