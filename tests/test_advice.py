@@ -24,10 +24,11 @@ from gradclip.evidence import (
     tail_index,
     transient_length,
 )
-from gradclip.judging import find_spikes, regime
+from gradclip.judging import regime
 from gradclip.readers.assemble import in_order
 from gradclip.report import write_report
 from gradclip.ruletext import call, known, recorded_rule, rule_from
+from gradclip.spikes import find_spikes
 from table import ROWS
 
 

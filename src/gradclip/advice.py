@@ -8,11 +8,12 @@ import numpy as np
 
 from gradclip.evidence import share_above, tail_index, tail_spread
 from gradclip.history import History, recorded
-from gradclip.judging import Expert, Facts, Spike, comparable, regime, warmup_of
+from gradclip.judging import Expert, Facts, comparable, regime
 from gradclip.record import Floats, is_norm
 from gradclip.replaying import Replay, replay_end
 from gradclip.rules import Rule, usable
 from gradclip.ruletext import call
+from gradclip.spikes import Spike, warmup_of
 from gradclip.telling import tell
 
 

@@ -109,9 +109,9 @@ def replay(
 def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
     """Return a row for each rule: clip rate, limits, the largest norm let through."""
     from gradclip.evidence import SPIKE
-    from gradclip.judging import row_scores
     from gradclip.replaying import replay as replay_on
     from gradclip.ruletext import call
+    from gradclip.spikes import row_scores
 
     # By their rows, since another run may have ordinary norms at the same steps.
     at = row_scores(history.recorded) > SPIKE

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradclip.evidence import (
-    SPIKE,
     dead_from,
     drift_factor,
     ends,
@@ -18,17 +16,15 @@ from gradclip.evidence import (
     quantile_intervals,
     relapsed_from,
     share_above,
-    spike_scores,
     stands_still,
-    transient_length,
 )
 from gradclip.record import NOT_TAKEN, Floats, Record, kind_of, no_norms
 from gradclip.rules import Norm, Percentile, Rule, stages, usable
 from gradclip.ruletext import recorded_rule
+from gradclip.spikes import FEWEST, alive, find_spikes
 from gradclip.wording import counted, ordinal
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-FEWEST = 20
 FEWEST_BEFORE = 3
 """Norms before a loss that rose; of fewer, the median is but one of them."""
 ALIKE = 2
@@ -38,23 +34,6 @@ DIGITS = 3
 """Of a share: as many as a percentage with one digit behind the point shows."""
 # With more norms in memory, a limit that follows a rise lags behind, and clips most.
 FOLLOWING = Percentile(q=90.0, window=100)
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step whose norm stands out from those around it."""
-
-    step: int
-    norm: float
-    score: float
-    """The robust z-score of the log norm; infinity for a norm that is not finite."""
-    tensors: tuple[tuple[str, float], ...] = ()
-    """The parameters that carried it, with their norms; where they were recorded."""
-
-    @property
-    def size(self) -> float:
-        """The norm; infinity for one that is not finite."""
-        return self.norm if math.isfinite(self.norm) else math.inf
 
 
 @dataclass(frozen=True)
@@ -112,11 +91,6 @@ def _of_one_kind(record: Record) -> Record:
         f"{len(names) - len(kept)} of {len(names)} runs hold other norms than {rule} "
         "takes, and do not count."
     )
-
-
-def warmup_of(record: Record, known: Any) -> int:
-    """Return how long the first run's warm-up is; more runs are not cut."""
-    return 0 if record.several else transient_length(record.norm[known])
 
 
 @dataclass
@@ -440,71 +414,6 @@ def _in_force(limit: Floats) -> float:
     """Return the limit that was in force all along; NaN if unknown or changing."""
     known = limit[~np.isnan(limit)]
     return float(known[0]) if known.size and np.all(known == known[0]) else math.nan
-
-
-def find_spikes(record: Record) -> tuple[Spike, ...]:
-    """Return the steps whose norm stands out from those around it.
-
-    Args:
-        record: A record; norms that are not finite are spikes, unless most are, and
-            but for those that a run which died ends with.
-
-    Returns:
-        The spikes in the order of the log.
-    """
-    scores = row_scores(record)
-    return tuple(
-        Spike(
-            int(record.step[i]),
-            float(record.norm[i]),
-            float(scores[i]),
-            _carriers(record, int(i)),
-        )
-        for i in np.flatnonzero(scores > SPIKE)
-    )
-
-
-def row_scores(record: Record) -> Floats:
-    """Return how far the norm of each row stands out; of a spike, above `SPIKE`."""
-    norm, known = record.norm, usable(record.norm)
-    scores = np.zeros(norm.shape)
-    if known.sum() >= FEWEST:
-        cut = warmup_of(record, known)
-        parts = (norm[known][:cut], norm[known][cut:])
-        # Each phase is measured by itself, or all of a warm-up would be spikes.
-        scores[known] = np.concatenate([spike_scores(part) for part in parts])
-    # Where most norms are infinite, the run is broken, and none of them is a spike.
-    bad = ~np.isfinite(norm)
-    if bad.sum() <= norm.size / 2:
-        scores[bad & alive(record)] = math.inf
-    return scores
-
-
-def alive(record: Record) -> NDArray[np.bool_]:
-    """Return which rows lie before the end of their run, if it ends dead."""
-    found = np.ones(record.norm.shape, bool)
-    for name in np.unique(record.run):
-        rows = np.flatnonzero(record.run == name)
-        found[rows[dead_from(record.norm[rows], record.loss[rows]) :]] = False
-    return found
-
-
-def _carriers(record: Record, i: int) -> tuple[tuple[str, float], ...]:
-    """Return the three largest parameters of a row, where they were recorded."""
-    tensors = record.tensors
-    if tensors is None:
-        return ()
-    same = (tensors.step == record.step[i]) & (tensors.run == record.run[i])
-    at = np.flatnonzero(same)
-    if not at.size:
-        return ()
-    found = tensors.norm[at[0]]
-    # A parameter that is not finite carried the spike, whatever the others did; but
-    # where all is finite, and where it never is, it has no gradient.
-    bad = np.isnan(found) & ~np.isfinite(record.norm[i])
-    row = np.where(bad & ~np.isnan(tensors.norm).all(axis=0), math.inf, found)
-    largest = [k for k in np.argsort(-row, kind="stable") if not np.isnan(row[k])][:3]
-    return tuple((tensors.names[k], float(found[k])) for k in largest)
 
 
 def regime(rate: float) -> str:

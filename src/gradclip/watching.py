@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.text import Text
 
 from gradclip.history import History
-from gradclip.judging import find_spikes
 from gradclip.record import Floats, LogError, Record
+from gradclip.spikes import find_spikes
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 2000
