@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from gradclip.comparing import comparable
 from gradclip.evidence import share_above, tail_index, tail_spread
+from gradclip.experts import Expert, experts
+from gradclip.facts import facts_of
 from gradclip.history import History, recorded
-from gradclip.judging import Expert, Facts, comparable, regime
+from gradclip.judging import decide, regime
+from gradclip.noticing import noticed
 from gradclip.record import Floats, is_norm
 from gradclip.replaying import Replay, replay_end
-from gradclip.rules import Rule, usable
+from gradclip.rules import Rule
 from gradclip.ruletext import call
-from gradclip.spikes import Spike, warmup_of
+from gradclip.spikes import Spike
 from gradclip.telling import tell
 
 
@@ -155,33 +159,29 @@ def advise(history: History) -> Advice:
         Godbole, Dahl, Gilmer, Shallue, Nado: Deep learning tuning playbook. 2023.
     """
     record, notes = comparable(recorded("advise", history))
-    known = usable(record.norm)
-    norm = record.norm[known]
-    warmup = warmup_of(record, known)
-    steady = norm[warmup:]
-    facts = Facts(record, norm, steady, warmup, notes)
-    limit, rule, confidence, reasons = facts.decide()
+    facts = facts_of(record)
+    limit, rule, confidence, reasons = decide(facts)
     return Advice(
         limit=limit,
         rule=rule,
         confidence=confidence,
         reasons=tuple(reasons),
-        notes=tuple(facts.notes),
+        notes=(*notes, *noticed(facts)),
         steps=int(record.norm.size),
         nonfinite=int((~np.isfinite(record.norm)).sum()),
         zeros=int((record.norm == 0).sum()),
-        warmup=warmup,
+        warmup=facts.warmup,
         quantiles=facts.quantiles,
         spikes=facts.spikes,
         drift=facts.drift,
-        tail=tail_index(steady),
-        tail_spread=tail_spread(steady),
-        experts=facts.experts(),
+        tail=tail_index(facts.steady),
+        tail_spread=tail_spread(facts.steady),
+        experts=experts(facts.steady),
         in_force=facts.in_force,
         lost=facts.healthy is not None,
         followed=replay_end(record, rule) if rule and rule.stateful else None,
         _ordered=np.sort(record.norm[is_norm(record.norm)]),
-        _steady=np.sort(steady),
+        _steady=np.sort(facts.steady),
     )
 
 

@@ -28,6 +28,8 @@ GIVEN_BACK = 0.15
 """A rise counts from this part of the fall before it."""
 WANDERS = 6
 """A rise counts from this many steps between the medians of neighbouring twentieths."""
+ALIKE = 2
+"""Medians that differ by a factor above this are those of different norms."""
 FEWEST_TO_SPLIT = 30
 """Norms that resemble each other and are worth fewer than this show no levels."""
 
@@ -260,6 +262,16 @@ def drift_factor(norm: Floats) -> float:
     if fifth < 10:
         return 1.0
     return float(np.median(norm[-fifth:]) / np.median(norm[:fifth]))
+
+
+def same_level(*medians: float) -> bool:
+    """Return whether medians may be those of the same norms.
+
+    Example:
+        >>> same_level(1.0, 1.5, 2.0), same_level(1.0, 3.0)
+        (True, False)
+    """
+    return max(medians) <= ALIKE * min(medians)
 
 
 def tail_index(norm: Floats) -> float:

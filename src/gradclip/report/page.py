@@ -12,8 +12,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise
+from gradclip.comparing import comparable
 from gradclip.history import History
-from gradclip.judging import FOLLOWING, comparable
+from gradclip.judging import FOLLOWING
 from gradclip.record import Record, is_norm, kind_of
 from gradclip.replaying import PLAINLY, replay_end
 from gradclip.report import figures
