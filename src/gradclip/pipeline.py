@@ -276,24 +276,42 @@ def apply(
     state: State,
 ) -> tuple[list[Array], Info]:
     """Multiply by the scale, unless it is known that nothing is to be done."""
-    if stage.over != "element":
-        # A scale of 1 changes no bit, but takes a pass over all gradients, as torch's
-        # clip does at every step (transformers#41431).
-        idle = engine.known(info.clipped) is False
-        leaves = leaves if idle else engine.multiply(leaves, info.scale, stage.over)
+    if stage.over == "element":
+        if stage.stretches or stage.bends:
+            return scale_elements(engine, leaves, stage, info, seen, state)
+        return clamp_elements(engine, leaves, info, seen.norm)
+    # A scale of 1 changes no bit, but takes a pass over all gradients, as torch's clip
+    # does at every step (transformers#41431).
+    idle = engine.known(info.clipped) is False
+    leaves = leaves if idle else engine.multiply(leaves, info.scale, stage.over)
+    return leaves, info
+
+
+def clamp_elements(
+    engine: Backend, leaves: list[Array], info: Info, largest: Array
+) -> tuple[list[Array], Info]:
+    """Cut every element to one limit, also beside one that is not finite."""
+    if engine.known(largest <= info.limit) is True:
         return leaves, info
-    if not (stage.stretches or stage.bends):
-        # Elements are clipped one by one, also beside one that is not finite.
-        if engine.known(seen.norm <= info.limit) is True:
-            return leaves, info
-        # The scale of an infinite norm is 1, yet its element is cut to the limit.
-        infinite = engine.xp.isinf(seen.norm) & (seen.norm > info.limit) & info.kept
-        info = info._replace(
-            clipped=info.clipped | infinite,
-            scale=engine.xp.where(infinite, 0.0, info.scale),
-            norm_after=engine.xp.where(infinite, info.limit, info.norm_after),
-        )
-        return engine.clamp(leaves, info.limit), info
+    # The scale of an infinite norm is 1, yet its element is cut to the limit.
+    infinite = engine.xp.isinf(largest) & (largest > info.limit) & info.kept
+    info = info._replace(
+        clipped=info.clipped | infinite,
+        scale=engine.xp.where(infinite, 0.0, info.scale),
+        norm_after=engine.xp.where(infinite, info.limit, info.norm_after),
+    )
+    return engine.clamp(leaves, info.limit), info
+
+
+def scale_elements(
+    engine: Backend,
+    leaves: list[Array],
+    stage: Rule,
+    info: Info,
+    seen: Measured,
+    state: State,
+) -> tuple[list[Array], Info]:
+    """Multiply every element by a scale of its own, which the rule is asked for."""
     moved = [info.clipped]
 
     def scale(norm: Array) -> Array:
