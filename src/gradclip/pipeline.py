@@ -43,20 +43,20 @@ def run(
     # Of all stages, before the first of them changes anything.
     told = [scheduled(engine, stage, step) for stage in stages(rule)]
     for i, stage in enumerate(stages(rule)):
-        given = parts = turned(leaves, stage, engine.xp)
+        given = parts = units_first(leaves, stage, engine.xp)
         norm = engine.measure(parts, stage.over, stage.p)
         missing = None
         # Only over tensors has a missing gradient a cell of its own, whose norm is NaN.
         if absent is not None and stage.over == "tensor":
             missing = engine.adopt(absent, norm)
         if i == 0:
-            first = there(norm, missing, engine)
+            first = without_absent(norm, missing, engine)
             parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
         seen = Measured(norm, weight, step, engine.xp, counts, told[i], missing)
-        old.append(recalled(engine, stage, states[i], parts, norm))
-        parts, info, state = judged(engine, parts, stage, seen, old[i], skips)
+        old.append(memory_of(engine, stage, states[i], parts, norm))
+        parts, info, state = decide_stage(engine, parts, stage, seen, old[i], skips)
         infos.append(info)
         new.append(state)
         # On a device nobody knows yet, and the later stages run in vain.
@@ -66,7 +66,7 @@ def run(
         if not (stage.drops or stage.by_part):
             parts, infos[-1] = apply(engine, parts, stage, info, seen, old[i])
         if parts is not given:
-            leaves = turned(parts, stage, engine.xp, back=True)
+            leaves = units_first(parts, stage, engine.xp, back=True)
     total = summary(infos, engine.xp)
     if policy == "zero":
         # What was cleared is no longer in the norm, and should not pass unseen.
@@ -109,7 +109,7 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
     return told
 
 
-def judged(
+def decide_stage(
     engine: Backend,
     leaves: list[Array],
     stage: Rule,
@@ -129,7 +129,7 @@ def judged(
     return leaves, info, state
 
 
-def turned(
+def units_first(
     leaves: list[Array], stage: Rule, xp: Any, back: bool = False
 ) -> list[Array]:
     """Return the gradients with the axis of their units first, or put it back."""
@@ -149,7 +149,7 @@ def weigh(engine: Backend, weights: Sequence[Array], stage: Rule) -> Array | Non
     """Return the norms of the parameters, for a rule that asks for them."""
     if not stage.needs_weight:
         return None
-    return engine.weigh(turned(list(weights), stage, engine.xp), stage.over, 2.0)
+    return engine.weigh(units_first(list(weights), stage, engine.xp), stage.over, 2.0)
 
 
 def dropped(
@@ -160,7 +160,7 @@ def dropped(
     return engine.discard(leaves, info.kept), info._replace(norm_after=after)
 
 
-def recalled(
+def memory_of(
     engine: Backend,
     stage: Rule,
     state: State | None,
@@ -218,12 +218,12 @@ def admit(
     absent: Array | None = None,
 ) -> tuple[list[Array], Array]:
     """Return gradients and their norm after the policies that act before a clip."""
-    told = there(norm, absent, engine)
+    present = without_absent(norm, absent, engine)
     # Where nobody may look, clearing goes ahead: without a bad element nothing changes.
-    if policy not in ("raise", "zero") or engine.known(all_finite(told, engine)):
+    if policy not in ("raise", "zero") or engine.known(all_finite(present, engine)):
         return leaves, norm
     if policy == "raise":
-        if not engine.read(all_finite(told, engine)):
+        if not engine.read(all_finite(present, engine)):
             raise NonFiniteError(describe_nonfinite(engine, leaves, name_of))
     else:
         first = stages(rule)[0]
@@ -233,7 +233,7 @@ def admit(
     return leaves, norm
 
 
-def there(norm: Array, absent: Array | None, engine: Backend) -> Array:
+def without_absent(norm: Array, absent: Array | None, engine: Backend) -> Array:
     """Return the norms with 0 for missing gradients, whose NaN is no bad one."""
     return norm if absent is None else engine.xp.where(absent, 0.0, norm)
 
