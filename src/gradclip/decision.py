@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gradclip.host import smallest, to_numpy, whole
+from gradclip.host import norm_of_cells, smallest, to_numpy
 from gradclip.rules import Array, Measured, Rule, State, usable
 
 
@@ -56,7 +56,7 @@ class Info(NamedTuple):
         fine = bool(host["finite"])
         lengths = {"norm": fine, "limit": True, "norm_after": fine}
         return {
-            prefix + name: whole(x, finite=lengths[name])
+            prefix + name: norm_of_cells(x, finite=lengths[name])
             if name in lengths
             else smallest(x)
             for name, x in host.items()

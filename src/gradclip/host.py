@@ -31,7 +31,9 @@ def to_numpy(values: Sequence[Any]) -> list[NDArray[np.float64]]:
         return [host_array(x).astype(np.float64) for x in values]
 
 
-def whole(cells: NDArray[np.float64], p: float = 2.0, finite: bool = True) -> float:
+def norm_of_cells(
+    cells: NDArray[np.float64], p: float = 2.0, finite: bool = True
+) -> float:
     """Return one norm for all cells of a scope.
 
     A NaN cell is a missing gradient where all others are `finite`.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gradclip.decision import Info
-from gradclip.host import host_array, smallest, to_numpy, whole
+from gradclip.host import host_array, norm_of_cells, smallest, to_numpy
 
 SCHEMA = 1
 OWN = {"gradclip", "names", "step", "tensors", "norm", "limit", "scale", "action"}
@@ -232,8 +232,8 @@ def step_lines(
     return [
         _line(
             {"step": numbers[i], **facts},
-            whole(norms[i], p, bool(finite[i])),
-            whole(limits[i], p),
+            norm_of_cells(norms[i], p, bool(finite[i])),
+            norm_of_cells(limits[i], p),
             smallest(scales[i]),
             "skip" if not kept[i] else "clip" if clipped[i] else "pass",
         )

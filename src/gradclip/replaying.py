@@ -12,7 +12,7 @@ import numpy as np
 from gradclip.arguments import check_rule
 from gradclip.decision import Info, decide
 from gradclip.history import History, recorded
-from gradclip.host import smallest, whole
+from gradclip.host import norm_of_cells, smallest
 from gradclip.pipeline import summary
 from gradclip.record import Floats, Record, Steps, is_norm, kind_of, no_norms
 from gradclip.rules import Measured, Norm, Normalize, Rule, State, stages, usable
@@ -183,9 +183,9 @@ def _all_at_once(norms: Floats, rule: Rule, found: Floats) -> None:
         seen = info.norm_after
     scale = math.prod(np.asarray(info.scale) for info in infos)
     joined: list[tuple[Floats, Callable[[Floats], float]]] = [
-        (np.asarray(infos[-1].limit), whole),
+        (np.asarray(infos[-1].limit), norm_of_cells),
         (np.asarray(scale), smallest),
-        (seen, whole),
+        (seen, norm_of_cells),
     ]
     for i, (cells, join) in enumerate(joined):
         found[i] = cells if cells.ndim == 1 else [join(row) for row in cells]
@@ -228,4 +228,4 @@ def _told(info: Info) -> tuple[float, float, float]:
     """Return the limit, the scale and the norm that passed, as a history has them."""
     after = info.norm_after if info.kept else 0.0
     limit, scale = np.asarray(info.limit), np.asarray(info.scale)
-    return whole(limit), smallest(scale), whole(np.asarray(after))
+    return norm_of_cells(limit), smallest(scale), norm_of_cells(np.asarray(after))
