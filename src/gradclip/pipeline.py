@@ -14,7 +14,7 @@ from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Array, Measured, Rule, State, held, stages
 from gradclip.rules.limits import asked, native
-from gradclip.rules.parts import beside
+from gradclip.rules.parts import constants
 from gradclip.wording import listed
 
 
@@ -338,7 +338,7 @@ def _least(scale: Array, xp: Any) -> Array:
     if scale.ndim == 0:
         return scale
     # A minimum over nothing raises; infinity is the least only beside no scale.
-    least = xp.min(xp.concat([scale, beside([math.inf], scale, xp)]))
+    least = xp.min(xp.concat([scale, constants([math.inf], scale, xp)]))
     return xp.where(xp.isinf(least), 1.0, least)
 
 

@@ -13,7 +13,7 @@ from gradclip.rules.base import Array, Measured, Rule, Scope, Shape, State
 from gradclip.rules.chaining import stages
 from gradclip.rules.keys import owned, under
 from gradclip.rules.norm import Norm
-from gradclip.rules.parts import beside, norm_of, share
+from gradclip.rules.parts import constants, norm_of, share
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Groups(Rule):
             return 1.0
         most = [math.inf if rule.stretches else 1.0 for _, rule in self.rules]
         # Taken at once: compiled code cannot look a place up by a number of its own.
-        return beside(np.asarray(most)[self._places(seen)], seen.norm, seen.xp)
+        return constants(np.asarray(most)[self._places(seen)], seen.norm, seen.xp)
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit of each cell: its own, or its share of a larger one's."""
@@ -121,7 +121,7 @@ class Groups(Rule):
             return self._by_tensor(seen, state)
         norm = _joined(seen, seen.norm)
         weight = None if seen.weight is None else _joined(seen, seen.weight)
-        absent = beside([count == 0 for count in seen.units], seen.norm, seen.xp)
+        absent = constants([count == 0 for count in seen.units], seen.norm, seen.xp)
         whole = seen._replace(norm=norm, weight=weight, absent=absent)
         limit, updated = self._by_tensor(whole, state)
         return self._by_unit(seen, norm, limit), updated
@@ -133,7 +133,7 @@ class Groups(Rule):
         for i, (_, rule) in enumerate(self.rules):
             if rule.over == "unit":
                 continue
-            mine = beside([member == i for member in self.members], seen.norm, xp)
+            mine = constants([member == i for member in self.members], seen.norm, xp)
             norm = total = xp.where(mine, seen.norm, math.nan)
             if rule.over == "all":
                 here = mine if seen.absent is None else mine & ~seen.absent
@@ -149,13 +149,13 @@ class Groups(Rule):
     def _by_unit(self, seen: Measured, norm: Array, limit: Array) -> Array:
         """Return the limits of units, from those of tensors where the rule is such."""
         xp, places = seen.xp, self._places(seen)
-        tensor = beside(_tensor_of(seen), seen.norm, xp)
+        tensor = constants(_tensor_of(seen), seen.norm, xp)
         norm, limit = xp.take(norm, tensor, axis=0), xp.take(limit, tensor, axis=0)
         limit = share(limit, seen.norm, norm, xp)
         for i, (_, rule) in enumerate(self.rules):
             if rule.over == "unit":
                 own, _ = rule.update(seen, {})
-                limit = xp.where(beside(places == i, seen.norm, xp), own, limit)
+                limit = xp.where(constants(places == i, seen.norm, xp), own, limit)
         return limit
 
     def _places(self, seen: Measured) -> "np.ndarray[Any, np.dtype[np.int64]]":

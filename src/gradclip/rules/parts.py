@@ -28,7 +28,7 @@ def share(limit: Array, norm: Array, total: Array, xp: Any) -> Array:
     return xp.where(xp.isinf(limit), limit, part)
 
 
-def beside(values: ArrayLike, norm: Array, xp: Any) -> Array:
+def constants(values: ArrayLike, norm: Array, xp: Any) -> Array:
     """Return constants as an array on the device of the norms, in full precision."""
     # A traced array has no device, and needs none.
     device = getattr(norm, "device", None)

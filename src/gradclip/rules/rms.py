@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, Shape, State
 from gradclip.rules.limits import Limit, Limited, check_limit, limit_at
-from gradclip.rules.parts import beside
+from gradclip.rules.parts import constants
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class RMS(Limited):
         """Return the norm of as many elements of the size of the limit."""
         sizes = self.sizes if self.over == "tensor" else (sum(self.sizes),)
         roots = [math.sqrt(max(size, 1)) for size in sizes]
-        root = roots[0] if self.over == "all" else beside(roots, seen.norm, seen.xp)
+        root = roots[0] if self.over == "all" else constants(roots, seen.norm, seen.xp)
         return root * limit_at(seen, self.limit), state
