@@ -117,18 +117,7 @@ class Memory:
 
         What `blank` returns takes its place where it was saved before the first step.
         """
-        missing = [name for name in ("rule", *COUNTERS) if name not in saved]
-        if missing:
-            raise ValueError(
-                f"this is not the state of a clipper: it has no {', '.join(missing)}."
-            )
-        self._check_names(saved)
-        (kind,) = decoded(saved["rule"])
-        if kind != self.rule.kind:
-            raise ValueError(
-                f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
-                "make the clipper with the rule that was saved."
-            )
+        self._check_kind(saved)
         names = decoded(saved.get("names", ()))
         parts = [
             {name: restore(x) for name, x in under(i, saved).items()}
@@ -150,8 +139,12 @@ class Memory:
             now = getattr(self, name)
             setattr(self, name, now * 0 + int(saved[name]))
 
-    def _check_names(self, saved: Mapping[str, Array]) -> None:
-        """Refuse the state of another kind of clipper, and impossible counts."""
+    def _check_kind(self, saved: Mapping[str, Array]) -> None:
+        """Refuse what is no state, one that is damaged, and that of another rule."""
+        if missing := [name for name in ("rule", *COUNTERS) if name not in saved]:
+            raise ValueError(
+                f"this is not the state of a clipper: it has no {', '.join(missing)}."
+            )
         prefixes = tuple(map(prefix, range(len(self.states))))
         others = saved.keys() - {"rule", "names", *COUNTERS}
         if foreign := sorted(x for x in others if not x.startswith(prefixes)):
@@ -164,6 +157,12 @@ class Memory:
                 raise ValueError(
                     f"the state has {int(saved[name])} for {name!r}: it is damaged."
                 )
+        (kind,) = decoded(saved["rule"])
+        if kind != self.rule.kind:
+            raise ValueError(
+                f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
+                "make the clipper with the rule that was saved."
+            )
 
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
