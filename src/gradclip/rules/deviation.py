@@ -7,7 +7,8 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import counted, held, remembered, usable
+from gradclip.rules.keeping import held, usable
+from gradclip.rules.window import counted, empty_window, remembered
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,8 @@ class Deviation(Rule):
         return f"Deviation(over={self.over!r}, window={self.window!r})"
 
     def init(self, norm: Array, xp: Any) -> State:
-        """Return an empty memory; infinity marks a place that is still free."""
-        places = xp.stack([norm] * self.window)
-        return {
-            "norms": xp.full_like(places, math.inf),
-            "count": xp.zeros_like(norm),
-        }
+        """Return a window without a norm."""
+        return empty_window(norm, self.window, xp)
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the limit from the norms before, and the memory with the new ones."""

@@ -5,9 +5,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from gradclip.rules.averages import added
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import added, held, usable
+from gradclip.rules.keeping import held, usable
 from gradclip.rules.limits import check_fixed
 from gradclip.rules.parts import norm_of
 

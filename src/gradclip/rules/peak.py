@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gradclip.rules.averages import weight_of
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, check
-from gradclip.rules.keeping import usable, weight_of
+from gradclip.rules.keeping import usable
 
 
 @dataclass(frozen=True)

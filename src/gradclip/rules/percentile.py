@@ -7,7 +7,8 @@ from typing import Any
 
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import check
-from gradclip.rules.keeping import counted, usable
+from gradclip.rules.keeping import usable
+from gradclip.rules.window import counted, empty_window, places_in
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,8 @@ class Percentile(Rule):
         return self.window is None
 
     def init(self, norm: Array, xp: Any) -> State:
-        """Return an empty memory; infinity marks a place that is still free."""
-        places = xp.stack([norm] * (256 if self.window is None else self.window))
-        return {
-            "norms": xp.full_like(places, math.inf),
-            "count": xp.zeros_like(norm),
-        }
+        """Return a window without a norm, which may have to grow."""
+        return empty_window(norm, 256 if self.window is None else self.window, xp)
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
         """Return the percentile of the norms in memory with the new ones among them."""
@@ -77,7 +74,7 @@ class Percentile(Rule):
         if self.window is None and seen.step >= norms.shape[0]:
             norms = xp.concat([norms, xp.full_like(norms, math.inf)])
         size = norms.shape[0]
-        places = xp.cumulative_sum(xp.ones_like(norms), axis=0) - 1
+        places = places_in(norms, xp)
         norms = xp.where((places == count % size) & known, seen.norm, norms)
         count = xp.where(known, counted(count, size, xp), count)
 

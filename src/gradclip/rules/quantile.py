@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gradclip.rules.averages import added
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check
-from gradclip.rules.keeping import added, held, usable
+from gradclip.rules.keeping import held, usable
 
 
 @dataclass(frozen=True)

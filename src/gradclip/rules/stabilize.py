@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from gradclip.rules.averages import root_moved, weight_of
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import LARGEST, check
-from gradclip.rules.keeping import held, root_moved, usable, weight_of
+from gradclip.rules.keeping import held, usable
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gradclip.rules.averages import root_moved
 from gradclip.rules.base import Array, Measured, Rule, Scope, State
 from gradclip.rules.checks import ABOVE_ZERO, LARGEST, check, choose
-from gradclip.rules.keeping import held, root_moved, usable
+from gradclip.rules.keeping import held, usable
 from gradclip.rules.limits import check_fixed
 
 
