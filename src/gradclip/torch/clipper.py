@@ -1,7 +1,7 @@
 """The clipper for torch parameters: it knows their names and holds a rule's memory."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import laid_out_like, local_of, part_like
 from gradclip.torch.exact import at_hand, on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
+from gradclip.torch.graphs import captures, check_graph, stay
 from gradclip.torch.placement import SplitOver, layout_of
 from gradclip.torch.sharded import Sharded
 from gradclip.torch.verbs import InPlace, OneNumber, in_tensors
@@ -314,7 +315,7 @@ class Clipper:
             self.history.record(memory.step, info)
         memory.count((~info.kept).to(torch.int64) if kept is None else int(not kept))
         if captured:
-            _stay(memory, *before)
+            stay(memory, *before)
         if watched:
             self._look_back(found, info)
             if isinstance(memory.in_a_row, Tensor):
@@ -413,30 +414,3 @@ class Clipper:
 def as_tensor(x: Any) -> Tensor:
     """Return a tensor as it is, and what is NumPy's as one, also in compiled code."""
     return x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
-
-
-def captures(p: Tensor) -> bool:
-    """Return whether a CUDA graph is being recorded."""
-    return p.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def check_graph(rule: Rule) -> None:
-    """Refuse, inside of a CUDA graph, rules whose memory has no fixed size."""
-    if rule.grows:
-        raise ValueError(
-            f"{rule!r} remembers more at every step, and a CUDA graph repeats the same "
-            "work on the same memory; give it a window."
-        )
-
-
-def _stay(memory: Memory, states: Sequence[State | None], *counts: Tensor) -> None:
-    """Put what is remembered now where it was before: a graph reads it from there."""
-    # Not the step: the host counts it, and does nothing in a replay.
-    now = memory.skipped, memory.in_a_row
-    pairs = list(zip(counts, now, strict=True))
-    for old, new in zip(states, memory.states, strict=True):
-        pairs += [(x, (new or {})[name]) for name, x in (old or {}).items()]
-    for before, after in pairs:
-        before.copy_(after)
-    memory.states = states
-    memory.skipped, memory.in_a_row = counts
