@@ -18,12 +18,12 @@ from torch import Tensor
 from gradclip.backends.narrow import at_home
 from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Rule, State, stages
-from gradclip.rules.keys import by_place, placed
 from gradclip.torch.doctor import CHECKS, unheld
 from gradclip.torch.exact import at_hand, tensor_of
 from gradclip.torch.gradients import Gradients, named_by_optimizers, params_of
 from gradclip.torch.hooked import Hooked, closure_of, only_prepares, with_closure
 from gradclip.torch.in_backward import InBackward
+from gradclip.torch.late import take_over
 from gradclip.torch.moments import check_keeper, lender_of
 from gradclip.torch.placement import SplitOver
 from gradclip.torch.verbs import InPlace
@@ -153,44 +153,6 @@ def has_clipper(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer clips already, as in a notebook cell run twice."""
     hooks = optimizer._optimizer_step_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Attached) for hook in hooks)
-
-
-def _with_companions(
-    stage: Rule, kept: list[tuple[int, int]], count: int
-) -> list[tuple[int, int]]:
-    """Return places now and before, with those of new ones that share a memory."""
-    before = dict(kept)
-    new = [i for i in range(count) if i not in before]
-    known = list(before)
-    pairs = [(i, stage.companion(i, known)) for i in new]
-    return kept + [(i, before[k]) for i, k in pairs if k is not None]
-
-
-def _take_over(
-    stage: Rule, state: State, before: State, kept: list[tuple[int, int]], count: int
-) -> None:
-    """Fill a new memory with what an old one has of parameters that are still there.
-
-    `kept` has their places, now and before, when there were `count` of them.
-    """
-    if stage.by_part:
-        parts = by_place(before)
-        for i, j in kept:
-            state.update(placed(parts.get(str(j), {}), i))
-        return
-    now, then = [i for i, _ in kept], [j for _, j in kept]
-    for name, x in before.items():
-        if not (stage.over == "tensor" or stage.by_place):
-            state[name] = x
-        elif x.shape[-1:] == (count,):
-            if state[name].shape[:-1] != x.shape[:-1]:
-                # A window that has grown; infinity marks what is still free.
-                size = (*x.shape[:-1], state[name].shape[-1])
-                state[name] = x.new_full(size, math.inf)
-            state[name][..., now] = x[..., then]
-        else:
-            # Of units, the first ones are those that were there.
-            state[name][..., : x.shape[-1]] = x
 
 
 class Attached(Hooked):
@@ -360,12 +322,8 @@ class Attached(Hooked):
         self._make_room()
         pairs = [(i, places.get(id(p))) for i, p in enumerate(self.params)]
         kept = [(i, j) for i, j in pairs if j is not None]
-        for stage, state, before in zip(
-            stages(self._bound), self._memory.states, old, strict=True
-        ):
-            if state is not None and before:
-                known = _with_companions(stage, kept, len(self.params))
-                _take_over(stage, state, before, known, len(places))
+        counts = len(self.params), len(places)
+        take_over(self._bound, self._memory.states, old, kept, counts)
 
     def _keep_gradients(self) -> None:
         """Hide the gradients from this step; no optimizer moves without them."""
