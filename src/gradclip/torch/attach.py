@@ -40,7 +40,7 @@ Optimizers: TypeAlias = (
 )
 
 _FLAGS = ("grad_scale", "found_inf")
-_NOTHING = object()
+_UNSET = object()
 
 
 def attach(
@@ -337,7 +337,7 @@ class Attached(Hooked):
         """Have the fused step divide by the amplification, or do nothing."""
         device = self.params[0].device
         bad = torch.zeros((), device=device) if kept is None else (~kept).float()
-        self._flags = {flag: getattr(self.optimizer, flag, _NOTHING) for flag in _FLAGS}
+        self._flags = {flag: getattr(self.optimizer, flag, _UNSET) for flag in _FLAGS}
         # What was decided on the host has to be where the step is.
         if amplified is None:
             amplified = torch.ones((), device=device)
@@ -371,7 +371,7 @@ class Attached(Hooked):
 
     def _restore_flags(self) -> None:
         for flag, before in (self._flags or {}).items():
-            if before is _NOTHING:
+            if before is _UNSET:
                 delattr(self.optimizer, flag)
             else:
                 setattr(self.optimizer, flag, before)

@@ -32,7 +32,7 @@ from gradclip.torch.verify import Verify, verifier_for
 if TYPE_CHECKING:
     from gradclip.history import History
 
-NOTHING = (
+NO_GRADIENT = (
     "none of {} parameters has a gradient, on no process: was backward() called, and "
     "were the gradients synchronised?"
 )
@@ -353,7 +353,7 @@ class Clipper:
             self._doctor.after(found.leaves, info)
         # Gradients may all be elsewhere: only a norm of 0 says that there are none.
         elif at_hand(info.norm) and info.norm.numel() and not info.norm.any():
-            self._doctor.tell("missing", NOTHING.format(len(self.params)))
+            self._doctor.tell("missing", NO_GRADIENT.format(len(self.params)))
 
     def _keep_numbers(self, single: bool) -> None:
         """Count and remember in single numbers, or in tensors again.
