@@ -1,7 +1,7 @@
 """Tables: CSV with any delimiter, and Parquet."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -83,23 +83,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     sign = delimiter_of("".join([first, *some])) or max(DELIMITERS, key=first.count)
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
     columns, bad = Columns(column), []
-    lines = chain(some, lines)
-    # A crash may leave NUL in a file, which csv refuses before Python 3.11; and who
-    # appends may put a byte-order mark before the names again.
-    clean = (line.replace("\0", "").lstrip("\ufeff") for line in lines)
-    rows = csv.reader(clean, delimiter=sign)
-    while True:
-        try:
-            cells = next(rows, None)
-        except csv.Error as error:
-            raise LogError(
-                f"{source}, line {rows.line_num + above}: {error}."
-            ) from None
-        if cells is None:
-            break
-        # Spreadsheets part cells by it where the comma is the decimal sign.
-        if sign == ";":
-            cells = list(map(_with_point, cells))
+    for at, cells in _rows(chain(some, lines), sign, source, above):
         odd = len(cells) != len(names)
         # A resumed run writes its names again, and may log more than before, or less.
         if (odd or _begins_with_name(cells)) and _names_columns(cells):
@@ -107,7 +91,7 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
         elif not odd:
             columns.add(dict(zip(names, cells, strict=True)))
         elif cells:
-            bad.append(rows.line_num + above)
+            bad.append(at)
     if not (columns.count or bad):
         heading = ", ".join(names)[:200] or "empty"
         raise LogError(f"{source}: a table without a row; its heading is {heading}.")
@@ -117,6 +101,23 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
             f"left out, the first is line {bad[0]}."
         )
     return columns
+
+
+def _rows(
+    lines: Iterable[str], sign: str, source: str, above: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of each line below a heading, and its cells."""
+    # A crash may leave NUL in a file, which csv refuses before Python 3.11; and who
+    # appends may put a byte-order mark before the names again.
+    clean = (line.replace("\0", "").lstrip("\ufeff") for line in lines)
+    rows = csv.reader(clean, delimiter=sign)
+    try:
+        for cells in rows:
+            # Spreadsheets part cells by it where the comma is the decimal sign.
+            plain = list(map(_with_point, cells)) if sign == ";" else cells
+            yield rows.line_num + above, plain
+    except csv.Error as error:
+        raise LogError(f"{source}, line {rows.line_num + above}: {error}.") from None
 
 
 def _apart(names: Iterable[str]) -> list[str]:
