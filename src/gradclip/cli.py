@@ -136,7 +136,8 @@ def doctor(
             param_hint="'SCRIPT'",
         )
     _require("doctor", "torch", "torch")
-    from gradclip.checkup import Program, check_up, output_apart
+    from gradclip.checkup import check_up
+    from gradclip.program import Program, output_apart
 
     json_to = output_apart() if as_json else None
     code = check_up(Program(script, module), arguments or [], steps, json_to)
