@@ -117,9 +117,7 @@ def doctor(
         bool, typer.Option("--module", "-m", help="SCRIPT is one for python -m.")
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="End it after so many.")] = 50,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, nothing else.")
-    ] = False,
+    as_json: commands.Json = False,
 ) -> None:
     """Run a training script for some steps, and tell what its clipping really did.
 
