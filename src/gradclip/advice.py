@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gradclip.advicetext import tell
 from gradclip.comparing import comparable
 from gradclip.evidence import share_above, tail_index, tail_spread
 from gradclip.experts import Expert, experts
@@ -18,7 +19,6 @@ from gradclip.replaying import Replay, replay_end
 from gradclip.rules import Rule
 from gradclip.ruletext import call
 from gradclip.spikes import Spike
-from gradclip.telling import tell
 
 
 @dataclass(frozen=True)
