@@ -24,9 +24,9 @@ from gradclip.backends import Jax, NumPy, Shards
 from gradclip.decision import Info
 from gradclip.memory import Memory, check_remembered
 from gradclip.pipeline import empty, run
-from gradclip.placing import places
 from gradclip.policy import Policy, check_compiled, chosen
 from gradclip.rules import Array, Rule, State, stages
+from gradclip.tensor_order import places
 from gradclip.wording import counted
 
 

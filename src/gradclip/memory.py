@@ -11,10 +11,10 @@ import array_api_compat
 import numpy as np
 
 from gradclip.host import host_array
-from gradclip.placing import has_places, in_order
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
 from gradclip.rules.keys import by_place, name_within, owned, placed, prefix, under
+from gradclip.tensor_order import has_places, in_order
 from gradclip.wording import counted, listed
 
 COUNTERS = ("step", "skipped", "in_a_row")
