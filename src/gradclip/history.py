@@ -179,6 +179,9 @@ class History:
 
         Args:
             rule: The rule, or what to call it.
+
+        Raises:
+            TypeError: For a history that was loaded, which takes no new steps.
         """
         if isinstance(rule, str):
             self._writing().begin(rule, 2.0)
@@ -198,7 +201,7 @@ class History:
 
         Raises:
             TypeError: For a fact that is no number, 0-d array or text; nothing is
-                lost then.
+                lost then. And for a history that was loaded.
             ValueError: For a fact under a name of the history's own, such as `norm`.
         """
         self._writing().add(step, info, checked(facts))
@@ -215,6 +218,9 @@ class History:
             step: As for `record`.
             names: The names of the parameters.
             norms: An array with their norms, NaN for one without a gradient.
+
+        Raises:
+            TypeError: For a history that was loaded, which takes no new steps.
         """
         self._writing().add_tensors(step, tuple(names), norms)
 

@@ -36,7 +36,27 @@ class Measured(NamedTuple):
 
 
 class Rule:
-    """What all rules share: a scope, an empty memory and the checks on both."""
+    r"""A rule: from norms and a memory to limits, and the memory for the next step.
+
+    $c_t, s_{t+1} = \text{update}(\lVert g_t \rVert, s_t)$
+
+    A rule of one's own is a frozen dataclass with an `update`, and with an `init` and
+    `stateful = True` if it remembers anything.
+
+    Raises:
+        TypeError: For an axis that is no integer.
+        ValueError: For a scope that is not among `scopes`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import gradclip as gc, numpy as np
+        >>> @dataclass(frozen=True)
+        ... class Half(gc.Rule):
+        ...     def update(self, seen, state):
+        ...         return seen.norm / 2, state
+        >>> gc.clip(np.array([3.0, 4.0]), Half())[0].round(4).tolist()
+        [1.5, 2.0]
+    """
 
     over: Scope = "all"
     p: float = 2.0
@@ -91,7 +111,15 @@ class Rule:
         return False
 
     def bind(self, names: Sequence[str], shapes: Sequence[Shape]) -> "Rule":
-        """Return the rule for tensors of these names and shapes; most do not care."""
+        """Return the rule for tensors of these names and shapes; most do not care.
+
+        Args:
+            names: The name of each tensor, in the order of the gradients.
+            shapes: Their shapes; `()` where only norms are known.
+
+        Returns:
+            The rule itself, or one that knows more.
+        """
         return self
 
     def within(self) -> "Sequence[Rule]":
@@ -99,21 +127,63 @@ class Rule:
         return (self,)
 
     def most(self, seen: Measured) -> Array | float:
-        """Return how large the scale may be."""
+        """Return how large the scale may be.
+
+        Args:
+            seen: The norms, as in `update`.
+
+        Returns:
+            One number, or one for each norm; infinity for a rule that stretches.
+        """
         return math.inf if self.stretches else 1.0
 
     def companion(self, place: int, known: Sequence[int]) -> int | None:
-        """Return which known tensor a new one shares its memory with, if any."""
+        """Return which known tensor a new one shares its memory with, if any.
+
+        Args:
+            place: The place of the new tensor among all of them.
+            known: The places of those that something is remembered of.
+
+        Returns:
+            One of `known`, or None.
+        """
         return None
 
     def remembers(self, norm: Array) -> Shape:
-        """Return the shape that its memory ends in, for norms shaped like `norm`."""
+        """Return the shape that its memory ends in, for norms shaped like `norm`.
+
+        Args:
+            norm: The norms: 0-d over `"all"`, else one per tensor or unit.
+
+        Returns:
+            The last axes of each array of the memory.
+        """
         return tuple(norm.shape)
 
     def init(self, norm: Array, xp: Any) -> State:
-        """Return the memory before the first step, for norms shaped like `norm`."""
+        """Return the memory before the first step, for norms shaped like `norm`.
+
+        Args:
+            norm: The norms of the first step; only their shape, type and device matter.
+            xp: Their array namespace.
+
+        Returns:
+            Arrays by name; empty for a rule without memory.
+        """
         return {}
 
     def update(self, seen: Measured, state: State) -> tuple[Array, State]:
-        """Return the limit for the norms seen, and the memory for the next step."""
+        """Return the limit for the norms seen, and the memory for the next step.
+
+        Nothing is changed in place, and no number is read: `seen.xp.where` chooses.
+
+        Args:
+            seen: The norms of this step and what belongs to them; `seen.norm` is in the
+                unit of the gradient norm, and may hold 0, NaN and infinity.
+            state: The memory, as `init` or the step before returned it.
+
+        Returns:
+            The largest norm let through, in the shape of `seen.norm`, and the memory
+            under the same names.
+        """
         raise NotImplementedError
