@@ -25,20 +25,21 @@ CENTRAL = (0.025, 0.975)
 LEAST = 10
 """Fewer norms than this are no level of their own."""
 GIVEN_BACK = 0.15
-"""A rise counts from this part of the fall before it."""
+"""A loss has to rise by this part of what it had fallen, or it only wanders."""
 WANDERS = 6
-"""A rise counts from this many steps between the medians of neighbouring twentieths."""
+"""A rise is at least so many times what neighbouring twentieths usually differ by."""
 ALIKE = 2
 """Medians that differ by a factor above this are those of different norms."""
 FEWEST_TO_SPLIT = 30
-"""Norms that resemble each other and are worth fewer than this show no levels."""
+"""A log that is worth fewer independent norms than this shows no change of level."""
 
 
 def transient_length(norm: Floats) -> int:
     r"""Return how many norms at the start belong to a phase of their own.
 
     They end where the level of $\log \lVert g \rVert$ changes in the first fifth, by a
-    factor above 1.5. If it changes more behind that, what lies before is looked at.
+    factor above 1.5. If the largest change is another, only what precedes it is looked
+    at, in the same way.
 
     Args:
         norm: Finite norms above 0, in order.
@@ -112,7 +113,7 @@ def _largest_change(logs: Floats) -> int:
 
 
 def _repeats(logs: Floats) -> float:
-    """Return as how many steps one counts, since each resembles the one before.
+    """Return how many steps tell as much as one, since each resembles the one before.
 
     Of noise with a memory, cuts explain more than of noise without: a log of 2000
     steps in which 0.9 of a deviation stays has no more than 105 of them to tell.
@@ -418,7 +419,7 @@ def _clearly(loss: Floats) -> float:
 
 
 def _risen(loss: Floats, high: float) -> int:
-    """Return where losses end to be low: the cut that leaves the fewest aside."""
+    """Return where losses cease to be low: the cut with fewest on the wrong side."""
     # A single loss that is high is noise. A gap, and a loss that became NaN, counts on
     # neither side.
     sides = np.where(np.isnan(loss), 0, np.where(loss > high, 1, -1))

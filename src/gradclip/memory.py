@@ -115,7 +115,8 @@ class Memory:
     ) -> None:
         """Take over a saved memory, or leave this one as it was if it does not fit.
 
-        What `blank` returns takes its place where it was saved before the first step.
+        One that was saved before the first step has no arrays: then it becomes what
+        `blank` returns.
         """
         self._check_kind(saved)
         names = decoded(saved.get("names", ()))

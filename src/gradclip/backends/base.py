@@ -72,7 +72,7 @@ class Backend:
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
 
     def deciding(self, rule: Rule) -> "Backend":
-        """Return verbs that are quick for a rule, where there are such."""
+        """Return the same verbs with quicker decisions, where a rule allows that."""
         return self
 
     def prepare(self, x: Array, where: str) -> Array:
@@ -111,7 +111,7 @@ class Backend:
         return self.row_norms(self.xp.reshape(x, (1, -1)), p)[0]
 
     def norms(self, leaves: Sequence[Array], p: float, apart: bool) -> Array:
-        """Return the `p`-norm of each array; if not `apart`, of groups that are all."""
+        """Return the `p`-norms of arrays; if not `apart`, others with the same norm."""
         return self.xp.stack([self.norm(x, p) for x in leaves])
 
     def units(self, x: Array) -> int:
@@ -175,7 +175,7 @@ class Backend:
         return self.measure(leaves, "tensor", math.inf) if leaves else ()
 
     def borrow(self, stage: Rule, place: int, parts: Array) -> tuple[Rule, State]:
-        """Return a rule with the memory that is not its own; here there is no other."""
+        """Return rule and memory for a tensor, of a rule that reads an optimizer's."""
         return stage, stage.init(parts, self.xp)
 
     @property

@@ -25,7 +25,7 @@ class Measured(NamedTuple):
     units: Sequence[int] = ()
     """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
     told: Mapping[int, Any] = MappingProxyType({})
-    """What schedules said at this step, by their ids, if they were asked already."""
+    """Limits at this step by the `id` of their schedule or array, if asked already."""
     absent: Array | None = None
     """Which cells have no gradient, whose norm is NaN; only over `"tensor"`."""
     top: Any = None

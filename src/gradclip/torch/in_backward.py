@@ -256,7 +256,7 @@ class _Pass:
         self.so_far = torch.where(norm.isfinite(), more, self.so_far)
 
     def note(self, after: Tensor, limit: Tensor, scale: Tensor) -> None:
-        """Note what was made of it."""
+        """Take in its norm after the clip, and the limit and scale that it got."""
         self.after = self._joined(self.after, after)
         self.limit, self.scale = limit, torch.minimum(self.scale, scale)
 

@@ -213,7 +213,7 @@ class Layout:
             )
 
     def deciders(self, rule: Rule) -> list[Group]:
-        """Return the groups whose processes have other numbers of a scope."""
+        """Return the groups whose members see different norms, and have to agree."""
         scopes = {stage.over for stage in stages(rule)}
         if "unit" in scopes:
             return self.groups
