@@ -277,27 +277,41 @@ class Attached(Hooked):
         scale, found_inf = (getattr(self.optimizer, flag, None) for flag in _FLAGS)
         if scale is not None:
             (scale,) = at_home([scale])
-        policy = self.on_nonfinite
-        overflows = found_inf is not None and policy in ("raise", "zero")
-        if overflows and (policy == "raise" or at_hand(found_inf)) and bool(found_inf):
-            # A loss scaler finds its scale by overflowing, and skips such a step.
-            policy = "skip"
-        fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
-        # Compiled code loses what a hook sets on an optimizer that it breaks off at.
-        fused = fused and not torch.compiler.is_compiling()
-        verbs = self._verbs(found, scale, fused)
+        policy = self._policy_under(found_inf)
+        verbs = self._verbs(found, scale, self._fuses)
         info = self._run(found, verbs, policy)
         self._check_skips(found, verbs)
-        kept = verbs.known(info.kept)
-        if not may_drop(self.rule, policy):
-            kept = True
-        elif kept is None and not (fused and self._heeds_found_inf):
-            # Only the host can stop such an optimizer, so here it has to wait.
-            kept = bool(info.kept)
+        kept = self._goes_ahead(verbs, info.kept, policy)
         if kept is False:
             self._keep_gradients()
         elif kept is None or verbs.amplified is not scale:
             self._set_flags(verbs.amplified, found_inf, None if kept else info.kept)
+
+    def _policy_under(self, found_inf: Tensor | None) -> Policy:
+        """Return the policy for this step, at which a scaler may have overflowed."""
+        policy = self.on_nonfinite
+        if found_inf is None or policy not in ("raise", "zero"):
+            return policy
+        # It finds its scale by overflowing, and skips such a step.
+        asks = policy == "raise" or at_hand(found_inf)
+        return "skip" if asks and bool(found_inf) else policy
+
+    def _goes_ahead(self, verbs: InPlace, kept: Tensor, policy: Policy) -> bool | None:
+        """Return whether the step is made; None where the fused step will see to it."""
+        if not may_drop(self.rule, policy):
+            return True
+        known = verbs.known(kept)
+        if known is None and not (verbs.fused and self._heeds_found_inf):
+            # Only the host can stop such an optimizer, so here it has to wait.
+            return bool(kept)
+        return known
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether the optimizer divides by its `grad_scale` while it steps."""
+        fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        # Compiled code loses what a hook sets on an optimizer that it breaks off at.
+        return fused and not torch.compiler.is_compiling()
 
     @property
     def _heeds_found_inf(self) -> bool:
