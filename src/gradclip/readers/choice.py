@@ -86,26 +86,10 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
     """
     if columns.wanted is not None:
         return _wanted(columns, source), ()
-    # The bare word may be a norm of anything, where a gradient's has its name.
-    found = [name for name in columns.found if NORM.search(_own(name))]
-    found = found or [name for name in columns.found if name == "norm"]
-    found = [x for x in found if not (_is_limit(x) or OTHER.search(x))]
-    empty = [name for name in found if not len(columns.found[name].values)]
-    found = [name for name in found if name not in empty]
-    if not found and empty:
-        first = columns.found[empty[0]].first_bad
-        held = f"such as {first[:40]!r}" if first else "but lists, or nothing at all"
-        raise LogError(
-            f"{source}: no cell of {empty[0]} holds a number, {held}; write plain "
-            "numbers there, or name another column with column=… (--column)."
-        )
+    named = _named_norms(columns)
+    found = [name for name in named if len(columns.found[name].values)]
     if not found:
-        shown = ", ".join(columns.names[:20]) or "nothing that looks like a number"
-        noted = "".join(f" {sentence(note)}" for note in columns.notes)
-        raise LogError(
-            f"{source}: no gradient norm in it; it has {shown}. If one of them is the "
-            f"norm before clipping, name it with column=… (--column).{noted}"
-        )
+        raise LogError(f"{source}: {_without_norm(columns, named)}")
     before = [name for name in found if not AFTER.search(_own(name))]
     if not before:
         raise LogError(
@@ -119,6 +103,31 @@ def choose_norm(columns: Columns, source: str) -> tuple[str, tuple[str, ...]]:
             "name one with column=… (--column), or log the norm of all gradients."
         )
     return best[0], tuple(best[1:])
+
+
+def _named_norms(columns: Columns) -> list[str]:
+    """Return the columns with the name of a gradient norm, with or without numbers."""
+    # The bare word may be a norm of anything, where a gradient's has its name.
+    found = [name for name in columns.found if NORM.search(_own(name))]
+    found = found or [name for name in columns.found if name == "norm"]
+    return [x for x in found if not (_is_limit(x) or OTHER.search(x))]
+
+
+def _without_norm(columns: Columns, empty: Sequence[str]) -> str:
+    """Return what there is in place of a norm: columns without a number, or others."""
+    if empty:
+        first = columns.found[empty[0]].first_bad
+        held = f"such as {first[:40]!r}" if first else "but lists, or nothing at all"
+        return (
+            f"no cell of {empty[0]} holds a number, {held}; write plain numbers there, "
+            "or name another column with column=… (--column)."
+        )
+    shown = ", ".join(columns.names[:20]) or "nothing that looks like a number"
+    noted = "".join(f" {sentence(note)}" for note in columns.notes)
+    return (
+        f"no gradient norm in it; it has {shown}. If one of them is the norm before "
+        f"clipping, name it with column=… (--column).{noted}"
+    )
 
 
 def _own(name: str) -> str:

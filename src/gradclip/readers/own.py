@@ -98,16 +98,27 @@ def read(path: Path) -> Record:
     for start, lines in _chunks(path):
         _add_chunk(found, start, lines)
     check_version(found.heads, path)
-    columns = {name: np.frombuffer(x).copy() for name, x in found.columns.items()}
-    if not columns["norm"].size:
-        if not found.heads and found.damaged:
-            raise LogError(
-                f"{path}: no history of gradclip's; line {found.damaged[0]} is none of "
-                "its lines, nor is any other. Without format=… the kind is guessed."
-            )
-        raise LogError(
-            f"{path}: a history without steps; the run ended before the first."
+    if not found.columns["norm"]:
+        raise LogError(f"{path}: {_without_steps(found)}")
+    record, rows = in_order(_as_written(found), _other_rules(found))
+    record = _with_rules(record, rows, found)
+    tensors = _tensors(found, record, rows)
+    return replace(record, tensors=tensors).also(*_damage(found))
+
+
+def _without_steps(found: Found) -> str:
+    """Return what a file without a step is."""
+    if found.damaged and not found.heads:
+        return (
+            f"no history of gradclip's; line {found.damaged[0]} is none of its lines, "
+            "nor is any other. Without format=… the kind is guessed."
         )
+    return "a history without steps; the run ended before the first."
+
+
+def _as_written(found: Found) -> Record:
+    """Return the record in the order of the file, with the newest rule and facts."""
+    columns = {name: np.frombuffer(x).copy() for name, x in found.columns.items()}
     record = record_of(
         columns["norm"],
         columns["step"].astype(np.int64),
@@ -117,16 +128,12 @@ def read(path: Path) -> Record:
     )
     # Each start writes a header, and the last one is of the newest steps.
     head = found.heads[-1] if found.heads else {}
-    record = replace(
+    return replace(
         record,
         rule=str(head.get("rule", "")),
         facts=dict(run) if isinstance(run := head.get("run"), dict) else {},
         format="gradclip",
     )
-    record, rows = in_order(record, _other_rules(found))
-    record = _with_rules(record, rows, found)
-    tensors = _tensors(found, record, rows)
-    return replace(record, tensors=tensors).also(*_damage(found))
 
 
 def _rules(found: Found) -> list[str]:
