@@ -13,7 +13,7 @@ from gradclip.decision import Info, clip_scale, decide, lawful
 from gradclip.inside import empty_inside, look_inside
 from gradclip.policy import NonFiniteError, Policy, may_drop
 from gradclip.rules import Array, Measured, Rule, State, held, stages
-from gradclip.rules.limits import asked, native
+from gradclip.rules.limits import ask_schedule, read_if_foreign
 from gradclip.rules.parts import constants
 from gradclip.wording import listed
 
@@ -93,9 +93,9 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
         if given is None or type(given) is float:
             continue
         if callable(given):
-            value = engine.number(asked(given, step, engine.xp.asarray(0.0)))
+            value = engine.number(ask_schedule(given, step, engine.xp.asarray(0.0)))
         elif hasattr(given, "shape"):
-            value = native(given, engine.xp.asarray(0.0))
+            value = read_if_foreign(given, engine.xp.asarray(0.0))
         else:
             continue
         fits = value >= 0 if name == "low" else value > 0

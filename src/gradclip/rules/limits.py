@@ -81,11 +81,11 @@ def limit_at(seen: Measured, limit: Limit) -> Array:
     if id(limit) in seen.told:
         limit = seen.told[id(limit)]
     elif callable(limit):
-        limit = asked(limit, seen.step, seen.norm)
+        limit = ask_schedule(limit, seen.step, seen.norm)
     return seen.xp.zeros_like(seen.norm) + limit
 
 
-def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
+def ask_schedule(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
     """Return what a schedule says: a number, or an array of the library in use."""
     value = schedule(step)
     if not isinstance(value, (int, float)) and getattr(value, "shape", None) != ():
@@ -93,10 +93,10 @@ def asked(schedule: Callable[[Any], Any], step: Any, like: Array) -> Any:
             f"the schedule {schedule!r} gives {value!r} at step {step}; a limit is a "
             "number or a 0-d array. Nothing was changed."
         )
-    return native(value, like)
+    return read_if_foreign(value, like)
 
 
-def native(value: Any, like: Array) -> Any:
+def read_if_foreign(value: Any, like: Array) -> Any:
     """Return a number; one in an array of another library, as optax gives, is read."""
     foreign = hasattr(value, "shape") and _library(value) != _library(like)
     return float(value) if foreign else value
