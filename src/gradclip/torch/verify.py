@@ -7,7 +7,6 @@ them see the same numbers and judge them alike, so all raise together and nobody
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,6 +15,17 @@ from torch import Tensor
 from gradclip.decision import Info
 from gradclip.policy import NonFiniteError
 from gradclip.torch.dtensors import local_of
+from gradclip.torch.fingerprints import (
+    Fingerprint,
+    Held,
+    Pair,
+    also_weights,
+    close,
+    described,
+    like_shards,
+    ranks_of,
+    unlike_copies,
+)
 from gradclip.torch.layout import Group, Layout
 from gradclip.torch.verbs import InPlace
 from gradclip.wording import listed
@@ -26,8 +36,6 @@ if TYPE_CHECKING:
 Verify: TypeAlias = "bool | ProcessGroup"
 Outcome: TypeAlias = tuple[Any, Info, Any]
 
-NEAR = 1e-4
-"""Copies may differ by this: not every device rounds the same sum alike twice."""
 SHOWN = 5
 """How many parameters a message names."""
 _SUMS = " The numbers are sums over the tensors that all of them have."
@@ -36,40 +44,6 @@ DECIDED = ("norm", "limit", "scale", "finite", "clipped", "kept")
 
 class VerifyError(RuntimeError):
     """Processes do not clip the same model in the same way."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one process says about one of its parameters."""
-
-    name: str
-    shape: tuple[int, ...]
-    place: tuple[int, ...]
-    """Its number in each group that the parameter is spread over: none for copies."""
-    declared: tuple[tuple[int, ...], ...]
-    """The ranks of such groups, of those that `split_over` named."""
-    whole: bool
-    """Whether its norm is that of a tensor which the others know too."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A parameter of a process, and two norms that tell its numbers from others."""
-
-    rank: int
-    held: Held
-    norm: float
-    largest: float
-
-    @property
-    def constant(self) -> bool:
-        """Whether all moduli are alike, so that other tensors may look like this."""
-        flat = self.largest * math.sqrt(math.prod(self.held.shape))
-        return math.isclose(self.norm, flat, rel_tol=1e-6)
-
-    def near(self, other: "Fingerprint") -> bool:
-        """Return whether two copies are the same, up to rounding."""
-        return _near(self.norm, other.norm) and _near(self.largest, other.largest)
 
 
 class Verifier:
@@ -95,8 +69,8 @@ class Verifier:
         self.group, self.params = Group(group, 0), params
         self.split = layout is not None
         self.ranks = dist.get_process_group_ranks(group)
-        mine = list(_described(names, params, layout))
-        groups = [] if layout is None else [_ranks(g) for g in layout.groups]
+        mine = list(described(names, params, layout))
+        groups = [] if layout is None else [ranks_of(g) for g in layout.groups]
         told: list[tuple[list[Held], list[tuple[int, ...]]]]
         told = [([], []) for _ in self.ranks]
         dist.all_gather_object(told, (mine, groups), group=group)
@@ -111,7 +85,7 @@ class Verifier:
     def before(self, present: Sequence[int], leaves: Sequence[Tensor]) -> None:
         """Compare gradients that are about to be clipped."""
         prints = self._exchange(present, leaves)
-        apart, alike = list(_unlike_copies(prints)), list(_like_shards(prints))
+        apart, alike = list(unlike_copies(prints)), list(like_shards(prints))
         if not (apart or alike):
             return
         # All see the same numbers, so that all of them get here, or none.
@@ -120,7 +94,7 @@ class Verifier:
         of = {(x.rank, x.held): x for x in found}
         if apart:
             raise VerifyError(_about_copies(apart, of))
-        replicas = [pair for pair in alike if _also_weights(*pair, of)]
+        replicas = [pair for pair in alike if also_weights(*pair, of)]
         if replicas:
             raise VerifyError(_about_replicas(replicas))
 
@@ -146,7 +120,7 @@ class Verifier:
             raise VerifyError(self._about_failure(failed))
         for name, column in zip(DECIDED, columns, strict=True):
             for i, value in enumerate(column.tolist()):
-                if not _near(value, column[0].item()):
+                if not close(value, column[0].item()):
                     said = self._about_decision(name, i, columns)
                     raise VerifyError(said if info.norm.ndim == 0 else said + _SUMS)
         return outcome
@@ -275,61 +249,6 @@ def verifier_for(
     return Verifier(names, params, layout, group)
 
 
-def _described(
-    names: Sequence[str], params: Sequence[Tensor], layout: Layout | None
-) -> Iterator[Held]:
-    for i, (name, p) in enumerate(zip(names, params, strict=True)):
-        ways = {} if layout is None else layout.ways[i]
-        groups = [] if layout is None else layout.groups
-        spread = [groups[g] for g, way in sorted(ways.items()) if way.kind != "copy"]
-        yield Held(
-            name,
-            tuple(local_of(p.detach()).shape),
-            tuple(group.handle.rank() for group in spread),
-            tuple(_ranks(group) for group in spread if group.level > 0),
-            all(way.kind != "other" for way in ways.values()),
-        )
-
-
-def _ranks(group: Group) -> tuple[int, ...]:
-    return tuple(torch.distributed.get_process_group_ranks(group.handle))
-
-
-Pair: TypeAlias = tuple[Fingerprint, Fingerprint]
-
-
-def _unlike_copies(prints: Sequence[Fingerprint]) -> Iterator[Pair]:
-    """Yield gradients that differ though they belong to one and the same piece."""
-    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Fingerprint] = {}
-    for x in prints:
-        key = x.held.name, x.held.shape, x.held.place
-        reference = first.setdefault(key, x)
-        if not x.near(reference):
-            yield reference, x
-
-
-def _like_shards(prints: Sequence[Fingerprint]) -> Iterator[Pair]:
-    """Yield gradients that are equal though they were declared to be different."""
-    first: dict[tuple[object, ...], Fingerprint] = {}
-    for x in prints:
-        # Zeros are equal anywhere, as in experts that no token has reached.
-        for group in x.held.declared if x.norm > 0 else ():
-            # To the bit: norms of tensors that differ may come close to each other.
-            key = group, x.held.shape, x.norm, x.largest
-            reference = first.setdefault(key, x)
-            if reference.rank != x.rank:
-                yield reference, x
-
-
-def _also_weights(
-    a: Fingerprint, b: Fingerprint, of: dict[tuple[int, Held], Fingerprint]
-) -> bool:
-    """Return whether weights are equal too, and not by accident, as all zeros are."""
-    v, w = of[a.rank, a.held], of[b.rank, b.held]
-    told = not (a.constant and v.constant)
-    return told and (v.norm, v.largest) == (w.norm, w.largest)
-
-
 def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Fingerprint]) -> str:
     unlike = [
         (a, b) for a, b in apart if not of[a.rank, a.held].near(of[b.rank, b.held])
@@ -368,11 +287,6 @@ def _about_replicas(replicas: list[Pair]) -> str:
 
 def _size(x: Fingerprint) -> str:
     return "missing" if x.norm < 0 else f"{x.norm:.6g}"
-
-
-def _near(a: float, b: float) -> bool:
-    # NaN on all processes is nothing that they differ in; the policy judges it.
-    return math.isclose(a, b, rel_tol=NEAR) or (math.isnan(a) and math.isnan(b))
 
 
 def _quoted(names: Sequence[str]) -> str:
