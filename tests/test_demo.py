@@ -10,20 +10,8 @@ import torch
 from rich.console import Console
 
 from gradclip import Norm
-from gradclip.demo import (
-    ARMS,
-    Comparison,
-    Network,
-    Run,
-    Setup,
-    Step,
-    compare,
-    draw,
-    label,
-    library_text,
-    show,
-    train,
-)
+from gradclip.characters import Network, Setup, Step, library_text, train
+from gradclip.demo import ARMS, Comparison, Run, compare, draw, label, show
 
 SHORT = Setup(steps=64)
 TINY = Setup(steps=6, layers=1, hidden=8, embedding=4, batch=2, length=8)

@@ -94,7 +94,8 @@ def demo(
     _require("demo", "demo", "torch", "matplotlib", "rich")
     from rich.console import Console
 
-    from gradclip.demo import Setup, compare, show
+    from gradclip.characters import Setup
+    from gradclip.demo import compare, show
 
     console = Console(stderr=as_json)
     comparison = compare(Setup(steps=steps, seed=seed), _folder(out), console)

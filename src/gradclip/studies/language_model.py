@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import gradclip as gc
-from gradclip.demo import CHARACTERS, Network, Setup, library_text, train
+from gradclip.characters import CHARACTERS, Network, Setup, library_text, train
 from gradclip.studies.drawing import GREY, curve
 from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row

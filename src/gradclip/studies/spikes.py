@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradclip as gc
-from gradclip.demo import CHARACTERS, library_text
+from gradclip.characters import CHARACTERS, library_text
 from gradclip.studies.drawing import dots
 from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, concluded
 from gradclip.studies.results import Cell, Results, Row

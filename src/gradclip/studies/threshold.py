@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gradclip as gc
-from gradclip.demo import Network, Setup, library_text
-from gradclip.demo import train as train_demo
+from gradclip.characters import Network, Setup, library_text
+from gradclip.characters import train as train_demo
 from gradclip.studies.drawing import line
 from gradclip.studies.frame import Claim, Findings, Size, Study, Tick, seen
 from gradclip.studies.results import Cell, Results, Row
