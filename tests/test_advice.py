@@ -458,6 +458,7 @@ def jumped(level, norm_factor=3.0, size=2000, at=1400, start=10.8, noise=0.02):
 @pytest.mark.parametrize("norm_factor", [0.03, 3.0, math.nan])
 def test_a_run_that_is_lost_below_where_it_began_is_lost(level, norm_factor):
     norm, loss = jumped(level, norm_factor)
+    norm[1399] = 2 * norm[:1399].max()
     advice = advise(norm, loss=loss)
     assert advice.lost
     assert advice.confidence == "low"
@@ -566,7 +567,7 @@ def test_a_run_that_died_is_lost_from_there(
 ):
     norm, loss = norms(size), np.linspace(3, 1, size)
     norm[-dead:], loss[-dead:] = norm_at_the_end, loss_at_the_end
-    norm[size // 5] = math.inf
+    norm[size // 5], norm[-dead - 1] = math.inf, 2 * norm[:-dead].max()
     advice, good = advise(norm, loss=loss), size - dead
     assert advice.lost
     assert advice.confidence == "low"
@@ -574,8 +575,26 @@ def test_a_run_that_died_is_lost_from_there(
     (reason,) = advice.reasons
     assert reason.startswith(f"from step {good} to the end {how}, so that")
     assert f"the median of the {good - 1} norms before" in reason
-    assert [spike.step for spike in advice.spikes] == [size // 5]
+    assert [spike.step for spike in advice.spikes if spike.score == math.inf] == [
+        size // 5
+    ]
     assert not any("without a signal" in note for note in advice.notes)
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf])
+def test_a_run_that_died_without_a_sign_is_told_to_look_elsewhere(end):
+    # A root of 0 in the loss, say: the same step would be lost under any limit.
+    norm = norms(500)
+    norm[-100:] = end
+    advice = advise(norm)
+    (reason,) = advice.reasons
+    assert advice.lost
+    assert advice.confidence == "low"
+    assert "the norms did not grow before it: a limit may not prevent" in reason
+    assert "on_nonfinite='raise'" in reason
+    assert 0.05 < np.mean(norm[:400] > advice.limit) < 0.1
+    norm[397] = 2 * norm[:400].max()
+    assert "Run again with it" in advise(norm).reasons[0]
 
 
 def test_a_run_that_died_in_zeros_and_nan_is_lost_from_the_first():

@@ -14,6 +14,8 @@ from gradclip.wording import counted
 
 FEWEST_BEFORE = 3
 """Norms before a loss that rose; of fewer, the median is but one of them."""
+LAST = 5
+"""Norms before a run was lost, among which what broke it would be."""
 INSURANCE, ALWAYS_ON = 0.1, 0.5
 DIGITS = 3
 """Of a share: as many as a percentage with one digit behind the point shows."""
@@ -98,6 +100,16 @@ def _too_few(before: Floats, how: str) -> str:
 
 def _before_it_was_lost(facts: Facts, before: Floats) -> Decision:
     """Return what little a run says that was lost: the norms before."""
+    if _out_of_the_blue(facts, before):
+        limit = rounded_up(float(np.quantile(before, 0.9)))
+        reason = (
+            f"{facts.lost.how}, and the norms did not grow before it: a limit may not "
+            "prevent that. Go back to a checkpoint from before, with "
+            "on_nonfinite='raise', which names the parameters, and look for a root or "
+            f"a logarithm of 0 in the loss. {limit:g} is the 90th percentile of the "
+            f"{counted(before.size, 'norms')} before."
+        )
+        return Decision(limit, Norm(limit, p=facts.measured.p), "low", [reason])
     limit = rounded_up(float(np.median(before)))
     reason = (
         f"{facts.lost.how}, so that the later norms are those of a broken model: "
@@ -105,6 +117,14 @@ def _before_it_was_lost(facts: Facts, before: Floats) -> Decision:
         "Run again with it, and ask again."
     )
     return Decision(limit, Norm(limit, p=facts.measured.p), "low", [reason])
+
+
+def _out_of_the_blue(facts: Facts, before: Floats) -> bool:
+    """Return whether no norm is finite any more, and none had been larger than ever."""
+    ends_bad = not np.isfinite(facts.record.norm[facts.lost.row :]).any()
+    # Where a step that was too long broke the model, it stands out among the last.
+    calm = before.size >= FEWEST and before[-LAST:].max() <= before[:-LAST].max()
+    return bool(ends_bad and calm)
 
 
 def _limit(facts: Facts) -> tuple[float, str]:
