@@ -6,7 +6,10 @@ import math
 import os
 import re
 import shutil
+import sqlite3
+import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -1094,6 +1097,87 @@ def test_what_hugging_face_printed_is_that_run_in_four_digits():
     state = gc.History.load(FIXTURES / "trainer_state.json")
     printed_log = gc.History.load(FIXTURES / "huggingface.log")
     np.testing.assert_allclose(printed_log.norm, state.norm, rtol=1e-3)
+
+
+# As MLflow 3 makes them, but for what nobody reads here.
+TABLES = """
+    create table runs (
+        run_uuid varchar(32) not null primary key, name varchar(250),
+        status varchar(9), lifecycle_stage varchar(20), experiment_id integer
+    );
+    create table metrics (
+        "key" varchar(250) not null, value float not null, timestamp bigint not null,
+        run_uuid varchar(32) not null, step bigint default '0' not null,
+        is_nan boolean default '0' not null,
+        primary key ("key", timestamp, step, run_uuid, value, is_nan)
+    );
+"""
+
+
+def in_database(path, rows, runs=(("a", "first", "active"),)):
+    """Write metrics (key, value, timestamp, run, step, is_nan) as MLflow does."""
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(TABLES)
+        database.executemany("insert into runs values (?, ?, 'FINISHED', ?, 0)", runs)
+        database.executemany("insert into metrics values (?, ?, ?, ?, ?, ?)", rows)
+        database.commit()
+    return path
+
+
+def test_the_newest_run_in_a_database_of_mlflow_is_read(tmp_path):
+    rows = [("grad_norm", 9.0, 500, "a", 1, 0), ("grad_norm", 9.0, 510, "c", 1, 0)]
+    rows += [("grad_norm", 1.5 + i, 501 + i, "b", 10 * i, 0) for i in range(3)]
+    rows += [("loss", 0.5 - i, 501 + i, "b", 10 * i, 0) for i in range(3)]
+    runs = [("a", "x", "active"), ("b", "sly-ox-4", "active"), ("c", "z", "deleted")]
+    # A sign that would end the path in an address.
+    (tmp_path / "a?b").mkdir()
+    path = in_database(tmp_path / "a?b" / "mlflow.db", rows, runs)
+    for log in (path, path.parent, tmp_path):
+        for format in (None, "mlflow"):
+            history = gc.History.load(log, format=format)
+            assert history.recorded.format == "MLflow"
+            assert history.norm.tolist() == [1.5, 2.5, 3.5]
+            assert history.loss.tolist() == [0.5, -0.5, -1.5]
+            assert history.step.tolist() == [0, 10, 20]
+            assert "2 runs are in this database; read the newest, sly-ox-4 (b)" in (
+                "".join(history.notes)
+            )
+
+
+def test_nan_and_infinity_are_read_as_mlflow_keeps_them(tmp_path):
+    rows = [("grad_norm", 0.0, 1, "a", 0, 1), ("grad_norm", 2.0, 2, "a", 1, 0)]
+    rows += [("grad_norm", sys.float_info.max, 3, "a", 2, 0)]
+    norm = gc.History.load(in_database(tmp_path / "x.sqlite", rows)).norm
+    assert np.array_equal(norm, [np.nan, 2.0, np.inf], equal_nan=True)
+
+
+def test_a_run_in_a_database_that_was_started_again_is_two_runs(tmp_path):
+    steps = [*range(50), *range(20)]
+    rows = [("grad_norm", 1.0 + i, i, "a", step, 0) for i, step in enumerate(steps)]
+    first, second = gc.History.load(in_database(tmp_path / "mlflow.db", rows)).runs
+    assert (len(first), len(second)) == (50, 20)
+
+
+def test_other_databases_are_refused_with_the_reason(tmp_path):
+    with pytest.raises(LogError, match="without a metric of any run"):
+        gc.History.load(in_database(tmp_path / "empty.db", []))
+    with closing(sqlite3.connect(tmp_path / "other.db")) as database:
+        database.execute("create table metrics (grad_norm float)")
+    with pytest.raises(LogError, match="a database of SQLite that is not MLflow's"):
+        gc.History.load(tmp_path / "other.db")
+    whole = (tmp_path / "other.db").read_bytes()
+    (tmp_path / "cut.db").write_bytes(whole[:2000])
+    with pytest.raises(LogError, match=r"cut\.db: a database that SQLite cannot read"):
+        gc.History.load(tmp_path / "cut.db")
+
+
+def test_a_run_of_weights_and_biases_is_named(tmp_path):
+    run = tmp_path / "wandb" / "offline-run-20260101_000000-abc"
+    run.mkdir(parents=True)
+    (run / "run-abc.wandb").write_bytes(b":W&B\xe1\xbe\x00\x12\x34")
+    for log in (run / "run-abc.wandb", run, tmp_path):
+        with pytest.raises(LogError, match=r"a run of Weights & Biases.*wandb sync"):
+            gc.History.load(log)
 
 
 def test_lightning_and_mlflow():

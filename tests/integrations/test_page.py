@@ -1,5 +1,6 @@
 """docs/trainers.md: every block is run, and each row of the table that can be."""
 
+import math
 import re
 import runpy
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import keras
 import lightning.pytorch
+import mlflow
 import numpy as np
 import optax
 import pytest
@@ -18,6 +20,7 @@ from autoclip.torch import QuantileClip
 from zclip import ZClip
 
 import gradclip as gc
+from gradclip.record import LogError
 from gradclip.ruletext import rule_from
 from test_docs import SHOWN_ONLY, blocks, output_of
 
@@ -37,9 +40,30 @@ def test_the_page_runs(tmp_path, monkeypatch):
             assert kind in SHOWN_ONLY
     assert len(gc.History.load("lightning.jsonl")) == 10
     assert len(gc.History.load("hf.jsonl")) == 15
-    assert (tmp_path / "mlflow.db").exists()
+    assert gc.History.load("mlflow.db").step.tolist() == [10]
     assert list((tmp_path / "tensorboard").iterdir())
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    for log in (run, *run.glob("*.wandb")):
+        with pytest.raises(LogError, match="a run of Weights & Biases"):
+            gc.History.load(log)
+
+
+def test_a_database_that_mlflow_has_written(tmp_path):
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_experiment(
+        experiment_id=mlflow.create_experiment(
+            "clip", artifact_location=tmp_path.as_uri()
+        )
+    )
+    norms = [1.5, math.nan, math.inf, 2.5]
+    for name, sign in (("first", -1), ("second", 1)):
+        with mlflow.start_run(run_name=name):
+            for step, norm in enumerate(norms):
+                mlflow.log_metrics({"grad_norm": sign * norm, "loss": 0.5}, step=step)
+    history = gc.History.load(tmp_path / "mlflow.db")
+    assert np.array_equal(history.norm, norms, equal_nan=True)
+    assert history.loss.tolist() == [0.5] * 4
+    assert any("read the newest, second" in note for note in history.notes)
 
 
 ROW = re.compile(r"^\| ([^|`]+) \| `([^|]+)` \| `([^|]+)` \|$", re.M)

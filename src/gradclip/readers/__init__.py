@@ -28,6 +28,8 @@ FORMATS = (
 )
 HEAD = 1 << 16
 KNOWN_FILES = ("trainer_state.json", "metrics.csv", "progress.csv")
+WANDB = b":W&B"
+"""What Weights & Biases begins the file of a run with."""
 
 
 def read(path: Path, format: str | None = None, column: str | None = None) -> Record:
@@ -97,8 +99,11 @@ def _inside(path: Path, format: str | None) -> Path:
     """Return the log in a folder; folders that are a log are themselves."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file.")
-    if not path.is_dir() or format in ("tensorboard", "mlflow"):
+    if not path.is_dir() or format == "tensorboard":
         return path
+    databases = sorted(path.rglob(mlflow.DATABASE), key=_natural)
+    if format == "mlflow":
+        return databases[-1] if databases and not mlflow.runs_in(path) else path
     if any(path.rglob(events.PATTERN)) or mlflow.holds_runs(path):
         return path
     for name in KNOWN_FILES:
@@ -107,13 +112,26 @@ def _inside(path: Path, format: str | None) -> Path:
     own = [x for x in path.rglob("*.jsonl") if x.stat().st_size and _is_own(x)]
     if own:
         return max(own, key=_natural)
+    if databases:
+        return databases[-1]
     # A copy of a run's metrics may have come without its mark.
     if mlflow.runs_in(path):
         return path
+    if any(path.rglob("*.wandb")):
+        raise _is_wandbs(path)
     inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
     raise LogError(
         f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "
         "the file."
+    )
+
+
+def _is_wandbs(path: Path) -> LogError:
+    """Return the error for a run of Weights & Biases, which only they can read."""
+    return LogError(
+        f"{path}: a run of Weights & Biases, in a format of their own. Upload it with "
+        "'wandb sync' if it is not yet, export its grad norm as CSV, and read that; or "
+        "keep a gradclip.History beside it."
     )
 
 
@@ -147,6 +165,10 @@ def guess(path: Path) -> str:
         return "tensorboard"
     if start.startswith(b"PAR1"):
         return "parquet"
+    if start.startswith(mlflow.SQLITE):
+        return "mlflow"
+    if start.startswith(WANDB):
+        raise _is_wandbs(path)
     if b"\0" in start[:4096]:
         raise LogError(f"{path}: a binary file of a kind that gradclip does not know.")
     return _guess_text(head)
