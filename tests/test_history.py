@@ -499,6 +499,14 @@ def test_a_file_that_vanishes_while_it_is_looked_at_is_none(tmp_path, monkeypatc
     assert watching._state(tmp_path) == (-1,)
 
 
+def test_watch_says_which_log_of_a_folder_it_shows(tmp_path):
+    for i, name in enumerate(["zscore", "norm"]):
+        path = write(tmp_path / f"{name}.jsonl", [1.0 + i])
+        os.utime(path, (100 + i, 100 + i))
+    *_, last = watching._now(tmp_path, 100).renderables
+    assert "Of this folder, norm.jsonl was read, the newest of 2" in last.plain
+
+
 def test_what_is_waited_for_is_said(tmp_path):
     path = tmp_path / "out.log"
     path.write_text("starting\nstep 1 loss 2.0\n")

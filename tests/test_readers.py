@@ -1375,6 +1375,37 @@ def test_a_folder_with_a_history_is_read(tmp_path):
     history = gc.History.load(tmp_path)
     assert history.norm.tolist() == [10.0]
     assert any("run-10/run.jsonl was read" in note for note in history.notes)
+    assert any("the newest of 3 by its number" in note for note in history.notes)
+
+
+def test_histories_of_any_names_are_told_apart_by_their_time(tmp_path):
+    for i, name in enumerate(["b", "norm-0.25", "norm-1", "a"]):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(f'{{"gradclip": 1}}\n{{"step": 0, "norm": {i}}}\n')
+        os.utime(path, (100 + i, 100 + i))
+    history = gc.History.load(tmp_path)
+    assert history.norm.tolist() == [3.0]
+    note = "of this folder, a.jsonl was read, the newest of 4 by when it was written."
+    assert history.notes == (note,)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    os.utime(tmp_path / "norm-0.25.jsonl", (200, 200))
+    assert gc.History.load(tmp_path).norm.tolist() == [1.0]
+
+
+def test_what_is_read_beside_a_history_is_named(tmp_path):
+    (tmp_path / "run.jsonl").write_text('{"gradclip": 1}\n{"step": 0, "norm": 5}\n')
+    stored(tmp_path / "mlruns" / "0" / "abc", [1.5, 2.5])
+    note = "MLflow's store was read; for gradclip's own history name run.jsonl"
+    assert any(note in told for told in gc.History.load(tmp_path).notes)
+    with SummaryWriter(tmp_path / "events") as writer:
+        writer.add_scalar("grad_norm", 2.0, 1)
+    # Neither a link to nothing nor a folder is a history.
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.jsonl").mkdir()
+    history = gc.History.load(tmp_path)
+    assert history.norm.tolist() == [2.0]
+    assert any("TensorBoard's event files were read" in x for x in history.notes)
 
 
 def test_norms_are_read_deep_in_a_row_in_one_column_and_as_arrays(tmp_path):

@@ -9,8 +9,10 @@ from rich.live import Live
 from rich.text import Text
 
 from gradclip.history import History
+from gradclip.readers import OF_FOLDER
 from gradclip.record import Floats, LogError, Record
 from gradclip.spikes import find_spikes
+from gradclip.wording import sentence
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 2000
@@ -87,6 +89,8 @@ def view(record: Record, path: Path, width: int) -> Group:
         sparkline(recent.norm, max(10, width - 2)),
         "spikes: "
         + (", ".join(f"{s.step} ({s.norm:.3g})" for s in spikes) or "none lately"),
+        # Of the notes this one alone, as it says what one looks at.
+        *(sentence(note) for note in record.notes if note.startswith(OF_FOLDER)),
     ]
     return Group(*(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
 

@@ -5,7 +5,7 @@ Formats: `gradclip`, `huggingface`, `tensorboard`, `csv`, `jsonl`, `json`, `parq
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradclip.readers import console, documents, events, mlflow, own, tabular
@@ -28,6 +28,10 @@ FORMATS = (
 )
 HEAD = 1 << 16
 KNOWN_FILES = ("trainer_state.json", "metrics.csv", "progress.csv")
+OF_FOLDER = "of this folder,"
+"""What a note begins with that says what was read of a folder."""
+COUNT = re.compile(r"(?<![\d.])\d+(?!\.?\d)")
+"""A number that counts, as that of a checkpoint does, and 0.25 does not."""
 WANDB = b":W&B"
 """What Weights & Biases begins the file of a run with."""
 
@@ -50,11 +54,9 @@ def read(path: Path, format: str | None = None, column: str | None = None) -> Re
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}.")
     with plain_file(path) as file:
-        inside = _inside(file, format)
+        inside, note = _inside(file, format)
         record = _read(inside, format, column)
-    if inside != file:
-        record = record.also(f"of this folder, {inside.relative_to(file)} was read.")
-    return record
+    return record.also(note) if note else record
 
 
 def _read(path: Path, format: str | None, column: str | None) -> Record:
@@ -95,28 +97,29 @@ def lines_of(path: Path) -> Iterator[str]:
         yield from file
 
 
-def _inside(path: Path, format: str | None) -> Path:
-    """Return the log in a folder; folders that are a log are themselves."""
+def _inside(path: Path, format: str | None) -> tuple[Path, str]:
+    """Return the log in a folder, and a note; folders that are a log are themselves."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file.")
     if not path.is_dir() or format == "tensorboard":
-        return path
-    databases = sorted(path.rglob(mlflow.DATABASE), key=_natural)
+        return path, ""
+    databases = list(path.rglob(mlflow.DATABASE))
     if format == "mlflow":
-        return databases[-1] if databases and not mlflow.runs_in(path) else path
-    if any(path.rglob(events.PATTERN)) or mlflow.holds_runs(path):
-        return path
+        stored = not databases or mlflow.runs_in(path)
+        return (path, "") if stored else _newest(path, databases)
+    own = [x for x in path.rglob("*.jsonl") if x.is_file() and _is_own(x)]
+    if any(path.rglob(events.PATTERN)):
+        return path, _passed_by(path, own, "TensorBoard's event files were")
+    if mlflow.holds_runs(path):
+        return path, _passed_by(path, own, "MLflow's store was")
     for name in KNOWN_FILES:
-        if found := sorted(path.rglob(name), key=_natural):
-            return found[-1]
-    own = [x for x in path.rglob("*.jsonl") if x.stat().st_size and _is_own(x)]
-    if own:
-        return max(own, key=_natural)
-    if databases:
-        return databases[-1]
+        if found := [x for x in path.rglob(name) if x.is_file()]:
+            return _newest(path, found)
+    if own or databases:
+        return _newest(path, own or databases)
     # A copy of a run's metrics may have come without its mark.
     if mlflow.runs_in(path):
-        return path
+        return path, ""
     if any(path.rglob("*.wandb")):
         raise _is_wandbs(path)
     inside = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
@@ -124,6 +127,25 @@ def _inside(path: Path, format: str | None) -> Path:
         f"{path}: a folder without a log that gradclip knows; it has {inside}. Name "
         "the file."
     )
+
+
+def _newest(folder: Path, found: Sequence[Path]) -> tuple[Path, str]:
+    """Return the newest of the logs of a kind in a folder, and a note."""
+    newest, by = max(found, key=_natural), "by its number"
+    # Whole numbers count what one run has left behind; other names are in no order.
+    if len({COUNT.sub("", str(path)) for path in found}) > 1:
+        newest = max(found, key=lambda path: (path.stat().st_mtime_ns, _natural(path)))
+        by = "by when it was written"
+    of = f", the newest of {len(found)} {by}" if len(found) > 1 else ""
+    return newest, f"{OF_FOLDER} {newest.relative_to(folder)} was read{of}."
+
+
+def _passed_by(folder: Path, own: Sequence[Path], what: str) -> str:
+    """Return a note where a folder holds histories that are not read."""
+    if not own:
+        return ""
+    names = " or ".join(sorted(str(path.relative_to(folder)) for path in own)[:5])
+    return f"{OF_FOLDER} {what} read; for gradclip's own history name {names}."
 
 
 def _is_wandbs(path: Path) -> LogError:
