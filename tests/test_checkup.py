@@ -87,6 +87,14 @@ def test_all_that_happened_is_told():
     assert text.endswith("Nothing was seen that needs mending.")
 
 
+def test_that_no_clip_was_seen_is_told():
+    text = to_text(Program("train.py"), *seen("right/no_clip", steps=7))
+    assert "SGD: 7 steps" in text
+    assert text.endswith(
+        "No call that clips was seen; one written by hand is not noticed."
+    )
+
+
 def test_nothing_stays_behind():
     def functions():
         replaced = torch.autograd.backward, torch.nn.utils.clip_grad_norm_

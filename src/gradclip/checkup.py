@@ -84,6 +84,7 @@ FAULTS = {
 }
 WITHOUT_EFFECT = ("used", "early", "absent")
 """Told of a line only if no call of it had an effect: a loop may pass idle parts by."""
+UNSEEN = "No call that clips was seen; one written by hand is not noticed."
 PLACES = {kind: fault.place for kind, fault in FAULTS.items()} | {
     EFFECTIVE: "after backward() and before step()",
     INSIDE: "inside step()",
@@ -197,7 +198,9 @@ def to_text(program: Program, ledger: Ledger, ended: Ended) -> str:
     parts += [f"\n{line.site}\n{told(line)}" for line in lines_of(ledger)]
     found = findings(ledger)
     parts += [f"\n{x['line']}: {x['call']}: {x['message']}" for x in found]
-    if not found and ledger.clips:
+    if not ledger.clips and any(s.steps for s in ledger.steppers):
+        parts.append(f"\n{UNSEEN}")
+    elif not found and ledger.clips:
         parts.append("\nNothing was seen that needs mending.")
     return "\n".join(parts)
 
