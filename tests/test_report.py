@@ -189,6 +189,36 @@ def test_the_slider_writes_the_norm_that_is_recommended(browser, tmp_path):
     assert wrong == []
 
 
+def long_run():
+    """Return many norms with a few far out, and a limit among those."""
+    norm = norms(20_000)
+    norm[::1000] = np.geomspace(20, 500, 20)
+    return norm, 60.0
+
+
+def test_a_page_holds_every_norm_of_the_tail(tmp_path):
+    norm, limit = long_run()
+    norm[5] = 0
+    run, _ = page_of(gc.History.of(norm), tmp_path)
+    assert len(run["norms"]) == len(run["above"]) < 2000
+    assert run["norms"][run["whole"] + 1 :] == np.sort(norm)[-500:].tolist()
+    at = np.searchsorted(run["norms"], limit, side="right") - 1
+    assert at >= run["whole"]
+    assert run["above"][at] == pytest.approx(np.mean(norm > limit))
+    shares = [np.mean(norm > x) for x in run["norms"]]
+    assert run["above"] == pytest.approx(shares)
+
+
+def test_the_slider_of_a_long_run_is_that_of_its_norms(browser, tmp_path):
+    norm, limit = long_run()
+    page_of(gc.History.of(norm), tmp_path)
+    tab, wrong = opened(browser, tmp_path / "page.html")
+    for x, within in ((limit, 1e-12), (450.0, 1e-12), (1.8, 1e-3), (0.1, 0), (600, 0)):
+        rate = tab.evaluate("limit => rateAbove(data.runs[0], limit)", x)
+        assert rate == pytest.approx(np.mean(norm > x), abs=within)
+    assert wrong == []
+
+
 def test_a_page_is_about_the_steps_that_the_advice_is_about(tmp_path):
     rng = np.random.default_rng(0)
     norm = np.concatenate([rng.lognormal(3, 0.3, 400), rng.lognormal(0, 0.3, 400)])

@@ -33,9 +33,11 @@ function rateAbove(run, limit) {
   }
   if (low === 0) return run.share;
   if (low === norms.length) return 0;
-  if (run.all) return run.share * (1 - low / norms.length);
+  const here = run.above[low - 1];
+  // Below, norms between the two were left out, and are taken to lie evenly.
+  if (low > run.whole) return here;
   const between = (limit - norms[low - 1]) / (norms[low] - norms[low - 1]);
-  return run.share * (1 - (low - 1 + between) / (norms.length - 1));
+  return here + between * (run.above[low] - here);
 }
 
 function connect(slider) {

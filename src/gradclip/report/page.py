@@ -13,9 +13,10 @@ from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise
 from gradclip.comparing import comparable
+from gradclip.evidence import share_above
 from gradclip.history import History
 from gradclip.judging import FOLLOWING
-from gradclip.record import Record, is_norm, kind_of
+from gradclip.record import Floats, Record, is_norm, kind_of
 from gradclip.replaying import PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
@@ -23,8 +24,8 @@ from gradclip.ruletext import call
 
 SPIKES = 50
 FEW = 5000
-"""Norms that are all handed to the page; of more, it gets quantiles."""
-GRID = np.linspace(0, 1, 1001)
+"""Norms that are all handed to the page; of more, it gets some, and the largest."""
+SOME, LARGEST = 1000, 500
 
 
 def render(named: Sequence[tuple[str, History]]) -> str:
@@ -95,17 +96,36 @@ def _median(record: Record) -> float:
 
 def _data(record: Record, advice: Advice) -> dict[str, Any]:
     norm = np.sort(record.norm[usable(record.norm)])
-    few, tensors = norm.size <= FEW, record.tensors
+    tensors = record.tensors
     p, _ = kind_of(record.rule)
     return {
         "histogram": figures.histogram(norm),
         "curve": figures.clip_curve(record.norm),
         "heat": figures.heat_map(tensors) if tensors and tensors.step.size else None,
-        "norms": figures.digits(norm if few else np.quantile(norm, GRID)),
-        "all": few,
-        "share": norm.size / max(int(is_norm(record.norm).sum()), 1),
+        **_rates(norm, norm.size / max(int(is_norm(record.norm).sum()), 1)),
         "limit": advice.limit,
         "order": "" if p == 2 else f", p={p!r}",
+    }
+
+
+def _rates(ordered: Floats, share: float) -> dict[str, Any]:
+    """Return norms and the clip rate of a limit at each, for the slider.
+
+    From the row `whole` on, no norm between two of them is left out.
+    """
+    rows, whole = np.arange(ordered.size), 0
+    if ordered.size > FEW:
+        # In the tail a few steps are all there are, and most limits lie there.
+        tail = ordered.size - LARGEST
+        rows = np.append(np.linspace(0, tail - 1, SOME).astype(np.int64), rows[tail:])
+        whole = SOME - 1
+    norms = ordered[rows]
+    above = share * np.asarray(share_above(ordered, norms))
+    return {
+        "norms": norms.tolist(),
+        "above": above.tolist(),
+        "whole": whole,
+        "share": share,
     }
 
 
