@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import gradclip as gc
 from gradclip.cli import app
 from gradclip.report import write_report
-from gradclip.report.figures import heat_map, thinned
+from gradclip.report.figures import heat_map, norm_figure, thinned
 
 NASTY = "<script>alert(1)</script>"
 
@@ -68,6 +68,65 @@ def test_the_page_stands_alone_and_names_stay_text(page):
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
     assert not re.search(r"(?:src|href)=[\"']https?:", own)
     assert page.stat().st_size < 8e6
+
+
+def drawn(norm, limit):
+    """Return the lines and marks of a run by their names."""
+    record = gc.History.of(norm, limit=limit).recorded
+    return {line["name"]: line for line in norm_figure([("run", record)])["data"]}
+
+
+def test_steps_without_a_finite_norm_are_marked_at_the_edge():
+    norm = norms(20_000)
+    norm[[7, 12_345]] = np.nan, np.inf
+    found = drawn(norm, 2.0)
+    marks = found["run: NaN or infinite"]
+    assert marks["x"] == [7, 12_345]
+    assert marks["y"] == pytest.approx([norm[np.isfinite(norm)].max()] * 2, rel=1e-4)
+    assert not {7, 12_345} & set(found["run: clipped"]["x"])
+    found = drawn(np.full(5000, np.nan), 2.0)
+    assert len(found["run: NaN or infinite"]["x"]) == 1000
+
+
+def test_that_clipped_steps_are_not_marked_is_told(tmp_path):
+    norm = norms(1000)
+    limit = np.quantile(norm, 0.11)
+    assert "run: clipped" not in drawn(norm, limit)
+    _, text = page_of(gc.History.of(norm, limit=limit), tmp_path)
+    assert "run: clipped on 89% of the steps; not marked." in text
+    assert "run: clipped" in drawn(norm, 2.0)
+    _, text = page_of(gc.History.of(norm, limit=2.0), tmp_path)
+    assert "not marked" not in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "did"),
+    [(gc.Norm(np.inf), "recorded under"), (gc.Norm(5.0), "clipped by")],
+)
+def test_a_run_that_was_only_recorded_is_not_called_clipped(tmp_path, rule, did):
+    record = gc.History.of(norms(100), limit=rule.limit).recorded
+    history = gc.History.from_record(replace(record, rule=repr(rule)), None)
+    _, text = page_of(history, tmp_path)
+    assert f"; {did} Norm(limit=" in text
+
+
+def test_reasons_and_notes_begin_with_a_capital(tmp_path):
+    record = gc.History.of(norms(100)).recorded.also("the log is odd.")
+    _, text = page_of(gc.History.from_record(record, None), tmp_path)
+    assert "<li>The log is odd.</li>" in text
+    assert not re.search("<li>[a-z]", text)
+
+
+def test_a_spike_is_carried_by_what_has_a_norm(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with gc.History(path, tensors_every=1) as history:
+        for step, norm in enumerate(norms(400)):
+            whole = 40.0 if step == 300 else float(norm)
+            history.record_tensors(step, ("body", "head"), np.array([0.0, whole]))
+            history.record(step, gc.Info(whole, np.inf, 1.0, True, False, whole))
+    _, text = page_of(gc.History.load(path), tmp_path)
+    assert "<td>head (40)</td>" in text
+    assert "body (" not in text
 
 
 def test_the_heat_map_keeps_single_steps():

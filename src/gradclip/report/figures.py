@@ -1,7 +1,7 @@
 """The figures of the page, as plain data for Plotly; names are made harmless here."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("solid", "dot", "dashdot", "longdash")
 POINTS = 4000
 COLUMNS, ROWS = 400, 60
+MARKS = 1000
+"""Marks on steps that are not finite, of which a run may have any number."""
 
 Figure = dict[str, Any]
 
@@ -46,7 +48,7 @@ def digits(values: Any) -> list[float | None]:
 
 
 def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
-    """Return the norm of each run over its steps, with limits and clipped steps."""
+    """Return the norm of each run over its steps, with limits and marks on steps."""
     traces: list[Figure] = []
     for i, (name, record) in enumerate(named):
         colour = COLOURS[i % len(COLOURS)]
@@ -61,10 +63,7 @@ def norm_figure(named: Sequence[tuple[str, Record]]) -> Figure:
         if np.isfinite(limit).any():
             dashed = {"color": colour, "width": 2, "dash": "dash"}
             traces.append(_line(f"{name}: limit", record.step[rows], limit, dashed))
-        clipped = rows[record.scale[rows] < 1]
-        # Marks on most steps would hide the curve below them.
-        if clipped.size and clipped.size < rows.size / 2:
-            traces.append(_clipped(name, record, clipped, colour))
+        traces.extend(_marked(name, record, rows, colour))
     axes = {
         "xaxis": {"title": "step"},
         "yaxis": {"title": "gradient norm", "type": "log"},
@@ -83,10 +82,47 @@ def _line(name: str, x: Any, y: Any, line: Figure) -> Figure:
     }
 
 
-def _clipped(name: str, record: Record, rows: Any, colour: str) -> Figure:
-    marks = {"color": colour, "size": 5, "symbol": "triangle-up"}
-    points = _line(f"{name}: clipped", record.step[rows], record.norm[rows], {})
-    return {**points, "mode": "markers", "marker": marks}
+def _marked(name: str, record: Record, rows: Any, colour: str) -> Iterator[Figure]:
+    """Yield marks on clipped steps, and on those without a finite norm."""
+    clipped = rows[_is_clipped(record, rows)]
+    if clipped.size and not _hidden(record, rows):
+        step, norm = record.step[clipped], record.norm[clipped]
+        yield _marks(f"{name}: clipped", step, norm, colour, "triangle-up")
+    bad = np.flatnonzero(~np.isfinite(record.norm))
+    if bad.size:
+        step = record.step[bad[:: -(-bad.size // MARKS)]]
+        # Where they stand is no norm of theirs, and so it is not told.
+        edge = np.full(step.size, _largest(record.norm))
+        marks = _marks(f"{name}: NaN or infinite", step, edge, colour, "x")
+        yield marks | {"hoverinfo": "x+name"}
+
+
+def _is_clipped(record: Record, rows: Any) -> Any:
+    return (record.scale[rows] < 1) & np.isfinite(record.norm[rows])
+
+
+def _hidden(record: Record, rows: Any) -> bool:
+    """Return whether marks on the clipped steps would hide the curve below them."""
+    return bool(_is_clipped(record, rows).sum() >= max(rows.size / 2, 1))
+
+
+def unmarked(named: Sequence[tuple[str, Record]]) -> Iterator[str]:
+    """Yield a line for each run whose clipped steps have no marks."""
+    for name, record in named:
+        if _hidden(record, thinned(record.norm)):
+            rate = np.mean(record.scale[~np.isnan(record.scale)] < 1)
+            yield f"{name}: clipped on {rate:.0%} of the steps; not marked."
+
+
+def _largest(norm: Floats) -> float:
+    """Return the largest finite norm, and 1 where no norm can be drawn."""
+    largest = np.max(norm[np.isfinite(norm)], initial=0)
+    return float(largest) if largest > 0 else 1.0
+
+
+def _marks(name: str, step: Any, norm: Any, colour: str, symbol: str) -> Figure:
+    marks = {"color": colour, "size": 5, "symbol": symbol}
+    return {**_line(name, step, norm, {}), "mode": "markers", "marker": marks}
 
 
 def histogram(norm: Floats) -> Figure:

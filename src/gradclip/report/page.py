@@ -16,11 +16,13 @@ from gradclip.comparing import comparable
 from gradclip.evidence import share_above
 from gradclip.history import History
 from gradclip.judging import FOLLOWING
+from gradclip.policy import only_records
 from gradclip.record import Floats, Record, is_norm, kind_of
 from gradclip.replaying import PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
-from gradclip.ruletext import call
+from gradclip.ruletext import call, recorded_rule
+from gradclip.wording import sentence
 
 SPIKES = 50
 FEW = 5000
@@ -44,8 +46,10 @@ def render(named: Sequence[tuple[str, History]]) -> str:
         "runs": [run.pop("data") for run in runs],
     }
     environment = Environment(autoescape=select_autoescape(default=True))
+    environment.filters["sentence"] = sentence
     return environment.from_string(_file("page.html.j2")).render(
         runs=runs,
+        unmarked=list(figures.unmarked(records)),
         data=Markup(_embedded(data)),
         plotly=Markup(get_plotlyjs()),
         style=Markup(_file("page.css")),
@@ -73,6 +77,7 @@ def _run(name: str, history: History) -> dict[str, Any]:
         "column": record.column,
         "steps": advice.steps,
         "rule": record.rule,
+        "did": "recorded under" if _only_recorded(record) else "clipped by",
         "advice": advice,
         "limit": _limit(advice),
         "median": f"{_median(record):.4g}",
@@ -81,6 +86,12 @@ def _run(name: str, history: History) -> dict[str, Any]:
         "heat": record.tensors is not None,
         "data": _data(record, advice),
     }
+
+
+def _only_recorded(record: Record) -> bool:
+    # A rule whose text cannot be read may have had limits.
+    unlimited = bool(np.all(np.isposinf(record.limit)))
+    return unlimited and only_records(recorded_rule(record.rule))
 
 
 def _limit(advice: Advice) -> str:
