@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gradclip import Norm
 from gradclip.characters import Network, Setup, Step, library_text, train
-from gradclip.demo import ARMS, Comparison, Run, compare, draw, label, show
+from gradclip.demo import ARMS, Comparison, Run, alike, compare, draw, label, show
 
 SHORT = Setup(steps=64)
 TINY = Setup(steps=6, layers=1, hidden=8, embedding=4, batch=2, length=8)
@@ -168,6 +168,25 @@ def test_the_last_lines_name_the_numbers_and_the_files(tmp_path):
     ) in text.getvalue()
     for path in tmp_path.iterdir():
         assert path.name in text.getvalue()
+    last = text.getvalue().splitlines()[-1]
+    assert last == f"A page of them all: gradclip report {tmp_path}/*.jsonl"
+
+
+def recorded(tmp_path, name, clipped):
+    run = Run(name, TINY, tmp_path)
+    for scale in np.where(clipped, 0.5, 1.0):
+        run.add(Step(2.0, 3.0, 1.0, float(scale)))
+    run.close()
+    return run
+
+
+def test_a_rule_that_decides_as_another_is_named(tmp_path):
+    clipped = np.arange(100) < 10
+    norm = recorded(tmp_path, "norm-1", clipped)
+    (line,) = alike([norm, recorded(tmp_path, "zscore", np.arange(100) < 12)])
+    assert "clip in 2 steps of 100" in line
+    assert list(alike([norm, recorded(tmp_path, "zscore", ~clipped)])) == []
+    assert list(alike([norm])) == []
 
 
 def test_an_arm_that_fails_is_not_passed_over(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from shlex import quote
 from threading import Event
 from typing import Any
 
@@ -30,6 +31,7 @@ from gradclip.policy import only_records
 from gradclip.recorder import SCHEMA, plain
 from gradclip.rules import Norm, Percentile, Rule, ZScore
 from gradclip.ruletext import call
+from gradclip.wording import counted
 
 ARMS: dict[str, Rule] = {
     "unclipped": Norm(math.inf),
@@ -273,7 +275,9 @@ def show(comparison: Comparison, console: Console) -> None:
     files = ", ".join(run.path.name for run in comparison.runs)
     for line in (
         conclusion(comparison),
+        *alike(comparison.runs),
         f"Written to {comparison.out}: {PICTURE}, {SUMMARY}, and every step: {files}.",
+        f"A page of them all: gradclip report {quote(str(comparison.out))}/*.jsonl",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -307,6 +311,22 @@ def conclusion(comparison: Comparison) -> str:
     setup = comparison.setup
     when = f"After {steps} of {setup.steps} steps at learning rate {setup.lr:g}"
     return f"{when}: {', '.join(told)}."
+
+
+def alike(runs: Sequence[Run]) -> Iterator[str]:
+    """Say in how few steps the z-score decides otherwise than its limit alone."""
+    named = {run.name: run for run in runs}
+    if {"norm-1", "zscore"} <= named.keys():
+        norm, zscore = named["norm-1"], named["zscore"]
+        pairs = list(zip(norm.steps, zscore.steps, strict=False))
+        other = sum((a.scale < 1) != (b.scale < 1) for a, b in pairs)
+        # At another learning rate, or after more steps, it may be a rule of its own.
+        if norm.clip_rate and other <= len(pairs) / 20:
+            yield (
+                f"{label(zscore.rule)} and {label(norm.rule)} differ in whether they "
+                f"clip in {counted(other, 'steps')} of {len(pairs)}: what is dangerous "
+                "here is the start, which max_limit holds."
+            )
 
 
 def span(numbers: Sequence[float], form: str) -> str:
