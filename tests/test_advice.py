@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import gradclip as gc
-from gradclip.cli import app
-from gradclip.evidence import (
+from gradclip.advice.evidence import (
     dead_from,
     level_change,
     lost_from,
@@ -24,11 +23,12 @@ from gradclip.evidence import (
     tail_index,
     transient_length,
 )
-from gradclip.judging import regime
+from gradclip.advice.judging import regime
+from gradclip.advice.spikes import find_spikes
+from gradclip.cli import app
 from gradclip.readers.assemble import in_order
 from gradclip.report import write_report
 from gradclip.ruletext import call, known, recorded_rule, rule_from
-from gradclip.spikes import find_spikes
 from table import ROWS
 
 

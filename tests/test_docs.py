@@ -149,7 +149,7 @@ NO_EQUATION = {
     "gradclip.torch.dtensors.whole",
 }
 REFUSES_NOTHING = {
-    "gradclip.advice.advise",
+    "gradclip.advice.advising.advise",
     "gradclip.jax.state_dict",
     "gradclip.torch.dtensors.whole",
     "gradclip.torch.placement.Pieces",

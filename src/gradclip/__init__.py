@@ -1,11 +1,10 @@
 """Gradient clipping, complete: measure a norm, choose a limit, rescale."""
 
-from gradclip.advice import advise
+from gradclip.advice import advise, replay
 from gradclip.arrays import Clipper, clip
 from gradclip.decision import Info
 from gradclip.history import History
 from gradclip.policy import NonFiniteError
-from gradclip.replaying import replay
 from gradclip.rules import (
     AGC,
     AGGC,

@@ -88,7 +88,7 @@ def replay(
 
     Example: gradclip replay run.jsonl --rule "ZScore(z=2.5)" --rule "Norm(1.0)"
     """
-    from gradclip.replaying import PLAINLY
+    from gradclip.advice.replaying import PLAINLY
     from gradclip.wording import sentence
 
     with plain_errors():
@@ -108,10 +108,10 @@ def replay(
 
 def replay_rows(history: History, rules: list[Rule]) -> list[dict[str, Any]]:
     """Return a row for each rule: clip rate, limits, the largest norm let through."""
-    from gradclip.evidence import SPIKE
-    from gradclip.replaying import replay as replay_on
+    from gradclip.advice.evidence import SPIKE
+    from gradclip.advice.replaying import replay as replay_on
+    from gradclip.advice.spikes import row_scores
     from gradclip.ruletext import call
-    from gradclip.spikes import row_scores
 
     # By their rows, since another run may have ordinary norms at the same steps.
     at = row_scores(history.recorded) > SPIKE

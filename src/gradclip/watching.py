@@ -8,10 +8,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from gradclip.advice.spikes import find_spikes
 from gradclip.history import History
 from gradclip.readers import OF_FOLDER
 from gradclip.record import Floats, LogError, Record
-from gradclip.spikes import find_spikes
 from gradclip.wording import sentence
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
+from gradclip.advice.evidence import share_above
 from gradclip.colours import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
-from gradclip.evidence import share_above
 from gradclip.record import Floats, Record, Tensors, is_norm
 from gradclip.rules import usable
 

@@ -12,13 +12,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from gradclip.advice import Advice, advise
-from gradclip.comparing import comparable
-from gradclip.evidence import share_above
+from gradclip.advice.comparing import comparable
+from gradclip.advice.evidence import share_above
+from gradclip.advice.judging import FOLLOWING
+from gradclip.advice.replaying import PLAINLY, replay_end
 from gradclip.history import History
-from gradclip.judging import FOLLOWING
 from gradclip.policy import only_records
 from gradclip.record import Floats, Record, is_norm, kind_of
-from gradclip.replaying import PLAINLY, replay_end
 from gradclip.report import figures
 from gradclip.rules import Norm, Percentile, Rule, ZScore, usable
 from gradclip.ruletext import call, recorded_rule

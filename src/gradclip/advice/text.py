@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gradclip.wording import counted, sentence
 
 if TYPE_CHECKING:
-    from gradclip.advice import Advice
+    from gradclip.advice.advising import Advice
 
 SHOWN = 10
 

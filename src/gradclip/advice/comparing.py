@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from gradclip.evidence import same_level
+from gradclip.advice.evidence import same_level
+from gradclip.advice.spikes import FEWEST
 from gradclip.record import Record, kind_of
 from gradclip.rules import usable
-from gradclip.spikes import FEWEST
 
 
 def comparable(record: Record) -> tuple[Record, list[str]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradclip.evidence import share_above
+from gradclip.advice.evidence import share_above
 from gradclip.record import Floats
 
 

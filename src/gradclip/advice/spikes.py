@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradclip.evidence import SPIKE, dead_from, spike_scores, transient_length
+from gradclip.advice.evidence import SPIKE, dead_from, spike_scores, transient_length
 from gradclip.record import Floats, Record
 from gradclip.rules import usable
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from gradclip.advicetext import tell
-from gradclip.comparing import comparable
-from gradclip.evidence import share_above, tail_index, tail_spread
-from gradclip.experts import Expert, experts
-from gradclip.facts import facts_of
+from gradclip.advice.comparing import comparable
+from gradclip.advice.evidence import share_above, tail_index, tail_spread
+from gradclip.advice.experts import Expert, experts
+from gradclip.advice.facts import facts_of
+from gradclip.advice.judging import decide, regime
+from gradclip.advice.noticing import noticed
+from gradclip.advice.replaying import Replay, replay_end
+from gradclip.advice.spikes import Spike
+from gradclip.advice.text import tell
 from gradclip.history import History, recorded
-from gradclip.judging import decide, regime
-from gradclip.noticing import noticed
 from gradclip.record import Floats, is_norm
-from gradclip.replaying import Replay, replay_end
 from gradclip.rules import Rule
 from gradclip.ruletext import call
-from gradclip.spikes import Spike
 
 
 @dataclass(frozen=True)

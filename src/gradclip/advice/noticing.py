@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradclip.evidence import ends
-from gradclip.facts import Facts
+from gradclip.advice.evidence import ends
+from gradclip.advice.facts import Facts
+from gradclip.advice.spikes import alive
 from gradclip.record import NOT_TAKEN
 from gradclip.rules import usable
-from gradclip.spikes import alive
 from gradclip.wording import ordinal
 
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradclip.evidence import pile_up
-from gradclip.facts import Facts
+from gradclip.advice.evidence import pile_up
+from gradclip.advice.facts import Facts
+from gradclip.advice.spikes import FEWEST
 from gradclip.record import Floats, no_norms
 from gradclip.rules import Norm, Percentile, Rule, usable
-from gradclip.spikes import FEWEST
 from gradclip.wording import counted
 
 FEWEST_BEFORE = 3

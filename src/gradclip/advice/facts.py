@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gradclip.evidence import (
+from gradclip.advice.evidence import (
     dead_from,
     drift_factor,
     level_change,
@@ -18,10 +18,10 @@ from gradclip.evidence import (
     same_level,
     stands_still,
 )
+from gradclip.advice.spikes import FEWEST, Spike, find_spikes, warmup_of
 from gradclip.record import Floats, Record
 from gradclip.rules import Norm, Rule, stages, usable
 from gradclip.ruletext import recorded_rule
-from gradclip.spikes import FEWEST, Spike, find_spikes, warmup_of
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
