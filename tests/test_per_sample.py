@@ -324,3 +324,30 @@ def test_ghosts_refuse_what_they_cannot_do():
     model[0].weight = model[1].weight
     with pytest.raises(ValueError, match="share a parameter"):
         PerSample(model)
+
+
+class Masked(torch.nn.Module):
+    """A parameter beside a layer, and an input that may come by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, x, mask=1.0):
+        return x * self.scale * mask
+
+
+OTHER_CALLS = {
+    "name": (Masked(), lambda m, x: m(x, mask=x), r"\(Tensor, mask=Tensor\) and ret"),
+    "number": (Masked(), lambda m, x: m(x, 2.0), r"\(Tensor, float\) and returns Ten"),
+    "only names": (torch.nn.Linear(4, 4), lambda m, x: m(input=x), r"\(input=Tensor\)"),
+    "tuple": (torch.nn.GRU(4, 4), lambda m, x: m(x)[0], "returns tuple.*as through nn"),
+    "twice": (torch.nn.Linear(4, 4), lambda m, x: m(m(x)), "is called twice, so"),
+}
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS)
+def test_ghosts_say_which_call_they_cannot_follow(call):
+    model, use, told = OTHER_CALLS[call]
+    with PerSample(model), pytest.raises(ValueError, match=told):
+        use(model, torch.randn(3, 4))

@@ -30,7 +30,8 @@ class PerSample:
 
     Linear and embedding layers need no per-sample gradients; those of other layers are
     formed for one layer at a time. Samples must not influence each other (no batch
-    norm), each layer may be called once, and its parameters used by nothing else.
+    norm), each layer may be called once, with one tensor, and its parameters used by
+    nothing else.
 
     Args:
         model: The module; its inputs have the samples along their first axis.
@@ -90,16 +91,32 @@ class PerSample:
         if any(layer.training for layer in self._mixing):
             raise _refusal("batch norm mixes samples, unless it is in eval()")
         self._calls = {}
-        self._hooks = [layer.register_forward_hook(self._saw) for layer in self._layers]
+        self._hooks = [
+            layer.register_forward_hook(self._saw, with_kwargs=True)
+            for layer in self._layers
+        ]
 
     def _look_away(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def _saw(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if layer in self._calls or len(inputs) != 1 or not torch.is_tensor(output):
-            raise _refusal(f"{layer} is called twice, or with other than one tensor")
+    def _saw(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
+    ) -> None:
+        if layer in self._calls:
+            raise _refusal(f"{layer} is called twice")
+        # What comes by name would be missing where the layer is called again.
+        given = [*map(_kind, inputs), *(f"{k}={_kind(x)}" for k, x in named.items())]
+        if given != ["Tensor"] or not torch.is_tensor(output):
+            raise _refusal(
+                f"{layer} is called with ({', '.join(given)}) and returns "
+                f"{_kind(output)}, in place of one tensor for one, without a name"
+            )
         # Where its gradient arrives, even if it is changed in place behind the layer.
         self._calls[layer] = inputs[0].detach(), get_gradient_edge(output)
 
@@ -188,9 +205,14 @@ def squared_norms(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
 
 def _refusal(reason: str) -> ValueError:
     return ValueError(
-        f"PerSample: {reason}, so that norms would be wrong; use torch.func.vmap with "
-        "gradclip.per_sample.clipped_sum."
+        f"PerSample: {reason}, so that norms would be wrong; use "
+        "gradclip.per_sample.clipped_sum, with gradients from torch.func.vmap, or from "
+        "one sample after another where vmap cannot go, as through nn.GRU."
     )
+
+
+def _kind(x: Any) -> str:
+    return "Tensor" if torch.is_tensor(x) else type(x).__name__
 
 
 def _uses(losses: Tensor) -> Counter[int]:
