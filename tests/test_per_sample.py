@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import gradclip as gc
 from gradclip.per_sample import clipped_sum
@@ -351,3 +352,45 @@ def test_ghosts_say_which_call_they_cannot_follow(call):
     model, use, told = OTHER_CALLS[call]
     with PerSample(model), pytest.raises(ValueError, match=told):
         use(model, torch.randn(3, 4))
+
+
+def equal_to_a_loop(model, x, limit=0.5):
+    """See that norms, and what is let through, are those of a loop over samples."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    with PerSample(model) as samples:
+        info = samples.backward(model(x).square().flatten(1).sum(1), gc.Norm(limit))
+    got = [p.grad for p in params]
+    each = []
+    for i in range(len(x)):
+        loss = model(x[i : i + 1]).square().sum()
+        each.append(torch.autograd.grad(loss, params))
+    want, exact = clipped_sum(
+        [torch.stack(g) for g in zip(*each, strict=True)], gc.Norm(limit)
+    )
+    torch.testing.assert_close(info.norm, exact.norm, rtol=1e-5, atol=0)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+
+
+def pruned():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    return torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+
+
+def normed():
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(4, 3))
+    layer.weight_g.data *= 3
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("make", [pruned, normed])
+def test_a_weight_that_is_made_of_parameters_is_no_ghost(make):
+    layer = make()
+    with PerSample(layer) as samples:
+        samples.backward(layer(torch.randn(5, 4)).square().sum(1), gc.Norm(1.0))
+    # Not one of those that the gradients were formed with.
+    assert layer.weight.sum().requires_grad
+    layer.zero_grad()
+    equal_to_a_loop(layer, torch.randn(5, 4))

@@ -164,9 +164,7 @@ class PerSample:
         """
         uses = _uses(losses)
         for layer, params in self._layers.items():
-            most = (
-                0 if layer not in self._calls else 1 if type(layer) in GHOSTS else None
-            )
+            most = 0 if layer not in self._calls else 1 if is_ghost(layer) else None
             if most is not None and any(uses[id(p)] > most for p in params):
                 raise _refusal(
                     f"a parameter of {layer} is used beside the layer, as tied weights "
@@ -200,7 +198,16 @@ class PerSample:
 
 def squared_norms(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
     """Return the squared norms of the gradients of one layer, for each sample."""
-    return GHOSTS.get(type(layer), _formed)(layer, inputs, grad)
+    return (GHOSTS[type(layer)] if is_ghost(layer) else _formed)(layer, inputs, grad)
+
+
+def is_ghost(layer: nn.Module) -> bool:
+    """Return whether a layer is measured without its gradients.
+
+    Pruning and weight_norm make a weight out of parameters with other names.
+    """
+    names = {name for name, _ in layer.named_parameters(recurse=False)}
+    return type(layer) in GHOSTS and names <= {"weight", "bias"}
 
 
 def _refusal(reason: str) -> ValueError:
@@ -276,7 +283,13 @@ def _formed(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
 
         return torch.func.vjp(output, fixed)[1](g)[0]
 
-    each = torch.func.vmap(one)(inputs, grad)
+    # A weight that is made at each call would stay there, with the samples in it.
+    before = [(m, dict(m.__dict__)) for m in layer.modules()]
+    try:
+        each = torch.func.vmap(one)(inputs, grad)
+    finally:
+        for m, attributes in before:
+            m.__dict__.update(attributes)
     return torch.stack(
         [x.double().flatten(1).square().sum(1) for x in each.values()]
     ).sum(0)
