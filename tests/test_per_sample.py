@@ -394,3 +394,16 @@ def test_a_weight_that_is_made_of_parameters_is_no_ghost(make):
     assert layer.weight.sum().requires_grad
     layer.zero_grad()
     equal_to_a_loop(layer, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "both"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_hooks_of_others_are_taken_into_account(kind, where):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4) if kind == "linear" else torch.nn.Conv1d(4, 4, 1)
+    x = torch.randn(5, 4) if kind == "linear" else torch.randn(5, 4, 3)
+    if where != "behind":
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3,))
+    if where != "before":
+        layer.register_forward_hook(lambda _, inputs, output: output.square() * 2)
+    equal_to_a_loop(layer, x)

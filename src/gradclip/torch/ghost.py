@@ -70,6 +70,7 @@ class PerSample:
         norms = nn.modules.batchnorm._BatchNorm
         self._mixing = [m for m in model.modules() if isinstance(m, norms)]
         self._calls: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
+        self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "PerSample":
@@ -85,21 +86,37 @@ class PerSample:
     ) -> None:
         """Let go of the layers and of what they saw."""
         self._look_away()
-        self._calls = {}
+        self._calls, self._given = {}, {}
 
     def _watch(self) -> None:
         if any(layer.training for layer in self._mixing):
             raise _refusal("batch norm mixes samples, unless it is in eval()")
-        self._calls = {}
-        self._hooks = [
-            layer.register_forward_hook(self._saw, with_kwargs=True)
-            for layer in self._layers
-        ]
+        self._calls, self._given = {}, {}
+        for layer in self._layers:
+            self._hook_into(layer)
+
+    def _hook_into(self, layer: nn.Module) -> None:
+        # Formulas are those of the layer alone, inside of the hooks that others put
+        # around it; to form gradients is to call it again with all of them.
+        alone = is_ghost(layer)
+        saw = layer.register_forward_hook(self._saw, prepend=alone, with_kwargs=True)
+        self._hooks.append(saw)
+        if not alone:
+            self._hooks.append(
+                layer.register_forward_pre_hook(
+                    self._takes, prepend=True, with_kwargs=True
+                )
+            )
 
     def _look_away(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _takes(
+        self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        self._given[layer] = inputs, named
 
     def _saw(
         self,
@@ -110,6 +127,7 @@ class PerSample:
     ) -> None:
         if layer in self._calls:
             raise _refusal(f"{layer} is called twice")
+        inputs, named = self._given.pop(layer, (inputs, named))
         # What comes by name would be missing where the layer is called again.
         given = [*map(_kind, inputs), *(f"{k}={_kind(x)}" for k, x in named.items())]
         if given != ["Tensor"] or not torch.is_tensor(output):
