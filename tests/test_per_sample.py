@@ -407,3 +407,38 @@ def test_hooks_of_others_are_taken_into_account(kind, where):
     if where != "before":
         layer.register_forward_hook(lambda _, inputs, output: output.square() * 2)
     equal_to_a_loop(layer, x)
+
+
+USED_BESIDE = {
+    "function": lambda m, x: m(x) + torch.nn.functional.conv1d(x, m[0].weight),
+    "function before": lambda m, x: m(torch.nn.functional.conv1d(x, m[0].weight)),
+    "decay": lambda m, x: m(x) + m[0].weight.square().sum(),
+    "decay of a norm": lambda m, x: m(x) + m[1].weight.square().sum(),
+}
+
+
+@pytest.mark.parametrize("use", USED_BESIDE)
+def test_ghosts_refuse_another_use_of_what_a_layer_has_formed(use):
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.LayerNorm(3))
+    with PerSample(model) as samples:
+        out = USED_BESIDE[use](model, torch.randn(5, 4, 3))
+        with pytest.raises(ValueError, match="used beside the layer"):
+            samples.backward(out.square().sum((1, 2)), gc.Norm(1.0))
+
+
+class Again(torch.nn.Module):
+    """A parameter that its layer uses several times, around another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.inner = torch.nn.Parameter(torch.ones(4)), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x * self.size) * self.size.exp() + self.size
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_may_use_its_parameters_as_it_likes(first):
+    torch.manual_seed(0)
+    layers = [] if first else [torch.nn.Linear(4, 4)]
+    equal_to_a_loop(torch.nn.Sequential(*layers, Again()), torch.randn(5, 4))

@@ -7,7 +7,7 @@ only. The first pass finds the norms, the second one weighs the losses.
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from gradclip.rules import Rule
 
 TURNS = {"TBackward", "ToCopyBackward", "TransposeBackward", "PermuteBackward"}
 """What a layer does to its weight before it uses it."""
+
+
+class _Call(NamedTuple):
+    """One call of a layer."""
+
+    inputs: Tensor
+    source: Any
+    """The node that has made them, if there is one."""
+    edge: GradientEdge
+    """Where the gradient of the output arrives."""
 
 
 class PerSample:
@@ -69,7 +79,7 @@ class PerSample:
             raise _refusal("scale_grad_by_freq mixes samples")
         norms = nn.modules.batchnorm._BatchNorm
         self._mixing = [m for m in model.modules() if isinstance(m, norms)]
-        self._calls: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
+        self._calls: dict[nn.Module, _Call] = {}
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._hooks: list[Any] = []
 
@@ -135,8 +145,9 @@ class PerSample:
                 f"{layer} is called with ({', '.join(given)}) and returns "
                 f"{_kind(output)}, in place of one tensor for one, without a name"
             )
+        (x,) = inputs
         # Where its gradient arrives, even if it is changed in place behind the layer.
-        self._calls[layer] = inputs[0].detach(), get_gradient_edge(output)
+        self._calls[layer] = _Call(x.detach(), x.grad_fn, get_gradient_edge(output))
 
     def backward(self, losses: Tensor, rule: Rule) -> Info:
         """Add the clipped gradients to `grad`, as `backward()` would.
@@ -176,14 +187,14 @@ class PerSample:
         return info
 
     def _check_uses(self, losses: Tensor) -> None:
-        """Refuse parameters that more than a watched call of their layer uses.
-
-        What other layers do inside is taken from them as a whole, and may be anything.
-        """
-        uses = _uses(losses)
+        """Refuse parameters that more than a watched call of their layer uses."""
+        uses = _uses(losses.grad_fn)
         for layer, params in self._layers.items():
-            most = 0 if layer not in self._calls else 1 if is_ghost(layer) else None
-            if most is not None and any(uses[id(p)] > most for p in params):
+            inside: Counter[int] = Counter()
+            if layer in self._calls:
+                call = self._calls[layer]
+                inside = _uses(call.edge.node, call.source)
+            if any(uses[id(p)] > inside[id(p)] for p in params):
                 raise _refusal(
                     f"a parameter of {layer} is used beside the layer, as tied weights "
                     "are, or the layer was called before"
@@ -193,13 +204,13 @@ class PerSample:
         """Return the norm of the gradient of each sample."""
         layers = list(self._calls)
         for layer in layers:
-            if (count := len(self._calls[layer][0])) != len(losses):
+            if (count := len(self._calls[layer].inputs)) != len(losses):
                 raise ValueError(
                     f"PerSample: {layer} was called with {count} samples, and there "
                     f"are {len(losses)} losses; samples lie along the first axis of "
                     "everything that goes into a layer."
                 )
-        edges = [self._calls[layer][1] for layer in layers]
+        edges = [self._calls[layer].edge for layer in layers]
         # Samples do not meet, so that each row of these is from one loss alone.
         grads = torch.autograd.grad(
             losses.sum(), edges, retain_graph=True, allow_unused=True
@@ -207,7 +218,7 @@ class PerSample:
         with torch.no_grad():
             squares = [losses.new_zeros(len(losses), dtype=torch.float64)]
             squares += [
-                squared_norms(layer, self._calls[layer][0], grad).double()
+                squared_norms(layer, self._calls[layer].inputs, grad).double()
                 for layer, grad in zip(layers, grads, strict=True)
                 if grad is not None
             ]
@@ -240,10 +251,13 @@ def _kind(x: Any) -> str:
     return "Tensor" if torch.is_tensor(x) else type(x).__name__
 
 
-def _uses(losses: Tensor) -> Counter[int]:
-    """Return how many operations each leaf goes into, by its id."""
+def _uses(end: Any, start: Any = None) -> Counter[int]:
+    """Return how many operations before `end` each leaf goes into, by its id.
+
+    With `start`, what lies before that is left out.
+    """
     uses: Counter[int] = Counter()
-    seen, waiting = set(), [losses.grad_fn]
+    seen, waiting = {start}, [end]
     while waiting:
         if (node := waiting.pop()) is None or node in seen:
             continue
