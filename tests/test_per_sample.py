@@ -442,3 +442,20 @@ def test_a_layer_may_use_its_parameters_as_it_likes(first):
     torch.manual_seed(0)
     layers = [] if first else [torch.nn.Linear(4, 4)]
     equal_to_a_loop(torch.nn.Sequential(*layers, Again()), torch.randn(5, 4))
+
+
+def test_ghosts_follow_what_is_unfrozen():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    x, limit = torch.randn(5, 4), 0.1
+    with (samples := PerSample(model)):
+        samples.backward(model(x).square().sum(1), gc.Norm(limit))
+        model[0].requires_grad_(True)
+        with pytest.raises(ValueError, match="or was unfrozen since"):
+            samples.backward(model(x).square().sum(1), gc.Norm(limit))
+    model.zero_grad()
+    with samples:
+        samples.backward(model(x).square().sum(1), gc.Norm(limit))
+    total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert float(total) <= 5 * limit * (1 + 1e-5)

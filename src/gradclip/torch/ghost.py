@@ -66,19 +66,9 @@ class PerSample:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Find the layers that own parameters."""
-        layers = {
-            layer: [p for p in layer.parameters(recurse=False) if p.requires_grad]
-            for layer in model.modules()
-        }
-        self._layers = {layer: owned for layer, owned in layers.items() if owned}
-        owned = [id(p) for params in self._layers.values() for p in params]
-        if len(set(owned)) < len(owned):
-            raise _refusal("some layers share a parameter")
-        if any(getattr(layer, "scale_grad_by_freq", False) for layer in self._layers):
-            raise _refusal("scale_grad_by_freq mixes samples")
-        norms = nn.modules.batchnorm._BatchNorm
-        self._mixing = [m for m in model.modules() if isinstance(m, norms)]
+        """Look at the layers that own parameters."""
+        self._model = model
+        self._layers = _owners(model)
         self._calls: dict[nn.Module, _Call] = {}
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._hooks: list[Any] = []
@@ -99,8 +89,11 @@ class PerSample:
         self._calls, self._given = {}, {}
 
     def _watch(self) -> None:
-        if any(layer.training for layer in self._mixing):
+        norms = nn.modules.batchnorm._BatchNorm
+        if any(m.training for m in self._model.modules() if isinstance(m, norms)):
             raise _refusal("batch norm mixes samples, unless it is in eval()")
+        # What was frozen may be trained by now.
+        self._layers = _owners(self._model)
         self._calls, self._given = {}, {}
         for layer in self._layers:
             self._hook_into(layer)
@@ -189,7 +182,8 @@ class PerSample:
     def _check_uses(self, losses: Tensor) -> None:
         """Refuse parameters that more than a watched call of their layer uses."""
         uses = _uses(losses.grad_fn)
-        for layer, params in self._layers.items():
+        # Anew, for those that came to be trained since the layers were watched.
+        for layer, params in _owners(self._model).items():
             inside: Counter[int] = Counter()
             if layer in self._calls:
                 call = self._calls[layer]
@@ -197,7 +191,8 @@ class PerSample:
             if any(uses[id(p)] > inside[id(p)] for p in params):
                 raise _refusal(
                     f"a parameter of {layer} is used beside the layer, as tied weights "
-                    "are, or the layer was called before"
+                    "are, or the layer was called before it was watched, or was "
+                    "unfrozen since"
                 )
 
     def _norms(self, losses: Tensor) -> Tensor:
@@ -223,6 +218,21 @@ class PerSample:
                 if grad is not None
             ]
         return torch.stack(squares).sum(0).sqrt()
+
+
+def _owners(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """Return the layers that own parameters, and those of these that are trained."""
+    layers = {
+        layer: [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        for layer in model.modules()
+    }
+    layers = {layer: owned for layer, owned in layers.items() if owned}
+    owned = [id(p) for params in layers.values() for p in params]
+    if len(set(owned)) < len(owned):
+        raise _refusal("some layers share a parameter")
+    if any(getattr(layer, "scale_grad_by_freq", False) for layer in layers):
+        raise _refusal("scale_grad_by_freq mixes samples")
+    return layers
 
 
 def squared_norms(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
