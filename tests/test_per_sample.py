@@ -459,3 +459,13 @@ def test_ghosts_follow_what_is_unfrozen():
         samples.backward(model(x).square().sum(1), gc.Norm(limit))
     total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert float(total) <= 5 * limit * (1 + 1e-5)
+
+
+def test_ghosts_say_that_compiled_code_shows_no_calls():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 4)
+    compiled(x)
+    with PerSample(model) as samples:
+        losses = compiled(x).square().sum(1)
+        with pytest.raises(ValueError, match="compiled code"):
+            samples.backward(losses, gc.Norm(1.0))

@@ -21,6 +21,12 @@ from gradclip.rules import Rule
 TURNS = {"TBackward", "ToCopyBackward", "TransposeBackward", "PermuteBackward"}
 """What a layer does to its weight before it uses it."""
 
+UNSEEN = (
+    ", or in a call that was not seen: compiled code shows none, and is to be left out "
+    "here; or the layer was called before it was watched, or was unfrozen since"
+)
+"""What else it may be where a layer was not called."""
+
 
 class _Call(NamedTuple):
     """One call of a layer."""
@@ -191,8 +197,7 @@ class PerSample:
             if any(uses[id(p)] > inside[id(p)] for p in params):
                 raise _refusal(
                     f"a parameter of {layer} is used beside the layer, as tied weights "
-                    "are, or the layer was called before it was watched, or was "
-                    "unfrozen since"
+                    f"are{'' if layer in self._calls else UNSEEN}"
                 )
 
     def _norms(self, losses: Tensor) -> Tensor:
