@@ -469,3 +469,15 @@ def test_ghosts_say_that_compiled_code_shows_no_calls():
         losses = compiled(x).square().sum(1)
         with pytest.raises(ValueError, match="compiled code"):
             samples.backward(losses, gc.Norm(1.0))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, torch.nn.Bilinear])
+def test_ghosts_refuse_complex_parameters(kind):
+    sizes = (4, 2) if kind is torch.nn.Linear else (4, 4, 2)
+    with pytest.raises(ValueError, match=r"complex parameters.*clipped_sum"):
+        PerSample(kind(*sizes, dtype=torch.complex64))
+    grads = torch.tensor([[3.0 + 4.0j], [0.1j]])
+    assert clipped_sum([grads], gc.Norm(1.0))[1].norm.tolist() == [
+        5.0,
+        pytest.approx(0.1),
+    ]

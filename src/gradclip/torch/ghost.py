@@ -237,6 +237,9 @@ def _owners(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
         raise _refusal("some layers share a parameter")
     if any(getattr(layer, "scale_grad_by_freq", False) for layer in layers):
         raise _refusal("scale_grad_by_freq mixes samples")
+    for layer, params in layers.items():
+        if any(p.is_complex() for p in params):
+            raise _refusal(f"{layer} has complex parameters, which it does not measure")
     return layers
 
 
