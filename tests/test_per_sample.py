@@ -8,6 +8,7 @@ import optax
 import pytest
 import torch
 import torch.nn.utils.prune
+from torch.utils.checkpoint import checkpoint
 
 import gradclip as gc
 from gradclip.per_sample import clipped_sum
@@ -481,3 +482,27 @@ def test_ghosts_refuse_complex_parameters(kind):
         5.0,
         pytest.approx(0.1),
     ]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: torch.no_grad()(m)(x),
+        lambda m, x: checkpoint(m, x, use_reentrant=True),
+    ],
+)
+def test_ghosts_refuse_a_call_without_a_graph(call):
+    model, x = torch.nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    with PerSample(model), pytest.raises(ValueError, match="use_reentrant=False"):
+        call(model, x)
+
+
+def test_ghosts_go_through_checkpoints():
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4), Again())
+    x, limit = torch.randn(5, 4), gc.Norm(0.5)
+    with PerSample(inner) as samples:
+        expected = samples.backward(inner(x).square().sum(1), limit)
+        out = checkpoint(inner, x, use_reentrant=False)
+        got = samples.backward(out.square().sum(1), limit)
+    torch.testing.assert_close(got.norm, expected.norm)

@@ -27,6 +27,12 @@ UNSEEN = (
 )
 """What else it may be where a layer was not called."""
 
+FORMED = (
+    "use gradclip.per_sample.clipped_sum, with gradients from torch.func.vmap, or from "
+    "one sample after another where vmap cannot go, as through nn.GRU"
+)
+"""What does without ghosts."""
+
 
 class _Call(NamedTuple):
     """One call of a layer."""
@@ -144,6 +150,12 @@ class PerSample:
                 f"{layer} is called with ({', '.join(given)}) and returns "
                 f"{_kind(output)}, in place of one tensor for one, without a name"
             )
+        if not output.requires_grad:
+            raise _refusal(
+                f"{layer} is called where no graph is kept, as under no_grad() or in a "
+                "checkpoint with use_reentrant=True",
+                "call it outside of the `with`, or with use_reentrant=False",
+            )
         (x,) = inputs
         # Where its gradient arrives, even if it is changed in place behind the layer.
         self._calls[layer] = _Call(x.detach(), x.grad_fn, get_gradient_edge(output))
@@ -257,12 +269,8 @@ def is_ghost(layer: nn.Module) -> bool:
     return type(layer) in GHOSTS and names <= {"weight", "bias"}
 
 
-def _refusal(reason: str) -> ValueError:
-    return ValueError(
-        f"PerSample: {reason}, so that norms would be wrong; use "
-        "gradclip.per_sample.clipped_sum, with gradients from torch.func.vmap, or from "
-        "one sample after another where vmap cannot go, as through nn.GRU."
-    )
+def _refusal(reason: str, remedy: str = FORMED) -> ValueError:
+    return ValueError(f"PerSample: {reason}, so that norms would be wrong; {remedy}.")
 
 
 def _kind(x: Any) -> str:
