@@ -506,3 +506,26 @@ def test_ghosts_go_through_checkpoints():
         out = checkpoint(inner, x, use_reentrant=False)
         got = samples.backward(out.square().sum(1), limit)
     torch.testing.assert_close(got.norm, expected.norm)
+
+
+class Dropping(torch.nn.Module):
+    """A parameter beside a dropout, as of a transformer's embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.drop = torch.nn.Parameter(torch.ones(4)), torch.nn.Dropout()
+
+    def forward(self, x):
+        return self.drop(x + self.place)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Dropping(), torch.nn.InstanceNorm1d(4, affine=True, track_running_stats=True)],
+)
+def test_ghosts_refuse_a_layer_that_cannot_be_called_for_one_sample(layer):
+    with PerSample(layer) as samples:
+        losses = layer(torch.randn(3, 4, 4)).square().sum((1, 2))
+        with pytest.raises(ValueError, match="for one sample at a time"):
+            samples.backward(losses, gc.Norm(1.0))
+    assert all(p.grad is None for p in layer.parameters())

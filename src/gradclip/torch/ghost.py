@@ -345,6 +345,14 @@ def _formed(layer: nn.Module, inputs: Tensor, grad: Tensor) -> Tensor:
     before = [(m, dict(m.__dict__)) for m in layer.modules()]
     try:
         each = torch.func.vmap(one)(inputs, grad)
+    except RuntimeError as error:
+        # Dropout draws anew, and running statistics are those of the batch.
+        reason = str(error).strip().partition("\n")[0]
+        raise _refusal(
+            f"{layer} cannot be called for one sample at a time ({reason})",
+            "put its parameters into a module that does nothing but use them, or the "
+            "layer into eval()",
+        ) from error
     finally:
         for m, attributes in before:
             m.__dict__.update(attributes)
