@@ -529,3 +529,77 @@ def test_ghosts_refuse_a_layer_that_cannot_be_called_for_one_sample(layer):
         with pytest.raises(ValueError, match="for one sample at a time"):
             samples.backward(losses, gc.Norm(1.0))
     assert all(p.grad is None for p in layer.parameters())
+
+
+class Positions(torch.nn.Module):
+    """Words and where they stand; `expand` gives each sample its own positions."""
+
+    def __init__(self, expand):
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(9, 4), torch.nn.Embedding(5, 4)
+        self.expand = expand
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])
+        return self.words(x) + self.places(
+            places.expand(x.shape) if self.expand else places
+        )
+
+
+def test_ghosts_see_that_a_row_is_no_sample_also_where_there_are_as_many():
+    torch.manual_seed(0)
+    x = torch.randint(0, 9, (5, 5))
+    equal_to_a_loop(Positions(expand=True), x)
+    first, model = torch.nn.Linear(4, 4), Positions(expand=False)
+    with PerSample(model) as samples:
+        losses = model(x).square().sum((1, 2))
+        with pytest.raises(
+            ValueError, match=r"behind Embedding\(5, 4\).*expand\(batch"
+        ):
+            samples.backward(losses, gc.Norm(1.0))
+    assert all(p.grad is None for p in model.parameters())
+    with PerSample(first) as samples:
+        out = first(torch.randn(6, 6, 4))
+        with pytest.raises(ValueError, match="with the batch first"):
+            samples.backward(out.square().sum((0, 2)), gc.Norm(1.0))
+
+
+def test_ghosts_see_samples_that_meet():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 4), torch.randn(6, 4)
+    with PerSample(model) as samples:
+        out = model(x)
+        losses = torch.nn.functional.cross_entropy(
+            out @ out.T, torch.arange(6), reduction="none"
+        )
+        with pytest.raises(ValueError, match="samples meet behind Linear"):
+            samples.backward(losses, gc.Norm(1.0))
+
+
+class Energy(torch.nn.Module):
+    """One number for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x @ self.size
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ghosts_take_batches_of_any_size_and_losses_as_they_are(count):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Energy())
+    with PerSample(model) as samples:
+        info = samples.backward(model(torch.ones(count, 4)), gc.Norm(1.0))
+    assert info.norm.shape == (count,)
+    assert model[1].size.grad is not None
+
+
+def test_rounding_is_no_sign_of_samples_that_meet():
+    """The losses are constant in the convolution, whose gradient is rounding alone."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.LayerNorm(5))
+    with PerSample(model) as samples, torch.autocast("cpu", torch.bfloat16):
+        losses = model(torch.randn(3, 4, 5)).float().square().sum((1, 2))
+        assert samples.backward(losses, gc.Norm(1.0)).finite

@@ -5,7 +5,7 @@ only. The first pass finds the norms, the second one weighs the losses.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -53,10 +53,11 @@ class PerSample:
     Linear and embedding layers need no per-sample gradients; those of other layers are
     formed for one layer at a time. Samples must not influence each other (no batch
     norm), each layer may be called once, with one tensor, and its parameters used by
-    nothing else.
+    nothing else. Positions are such inputs too: `torch.arange(n).expand(batch, n)`.
 
     Args:
-        model: The module; its inputs have the samples along their first axis.
+        model: The module; its inputs have the samples along their first axis. The first
+            `backward()` takes one more pass, to see that they have.
 
     Raises:
         ValueError: For parameters that several layers share, and for embeddings with
@@ -84,6 +85,7 @@ class PerSample:
         self._calls: dict[nn.Module, _Call] = {}
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._hooks: list[Any] = []
+        self._apart = False
 
     def __enter__(self) -> "PerSample":
         """Watch the layers."""
@@ -174,8 +176,8 @@ class PerSample:
         Raises:
             TypeError: For a rule with memory.
             ValueError: For another scope, losses that were averaged already, a
-                parameter that something else than its layer uses, or a
-                layer that was called with another number of samples.
+                parameter that something else than its layer uses, a layer that was
+                called with another number of samples, or samples that meet.
         """
         check_per_sample(rule)
         if rule.over != "all" or rule.p != 2 or losses.dim() != 1:
@@ -224,9 +226,9 @@ class PerSample:
                 )
         edges = [self._calls[layer].edge for layer in layers]
         # Samples do not meet, so that each row of these is from one loss alone.
-        grads = torch.autograd.grad(
-            losses.sum(), edges, retain_graph=True, allow_unused=True
-        )
+        grads = _at(edges, losses)
+        if len(losses) > 1 and not self._apart:
+            self._check_rows(losses, grads)
         with torch.no_grad():
             squares = [losses.new_zeros(len(losses), dtype=torch.float64)]
             squares += [
@@ -235,6 +237,38 @@ class PerSample:
                 if grad is not None
             ]
         return torch.stack(squares).sum(0).sqrt()
+
+    def _check_rows(self, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """Refuse rows that are not those of samples, once: it takes one more pass.
+
+        That of a sample is weighed as its loss is.
+        """
+        # Halves are exact, and in this order no distance between samples keeps them.
+        halved = [0.5 ** (i.bit_count() % 2) for i in range(len(losses))]
+        weights = losses.new_tensor(halved)
+        weighed = _at([call.edge for call in self._calls.values()], losses * weights)
+        for layer, plain, new in zip(self._calls, grads, weighed, strict=True):
+            if plain is None or new is None or plain.shape[:1] != losses.shape:
+                continue
+            expected = _row_norms(plain) * weights
+            # Far more than rounding, also in half precision.
+            if ((_row_norms(new) - expected).abs() > 0.05 * expected.max()).any():
+                raise _refusal(
+                    f"samples meet behind {layer}, or do not lie along the first axis "
+                    "of what goes into it",
+                    "give positions as torch.arange(n).expand(batch, n), and sequences "
+                    "with the batch first",
+                )
+        self._apart = True
+
+
+def _at(edges: list[GradientEdge], losses: Tensor) -> Sequence[Tensor | None]:
+    total = losses.sum()
+    return torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).abs().double().square().sum(1).sqrt()
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
