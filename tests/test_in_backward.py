@@ -348,3 +348,58 @@ def test_a_backward_pass_inside_of_another_is_refused(reentrant):
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss.backward()
     same(net.parameters(), before)
+
+
+def scaled(kind, fused, rule, overflow=None, **options):
+    """Train with steps that a loss scaler takes in the hooks."""
+    net = network()
+    made = {p: kind([p], lr=0.05, fused=fused, **options) for p in net.parameters()}
+    clipper = attach(made, rule, model=net, in_backward=True, on_nonfinite="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    told = []
+
+    def step(p):
+        scaler.step(made[p])
+        made[p].zero_grad()
+
+    for p in made:
+        p.register_post_accumulate_grad_hook(step)
+    for i, x in enumerate(batches(6)):
+        scaler.scale(loss_of(net, x) * (math.inf if i == overflow else 1)).backward()
+        scaler.update()
+        told.append(clipper.info and float(clipper.info.norm))
+    return net, told
+
+
+@pytest.mark.parametrize("overflow", [None, 2])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})],
+    ids=["SGD", "AdamW"],
+)
+def test_a_fused_step_of_a_loss_scaler_is_that_of_any_other(kind, options, overflow):
+    """It divides by the scale behind the clip."""
+    net, told = scaled(kind, True, gc.Norm(0.1), overflow, **options)
+    other, expected = scaled(kind, False, gc.Norm(0.1), overflow, **options)
+    assert told == pytest.approx(expected, rel=1e-5)
+    same(net.parameters(), other.parameters(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_steps_beside_a_loss_scaler_are_told(through):
+    net = network()
+    made = {p: torch.optim.SGD([p], lr=0.05) for p in net.parameters()}
+    attach(made, gc.Norm(1e-3), model=net, in_backward=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for p, optimizer in made.items():
+        p.register_post_accumulate_grad_hook(
+            lambda _, o=optimizer: scaler.step(o) if through else o.step()
+        )
+    loss = scaler.scale(loss_of(net, next(batches())))
+    if through:
+        loss.backward()
+        return
+    with pytest.warns(
+        gc.torch.ClipWarning, match=r"GradScaler with scale.*scaler\.step\(optim"
+    ):
+        loss.backward()

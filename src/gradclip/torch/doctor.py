@@ -175,6 +175,24 @@ class Doctor:
                 )
         self.checks.discard("scaled")
 
+    def look_for_steps_beside_scaler(
+        self, info: Info, optimizers: Sequence[Any]
+    ) -> None:
+        """Ask, once, for a loss scaler that takes no step of a clip in backward."""
+        asks = "scaled" in self.checks and at_hand(info.norm)
+        if not (asks and _far_above(info)):
+            return
+        scalers = _scalers()
+        taken = {place for s in scalers for place in s._per_optimizer_states}
+        if scalers and taken.isdisjoint(map(id, optimizers)):
+            self.tell(
+                "scaled",
+                f"the norm is {float(info.norm):.3g}, and a GradScaler with scale "
+                f"{scalers[0].get_scale():g} is in use that takes none of these steps: "
+                "call scaler.step(optimizer) in the hooks, not optimizer.step().",
+            )
+        self.checks.discard("scaled")
+
     def look_for_lone_scaler(self, optimizer: Any) -> None:
         """Ask, once, for a loss scaler that skips steps on one process of several."""
         if "alone" not in self.checks:

@@ -21,7 +21,7 @@ from gradclip.decision import Info, clip_scale, decide
 from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
-from gradclip.torch.exact import safe_norm, tensor_of
+from gradclip.torch.exact import at_hand, safe_norm, tensor_of
 from gradclip.torch.frames import frames
 from gradclip.torch.gradients import collect, drop, named_by_optimizers, params_of
 from gradclip.torch.hooked import Hooked, only_prepares
@@ -116,16 +116,33 @@ class InBackward(Hooked):
         # Of all parameters only when one is new: this is called for each of them.
         if not all(id(p) in self._index for p in params):
             self._take_up_new_parameters()
+        if self._overflows(optimizer):
+            # A loss scaler takes no step then, unless the optimizer is fused.
+            self._hide(params)
+            drop(params, False)
+            return
         now = self._pass_with(params)
-        leaves, norm = self._admitted(params)
+        # What a fused step divides by, when all is done.
+        verbs = self._tools(getattr(optimizer, "grad_scale", None))
+        leaves, norm = self._admitted(params, verbs)
         now.take(norm)
         scale = self._scale(now, norm)
-        verbs = self._tools()
         if verbs.known(scale == 1) is not True:
             verbs.multiply(leaves, scale, "all")
         if self._skipping:
-            self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+            self._hide(params)
             drop(params, norm.isfinite())
+
+    def _overflows(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether a loss scaler has found infinity, as far as the host knows."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        waits = self.on_nonfinite == "raise"
+        here = found_inf is not None and (waits or at_hand(found_inf))
+        return here and bool(found_inf)
+
+    def _hide(self, params: list[Tensor]) -> None:
+        """Note gradients that the step may not see, to give them back after it."""
+        self._hidden = [(p, p.grad) for p in params if p.grad is not None]
 
     def _take_up_new_parameters(self) -> None:
         """Follow `add_param_group`; what is remembered is that of all gradients."""
@@ -140,9 +157,11 @@ class InBackward(Hooked):
         self._make_room()
         self._memory.states = states
 
-    def _admitted(self, params: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def _admitted(
+        self, params: list[Tensor], verbs: InPlace
+    ) -> tuple[list[Tensor], Tensor]:
         """Return gradients and their norm, after the policy for NaN."""
-        verbs, leaves = self._tools(), collect(params).leaves
+        leaves = collect(params).leaves
         names = [self.names[self._index[id(p)]] for p in params]
         norm = verbs.measure(leaves, "all", self._bound.p)
         # Before the policy, which may clear what was bad.
@@ -217,11 +236,12 @@ class InBackward(Hooked):
         # NaN here would be NaN in the estimates of all passes to come.
         self._previous = torch.where(info.finite, now.total, self._previous)
         self._info = now.report(info, kept)._replace(skipped=memory.skipped)
+        self._doctor.look_for_steps_beside_scaler(self._info, self.optimizers)
         self._in_a_row.copy_(memory.in_a_row, non_blocking=True)
         memory.check(int(self._in_a_row), self.max_consecutive_skips)
 
-    def _tools(self) -> InPlace:
-        verbs = InPlace()
+    def _tools(self, amplified: Tensor | None = None) -> InPlace:
+        verbs = InPlace(amplified)
         verbs.deterministic = self.deterministic
         return verbs
 
