@@ -736,3 +736,21 @@ def test_gradients_made_in_inference_mode_are_clipped():
             p.grad = torch.tensor([3.0, 4.0])
             optimizer.step()
         torch.testing.assert_close(p, torch.tensor([-1.2, -1.6]))
+
+
+class ByLoss(torch.optim.SGD):
+    """An optimizer whose step takes the loss, as that of Polyak does."""
+
+    def step(self, loss):
+        super().step()
+        return loss
+
+
+def test_a_loss_is_no_closure():
+    net = network()
+    optimizer = ByLoss(net.parameters(), lr=1.0)
+    clipper = attach(optimizer, gc.Norm(1e-3))
+    loss = loss_of(net, next(batches()))
+    loss.backward()
+    assert optimizer.step(loss.detach()) == loss
+    assert float(clipper.info.norm_after) == pytest.approx(1e-3)

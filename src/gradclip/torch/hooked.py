@@ -84,7 +84,9 @@ def is_inside_a_step(optimizer: torch.optim.Optimizer) -> bool:
 
 def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     """Return the closure that a step was called with; the optimizer comes first."""
-    return args[1] if len(args) > 1 else kwargs.get("closure")
+    found = args[1] if len(args) > 1 else kwargs.get("closure")
+    # Others take a loss there, or a scaler.
+    return found if callable(found) else None
 
 
 def with_closure(args: Any, kwargs: Any, closure: Callable[[], Any]) -> tuple[Any, Any]:
