@@ -67,7 +67,9 @@ def test_clipping_after_the_step():
     net, optimizer, clipper = setting()
     backward(net)
     optimizer.step()
-    with pytest.warns(ClipWarning, match=r"after the step.*Clip before step"):
+    with pytest.warns(
+        ClipWarning, match=r"after the step.* as by SAM\. Clip before step"
+    ):
         clipper.clip_()
 
 

@@ -97,7 +97,8 @@ class Doctor:
                 self.tell(
                     "consumed",
                     "the parameters have changed since these gradients were made: the "
-                    "clip comes after the step that used them. Clip before step().",
+                    "clip comes after the step that used them, or they were moved and "
+                    "put back, as by SAM. Clip before step().",
                 )
 
     def after(self, leaves: Sequence[Tensor], info: Info) -> None:
