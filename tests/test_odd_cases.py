@@ -1080,3 +1080,19 @@ def test_one_clipper_takes_the_libraries_in_turn(rule):
         expected, known = alone.clip(np.asarray(grads))
         np.testing.assert_allclose(np.asarray(clipped), expected, rtol=1e-6)
         assert bool(info.clipped) == bool(known.clipped)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [gc.Norm(0.5), gc.Norm(0.5, over="tensor"), gc.Value(0.5), gc.Normalize()],
+    ids=repr,
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_torch_maps_a_clip_over_many(rule, derived):
+    def clip(x):
+        return gc.clip(x, rule)[0]
+
+    call = torch.func.grad(lambda x: clip(x).square().sum()) if derived else clip
+    many = torch.tensor([[3.0, 4.0], [0.1, 0.2], [-6.0, 8.0]])
+    alone = torch.stack([call(x) for x in many])
+    torch.testing.assert_close(torch.func.vmap(call)(many), alone)

@@ -59,7 +59,7 @@ class TorchArrays(Backend):
         import torch
 
         here = flag.device.type == "cpu" and not torch.compiler.is_compiling()
-        return bool(flag) if here else None
+        return bool(flag) if here and not _is_mapped(flag) else None
 
     def lasting(self, states: list[Any], info: Any = None) -> list[Any]:
         """Return the memory without the graph of gradients that have derivatives."""
@@ -76,3 +76,15 @@ class TorchArrays(Backend):
 
 def _apart(x: Any) -> Any:
     return x.detach() if hasattr(x, "detach") else x
+
+
+def _is_mapped(x: Any) -> bool:
+    """Return whether `vmap` has put a value for each of its calls there."""
+    from torch._C import _functorch as functorch
+
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        # Within a gradient that is mapped.
+        x = functorch.get_unwrapped(x)
+    return False
