@@ -1096,3 +1096,10 @@ def test_torch_maps_a_clip_over_many(rule, derived):
     many = torch.tensor([[3.0, 4.0], [0.1, 0.2], [-6.0, 8.0]])
     alone = torch.stack([call(x) for x in many])
     torch.testing.assert_close(torch.func.vmap(call)(many), alone)
+
+
+def test_u_clip_names_what_it_carries_nothing_for():
+    clipper = gc.UClip(gc.Norm(0.5))
+    clipper.clip({"a": np.ones(3)})
+    with pytest.raises(ValueError, match=r"cut off of 'a', and nothing for 'b'"):
+        clipper.clip({"b": np.ones(3)})

@@ -103,6 +103,13 @@ class UClip(Clipper):
             return [engine.xp.zeros_like(x) for x in given]
         # One array alone has no name, as what earlier versions saved.
         known = dict(zip(self._names or names, self.carried, strict=False))
+        missing = [repr(name) for name in names if name not in known]
+        if missing and len(self.carried) == len(names):
+            raise ValueError(
+                f"UClip carries what was cut off of {', '.join(map(repr, known))}, and "
+                f"nothing for {', '.join(missing)}; hand over the same gradients at "
+                "every step."
+            )
         shapes = [tuple(known[name].shape) for name in names if name in known]
         now = [tuple(x.shape) for x in given]
         if len(self.carried) != len(names) or shapes != now:
