@@ -134,6 +134,30 @@ def test_the_program_prints_json_and_nothing_else(tmp_path):
     )
 
 
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+def test_a_script_whose_gradients_become_nan_is_not_called_well(tmp_path, clip):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""import torch
+
+p = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.SGD([p], lr=0.1)
+for step in range(9):
+    optimizer.zero_grad()
+    (p.sum() * (float("nan") if step == 6 else 1.0)).backward()
+    torch.nn.utils.{clip}([p], 5.0)
+    optimizer.step()
+"""
+    )
+    program = Program(str(script))
+    ledger, ended = examine(program, [], 100)
+    assert lines_of(ledger)[0].bad == [6]
+    text = to_text(program, ledger, ended)
+    assert "(1 NaN or infinite, first in call 7), limit 5;" in text
+    assert "norms were NaN or infinite: a step with such gradients spoils" in text
+    assert "needs mending" not in text
+
+
 def test_a_script_that_fails_shows_its_own_traceback(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import torch\n\n1 / 0\n")

@@ -273,6 +273,40 @@ def test_norms_of_parts_beside_that_of_all_are_no_networks(tmp_path, parts):
     assert not history.recorded.networks
 
 
+@pytest.mark.parametrize(
+    ("form", "steps"),
+    [
+        ("[{step}/90] loss: 2.5 | grad: {norm:.4f}", True),
+        ("step {step}, loss=2.5, grad = {norm:.4f}, lr 0.1", True),
+        ("loss: 2.5 - 'grad': '{norm:.4f}' - 12 % - ngrad: 7", False),
+    ],
+)
+def test_the_number_behind_a_word_is_taken_where_it_is_asked_for(tmp_path, form, steps):
+    lines = (form.format(step=i + 5, norm=x) for i, x in enumerate(NORMS))
+    path = tmp_path / "out.txt"
+    path.write_text("\n".join(lines))
+    with pytest.raises(LogError, match=r"column=… \(--column\) takes that word"):
+        gc.History.load(path)
+    found = gc.History.load(path, column="grad")
+    np.testing.assert_allclose(found.norm, NORMS, atol=1e-4)
+    np.testing.assert_array_equal(found.loss, 2.5)
+    assert found.step[0] == (5 if steps else 0)
+
+
+def test_torch_calls_it_total_norm(tmp_path):
+    rows = "".join(f"{i},2.5,{x}\n" for i, x in enumerate(NORMS))
+    path = tmp_path / "log.csv"
+    path.write_text(f"step,param/total_norm,total_norm\n{rows}")
+    np.testing.assert_allclose(gc.History.load(path).norm, NORMS)
+
+
+def test_a_table_without_a_heading_is_told_from_one_without_a_norm(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("2.7631\n0.4394\n")
+    with pytest.raises(LogError, match=r"heading, its first line is '2\.7631'\. Put"):
+        gc.History.load(path, format="csv")
+
+
 def test_an_export_of_runs_has_ranges_beside_its_columns(tmp_path):
     names = [f"{run} - train/grad_norm" for run in "abcd"]
     heads = ["Step", *(f"{x}{end}" for x in names for end in ("", "__MIN", "__MAX"))]

@@ -5,6 +5,7 @@ do is not guessed.
 """
 
 import json
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ FAULTS = {
 }
 WITHOUT_EFFECT = ("used", "early", "absent")
 """Told of a line only if no call of it had an effect: a loop may pass idle parts by."""
+WELL = "Nothing was seen that needs mending."
+BAD = (
+    "All is in its place, but norms were NaN or infinite: a step with such gradients "
+    "spoils the parameters, unless it is skipped, as attach() does by default."
+)
 UNSEEN = "No call that clips was seen; one written by hand is not noticed."
 PLACES = {kind: fault.place for kind, fault in FAULTS.items()} | {
     EFFECTIVE: "after backward() and before step()",
@@ -100,6 +106,12 @@ class Line:
     site: str
     call: str
     clips: list[Clip] = field(default_factory=list)
+
+    @property
+    def bad(self) -> list[int]:
+        """Which calls met a norm that is NaN or infinite."""
+        pairs = enumerate(self.clips)
+        return [i for i, x in pairs if x.present and not math.isfinite(x.norm)]
 
     def counts(self) -> dict[str, int]:
         """Return how many calls came to what."""
@@ -175,6 +187,7 @@ def to_dict(ledger: Ledger, ended: Ended) -> dict[str, Any]:
                 "call": line.call,
                 "calls": len(line.clips),
                 "clipped": sum(clip.clipped for clip in line.clips),
+                "not_finite": len(line.bad),
                 "came_to": line.counts(),
             }
             for line in lines_of(ledger)
@@ -195,13 +208,14 @@ def to_text(program: Program, ledger: Ledger, ended: Ended) -> str:
         f"({s.covered} of its {s.params} parameters)."
         for s in ledger.steppers
     ]
-    parts += [f"\n{line.site}\n{told(line)}" for line in lines_of(ledger)]
+    lines = lines_of(ledger)
+    parts += [f"\n{line.site}\n{told(line)}" for line in lines]
     found = findings(ledger)
     parts += [f"\n{x['line']}: {x['call']}: {x['message']}" for x in found]
     if not ledger.clips and any(s.steps for s in ledger.steppers):
         parts.append(f"\n{UNSEEN}")
     elif not found and ledger.clips:
-        parts.append("\nNothing was seen that needs mending.")
+        parts.append(f"\n{BAD if any(line.bad for line in lines) else WELL}")
     return "\n".join(parts)
 
 
@@ -216,10 +230,13 @@ def told(line: Line) -> str:
     places = ", ".join(
         f"{count} {PLACES[kind]}" for kind, count in line.counts().items()
     )
+    bad = ""
+    if line.bad:
+        bad = f" ({len(line.bad)} NaN or infinite, first in call {line.bad[0] + 1})"
     return (
         f"    {line.call}\n"
         f"    {counted(len(clips), 'calls')}, {fired} of them clipped; "
-        f"norm {span(norms)}, limit "
+        f"norm {span(list(filter(math.isfinite, norms)))}{bad}, limit "
         f"{span(limits)}; {present} of {given} tensors with a gradient\n"
         f"    {places}"
     )

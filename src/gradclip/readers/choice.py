@@ -14,7 +14,7 @@ from gradclip.wording import sentence
 NORM = re.compile(
     r"(?<![a-z])(?:g|grads?|gradients?)[\W_]*(?:(?:\d\.\d|inf|l2|total|global|clip)"
     r"[\W_]*)*norms?(?![a-z])|gnorm|norm[\W_]*(?:of[\W_]*)?grad|before[\W_]*clip"
-    r"|after[\W_]*clip",
+    r"|after[\W_]*clip|(?<![\w/.])total[\W_]*norm(?![a-z])",
     re.IGNORECASE,
 )
 # The bare word clip is not enough: eps_clip and policy/clip are ranges of PPO.

@@ -135,6 +135,11 @@ LOSS = re.compile(
     rf"[lL]oss(?:_step)?['\"]?\s*[=:|]?\s*['\"]?(?P<loss>{NUMBER})(?!\w)"
 )
 """The loss of a step, and not a part of it."""
+STEP = re.compile(
+    r"(?i)\b(?:step|iter(?:ation)?)s?['\"]?[\s=:#\[(|]*(?P<step>\d[\d,]*)\b(?![\d.]*\s*%)"
+    r"|^\W*(?P<first>\d+)\s*/\s*\d+\b"
+)
+"""The step, where it has its name or leads the line beside how many there will be."""
 EVALUATION = re.compile(r"(?i)\b(?:eval|val|valid|validation|evaluation|test|dev)\b")
 """What makes it the loss of something else."""
 NETWORKS = re.compile(
@@ -186,7 +191,8 @@ def _nothing(source: str, quartiles: bool) -> str:
     return (
         f"{source}: no gradient norm in any line. Known are the lines of Megatron-LM, "
         "DeepSpeed, torchtitan, fairseq, verl, Swin, Hugging Face and whatever prints "
-        "`step … grad_norm …`; other files need format=… (--format)."
+        "`step … grad_norm …`. If a number behind another word is the norm, column=… "
+        "(--column) takes that word; files of other kinds need format=… (--format)."
     )
 
 
@@ -210,11 +216,26 @@ def _rows(
         if header := HEADER.match(line):
             tool, box = "headed block", header.groupdict()
         _mind_limit(line, columns)
+        if columns.wanted and (row := _behind(columns.wanted, line)):
+            yield "named", row
         # A cheap look first: lines of a progress bar may have 40,000 characters.
-        if "norm" in line.lower() and not SUMMARY.search(line):
+        elif "norm" in line.lower() and not SUMMARY.search(line):
             yield from _from_line(line)
     if box.keys() - {"step", "epoch"}:
         yield tool, box
+
+
+def _behind(word: str, line: str) -> dict[str, Any]:
+    """Return the number behind a word that no pattern has, if that is asked for."""
+    if word not in line or "norm" in word.lower():
+        return {}
+    own = rf"(?<![\w/.-]){re.escape(word)}['\"]?\s*[=:|]?\s*['\"]?({NUMBER})(?!\w)"
+    if not (found := re.search(own, line)):
+        return {}
+    row = {word: found[1], "loss": _loss(line)}
+    if step := STEP.search(line):
+        row["step"] = step["step"] or step["first"]
+    return {name: x for name, x in row.items() if x is not None}
 
 
 def _mind_limit(line: str, columns: Columns) -> None:

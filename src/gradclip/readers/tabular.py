@@ -82,6 +82,11 @@ def read_csv(lines: Iterable[str], source: str, column: str | None) -> Columns:
     some = list(islice(lines, SOME))
     sign = delimiter_of("".join([first, *some])) or max(DELIMITERS, key=first.count)
     names = _apart(map(str.strip, next(csv.reader([first], delimiter=sign), [])))
+    if names and all(number(x) is not None for x in names):
+        raise LogError(
+            f"{source}: a table without a heading, its first line is "
+            f"{first.strip()!r}. Put a line of names above, as step,grad_norm."
+        )
     columns, bad = Columns(column), []
     for at, cells in _rows(chain(some, lines), sign, source, above):
         odd = len(cells) != len(names)
