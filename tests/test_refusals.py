@@ -158,6 +158,12 @@ def test_a_damaged_state_is_refused_also_before_the_first_step(name, value, told
         assert clipper.state_dict()["0.1.count"].tolist() == [0, 3]
 
 
+def test_the_state_of_another_rule_may_be_left_out():
+    clipper = gc.Clipper(gc.ZScore())
+    with pytest.raises(ValueError, match=r"belongs to chain.*leave the state out"):
+        clipper.load_state_dict(gc.Clipper(gc.chain(*[gc.EMA()] * 2)).state_dict())
+
+
 def test_what_masked_arrays_hide_would_count():
     hidden = np.ma.masked_array([3.0, 4.0, 100.0], mask=[0, 0, 1])
     with pytest.raises(TypeError, match=r"masked array.*filled\(0\)"):

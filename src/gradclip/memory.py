@@ -162,7 +162,8 @@ class Memory:
         if kind != self.rule.kind:
             raise ValueError(
                 f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
-                "make the clipper with the rule that was saved."
+                "make the clipper with the rule that was saved, or leave the state out "
+                "to begin anew."
             )
 
     def _fitting(self, i: int, found: State) -> State | None:
