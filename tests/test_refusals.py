@@ -158,6 +158,40 @@ def test_a_damaged_state_is_refused_also_before_the_first_step(name, value, told
         assert clipper.state_dict()["0.1.count"].tolist() == [0, 3]
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [gc.chain(gc.ZScore(), gc.EMA()), gc.chain(gc.ZScore(), gc.SPAM()), gc.SPAM()],
+)
+@pytest.mark.parametrize("front", ["arrays", "torch"])
+def test_a_state_that_has_lost_a_stage_is_refused(rule, front):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    into, first = gc.Clipper(rule), gc.Clipper(rule)
+    if front == "torch":
+        into = Clipper([p], rule, doctor=())
+    first.clip([one()])
+    last = f"{len(rule.kind.split(', ')) - 1}."
+    saved = {k: x for k, x in first.state_dict().items() if not k.startswith(last)}
+    with pytest.raises(ValueError, match=r"lacks 'count.*it is damaged"):
+        into.load_state_dict(saved)
+
+
+def test_a_stage_behind_one_that_dropped_all_steps_has_nothing_to_lose():
+    rule = gc.chain(gc.Skip(gc.Norm(1.0)), gc.EMA(), gc.SPAM())
+    first, second = gc.Clipper(rule), gc.Clipper(rule)
+    first.clip([one()])
+    second.load_state_dict(first.state_dict())
+    for clipper in (first, second):
+        clipper.clip([one() / 10])
+    again = gc.Clipper(rule)
+    again.load_state_dict(second.state_dict())
+    assert again.state_dict().keys() == first.state_dict().keys()
+    with pytest.raises(ValueError, match="lacks 'count' of EMA"):
+        again.load_state_dict(
+            {k: x for k, x in second.state_dict().items() if not k.startswith("1.")}
+        )
+
+
 def test_the_state_of_another_rule_may_be_left_out():
     clipper = gc.Clipper(gc.ZScore())
     with pytest.raises(ValueError, match=r"belongs to chain.*leave the state out"):

@@ -128,9 +128,10 @@ class Memory:
         found = in_order(self.rule, parts, names, self.names or names)
         states = blank() if blank else [None] * len(self.states)
         if any(found) or int(saved["step"]):
+            # A stage behind one that dropped all steps so far has met none.
+            met = int(saved["skipped"]) < int(saved["step"])
             states = [
-                # A stage behind one that dropped all steps so far has met none.
-                self._fitting(i, x or {}) if x or i == 0 else states[i]
+                self._fitting(i, x or {}) if x or i == 0 or met else states[i]
                 for i, x in enumerate(found)
             ]
             self.names = self.names or names
@@ -168,8 +169,10 @@ class Memory:
 
     def _fitting(self, i: int, found: State) -> State | None:
         """Return the saved state of one stage, checked against the present one."""
-        now, stage = self.states[i] or {}, stages(self.rule)[i]
-        check_remembered(stage, found, now.keys())
+        now, stage = self.states[i], stages(self.rule)[i]
+        # Where nothing is known yet of any tensor, there is a first one at least.
+        places, now = ("0",) if now is None else (), now or {}
+        check_remembered(stage, found, now.keys(), places)
         for name, x in found.items():
             _check_array(stage, name, x, now.get(name))
         return found or self.states[i]
