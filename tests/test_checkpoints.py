@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -102,6 +103,15 @@ def test_a_saved_state_does_not_follow_the_run():
     for key, value in copies.items():
         assert torch.equal(saved[key], value)
     assert not torch.equal(clipper.state_dict()["0.mean"], saved["0.mean"])
+
+
+def test_a_loaded_state_does_not_follow_its_arrays():
+    first, second = gc.Clipper(gc.ZScore()), gc.Clipper(gc.ZScore())
+    first.clip(np.array([3.0, 4.0]))
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    saved["0.mean"][...] = 99.0
+    assert float(second.state_dict()["0.mean"]) == 5.0
 
 
 def test_a_refused_state_changes_nothing():

@@ -172,7 +172,7 @@ class Clipper:
         Raises:
             ValueError: If it was saved by another rule; nothing is changed then.
         """
-        self._memory.load_state_dict(state, host_array)
+        self._memory.load_state_dict(state, lambda x: host_array(x).copy())
 
 
 def _clip(
