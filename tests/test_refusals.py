@@ -141,6 +141,15 @@ def taught():
     ("name", "value", "told"),
     [
         ("step", -1, "has -1 for 'step'"),
+        ("step", np.array(np.nan), "damaged: it has nan for 'step'"),
+        ("step", np.zeros(2), "damaged: it has .* for 'step'"),
+        ("step", 2.5, "has 2.5 for 'step'"),
+        ("skipped", "abc", "damaged: it has abc for 'skipped'"),
+        ("rule", np.array([255, 254], np.uint8), "'rule' is no text"),
+        ("rule", np.array(7), "'rule' is no text"),
+        ("rule", np.zeros(0, np.uint8), "has 0 names for 'rule'"),
+        ("rule", np.frombuffer(b"a\nb", np.uint8), "has 2 names for 'rule'"),
+        ("names", np.array([-1]), "'names' is no text"),
         ("0.0.ema", np.array([np.nan, 0.0]), "NaN for '0.ema'"),
         ("0.1.mean", None, "lacks '1.mean'"),
         ("0.2.mean", np.zeros(2), "should not have '2.mean'"),
@@ -156,6 +165,12 @@ def test_a_damaged_state_is_refused_also_before_the_first_step(name, value, told
         assert clipper.state_dict().keys() == before.keys()
         clipper.load_state_dict(saved)
         assert clipper.state_dict()["0.1.count"].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("state", [None, [1, 2], 3])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="not the state of a clipper, but"):
+        gc.Clipper(gc.ZScore()).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

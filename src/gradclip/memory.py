@@ -118,8 +118,10 @@ class Memory:
         One that was saved before the first step has no arrays: then it becomes what
         `blank` returns.
         """
+        check_state(saved)
         self._check_kind(saved)
-        names = decoded(saved.get("names", ()))
+        counts = {name: _count(name, saved[name]) for name in COUNTERS}
+        names = decoded(saved.get("names", ()), "names")
         parts = [
             {name: restore(x) for name, x in under(i, saved).items()}
             for i in range(len(self.states))
@@ -127,26 +129,21 @@ class Memory:
         check_tensors(self.rule, parts, names, self.names or names)
         found = in_order(self.rule, parts, names, self.names or names)
         states = blank() if blank else [None] * len(self.states)
-        if any(found) or int(saved["step"]):
+        if any(found) or counts["step"]:
             # A stage behind one that dropped all steps so far has met none.
-            met = int(saved["skipped"]) < int(saved["step"])
+            met = counts["skipped"] < counts["step"]
             states = [
                 self._fitting(i, x or {}) if x or i == 0 or met else states[i]
                 for i, x in enumerate(found)
             ]
             self.names = self.names or names
         self.states = states
-        for name in COUNTERS:
+        for name, count in counts.items():
             # Added to what is there, the count stays an array where it was one.
-            now = getattr(self, name)
-            setattr(self, name, now * 0 + int(saved[name]))
+            setattr(self, name, getattr(self, name) * 0 + count)
 
     def _check_kind(self, saved: Mapping[str, Array]) -> None:
-        """Refuse what is no state, one that is damaged, and that of another rule."""
-        if missing := [name for name in ("rule", *COUNTERS) if name not in saved]:
-            raise ValueError(
-                f"this is not the state of a clipper: it has no {', '.join(missing)}."
-            )
+        """Refuse the state of another kind of clipper, and that of another rule."""
         prefixes = tuple(map(prefix, range(len(self.states))))
         others = saved.keys() - {"rule", "names", *COUNTERS}
         if foreign := sorted(x for x in others if not x.startswith(prefixes)):
@@ -154,17 +151,14 @@ class Memory:
                 f"the state has {foreign[0]!r}, which this clipper has no use for; it "
                 "was saved by one of another kind."
             )
-        for name in COUNTERS:
-            if int(saved[name]) < 0:
-                raise ValueError(
-                    f"the state has {int(saved[name])} for {name!r}: it is damaged."
-                )
-        (kind,) = decoded(saved["rule"])
-        if kind != self.rule.kind:
+        kinds = decoded(saved["rule"], "rule")
+        if len(kinds) != 1:
+            raise damaged(f"it has {counted(len(kinds), 'names')} for 'rule'")
+        if kinds[0] != self.rule.kind:
             raise ValueError(
-                f"the state belongs to {kind}, but this clipper has {self.rule.kind}; "
-                "make the clipper with the rule that was saved, or leave the state out "
-                "to begin anew."
+                f"the state belongs to {kinds[0]}, but this clipper has "
+                f"{self.rule.kind}; make the clipper with the rule that was saved, or "
+                "leave the state out to begin anew."
             )
 
     def _fitting(self, i: int, found: State) -> State | None:
@@ -176,6 +170,20 @@ class Memory:
         for name, x in found.items():
             _check_array(stage, name, x, now.get(name))
         return found or self.states[i]
+
+
+def check_state(saved: Any) -> None:
+    """Refuse what no clipper has saved."""
+    if not hasattr(saved, "keys"):
+        raise ValueError(
+            f"this is not the state of a clipper, but {type(saved).__name__}; hand "
+            "over what state_dict() returned."
+        )
+    missing = [name for name in ("rule", *COUNTERS) if name not in saved]
+    if missing:
+        raise ValueError(
+            f"this is not the state of a clipper: it has no {', '.join(missing)}."
+        )
 
 
 def check_remembered(
@@ -203,10 +211,32 @@ def coded(names: Sequence[str]) -> Array:
     return np.frombuffer("\n".join(names).encode(), dtype=np.uint8).copy()
 
 
-def decoded(array: Array) -> list[str]:
-    """Return the names in an array of any library."""
-    text = bytes(int(c) for c in array).decode()
+def decoded(array: Array, name: str) -> list[str]:
+    """Return the names in an array of any library, which was saved under a name."""
+    try:
+        text = bytes(int(c) for c in array).decode()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise damaged(f"what it has for {name!r} is no text") from error
     return text.split("\n") if text else []
+
+
+def damaged(what: str) -> ValueError:
+    """Return the error for a state in which something cannot be."""
+    return ValueError(
+        f"the state is damaged: {what}; take an earlier one, or leave it out to begin "
+        "anew."
+    )
+
+
+def _count(name: str, x: Any) -> int:
+    """Return a count of steps; refuse what is none."""
+    try:
+        count, fits = int(x), float(x) == int(x) >= 0
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise damaged(f"it has {x} for {name!r}")
+    return count
 
 
 def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
@@ -231,7 +261,7 @@ def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
         )
     # No rule takes NaN in, and none would ever clip again with it.
     if np.isnan(host_array(x)).any():
-        raise ValueError(f"the state has NaN for {name!r} of {stage!r}: it is damaged.")
+        raise damaged(f"it has NaN for {name!r} of {stage!r}")
 
 
 def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:

@@ -150,7 +150,7 @@ class UClip(Clipper):
         super().load_state_dict({k: x for k, x in state.items() if k not in own})
         count = sum(name.startswith("carried.") for name in own)
         self.carried = [state[f"carried.{i}"] for i in range(count)] or None
-        self._names = decoded(state.get("carried_names", ())) or None
+        self._names = decoded(state.get("carried_names", ()), "carried_names") or None
 
 
 def _wide(x: Array, xp: Any) -> Array:
