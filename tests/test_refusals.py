@@ -13,6 +13,7 @@ import torch
 
 import gradclip as gc
 from gradclip.jax import as_optax, state_dict
+from gradclip.jax import load_state_dict as load_jax
 from gradclip.per_sample import clipped_sum
 from gradclip.torch import (
     Clipper,
@@ -165,6 +166,98 @@ def test_a_damaged_state_is_refused_also_before_the_first_step(name, value, told
         assert clipper.state_dict().keys() == before.keys()
         clipper.load_state_dict(saved)
         assert clipper.state_dict()["0.1.count"].tolist() == [0, 3]
+
+
+def steps_of(rule):
+    clipper = gc.Clipper(rule)
+    for i in range(3):
+        clipper.clip([one() + i, one()])
+    return clipper.state_dict()
+
+
+ZSCORE, EMA = gc.ZScore(), gc.EMA(over="all")
+WINDOW = gc.Percentile(window=8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "value", "told"),
+    [
+        (ZSCORE, "0.mean", np.inf, "infinity for 'mean'"),
+        (ZSCORE, "0.mean", -1.0, "a number below 0 for 'mean'"),
+        (ZSCORE, "0.std", -1.0, "a number below 0 for 'std'"),
+        (ZSCORE, "0.count", -1.0, "a number below 0 for 'count'"),
+        (ZSCORE, "0.mean", np.zeros(2), r"has \(2,\) for 'mean'"),
+        (ZSCORE, "0.mean", "x", "has 'x' for 'mean'"),
+        (ZSCORE, "0.mean", [[1.0], []], "'mean' is no array"),
+        (gc.ZScore(over="tensor"), "0.mean", 1.0, r"has \(\) for 'mean'"),
+        (EMA, "0.rest", np.inf, "infinity for 'rest'"),
+        (gc.Quantile(), "0.limit", np.inf, "infinity for 'limit'"),
+        (gc.SPAM(), "0.root.1", -one(), "a number below 0 for 'root.1'"),
+        (gc.by_name({"*": ZSCORE}), "0.0.std", -one(), "below 0 for '0.std'"),
+        (WINDOW, "0.norms", np.ones(3), r"\(3,\) for 'norms'.*\(8,\)"),
+        (WINDOW, "0.norms", -np.ones(8), "a number below 0 for 'norms'"),
+        (gc.Deviation(window=8, warmup=2), "0.norms", np.ones(3), r"\(3,\)"),
+        (gc.Skip(WINDOW), "0.norms", np.ones((8, 1)), r"\(8, 1\)"),
+        (gc.Percentile(window=None), "0.norms", np.ones(0), r"\(0,\)"),
+        (gc.Percentile(window=None), "0.norms", np.ones(300), r"\(300,\)"),
+        (
+            gc.Percentile(window=8, over="tensor"),
+            "0.norms",
+            np.ones((3, 2)),
+            r"\(3, 2\) for 'norms'",
+        ),
+    ],
+)
+def test_numbers_that_no_memory_holds_are_refused(rule, name, value, told):
+    saved, arrays = steps_of(rule), [jnp.ones(2)] * 2
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    used = gc.Clipper(rule)
+    fronts = [used.load_state_dict, Clipper(params, rule).load_state_dict]
+    if not rule.grows:
+        state = as_optax(rule).init(arrays)
+        fronts.append(lambda saved: load_jax(rule, state, saved, arrays))
+    for load in fronts:
+        load(saved)
+        with pytest.raises(ValueError, match=f"{told}|saved with other parameters"):
+            load({**saved, name: value})
+    # On a front that knows no sizes yet, it is told as it is.
+    with pytest.raises(ValueError, match=f"damaged: .*{told}"):
+        gc.Clipper(rule).load_state_dict({**saved, name: value})
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "value"),
+    [
+        (EMA, "0.rest", -1e-17),
+        (gc.Quantile(), "0.limit", -1e-17),
+        (WINDOW, "0.norms", np.full(8, np.inf)),
+        (gc.Percentile(window=None), "0.norms", np.ones(1024)),
+    ],
+)
+def test_numbers_that_a_memory_may_hold_are_loaded(rule, name, value):
+    clipper = gc.Clipper(rule)
+    clipper.load_state_dict({**steps_of(rule), name: np.asarray(value)})
+    np.testing.assert_array_equal(clipper.state_dict()[name], value)
+
+
+def test_a_rule_of_ones_own_may_remember_anything():
+    clipper, other = gc.Clipper(Log()), gc.Clipper(Log())
+    clipper.clip(one() / 100)
+    other.load_state_dict(clipper.state_dict())
+    assert other.state_dict()["0.mean"] < 0
+    assert np.isinf(other.state_dict()["0.least"])
+
+
+class Log(gc.Rule):
+    """A rule of one's own with numbers that no rule of ours has in a memory."""
+
+    stateful = True
+
+    def init(self, norm, xp):
+        return {"mean": xp.zeros_like(norm), "least": xp.full_like(norm, math.inf)}
+
+    def update(self, seen, state):
+        return seen.norm, {"mean": seen.xp.log(seen.norm), "least": state["least"]}
 
 
 @pytest.mark.parametrize("state", [None, [1, 2], 3])

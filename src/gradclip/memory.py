@@ -9,15 +9,29 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
+from numpy.typing import NDArray
 
 from gradclip.host import host_array
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Array, Rule, State, stages
-from gradclip.rules.keys import by_place, name_within, owned, placed, prefix, under
+from gradclip.rules.keys import (
+    by_place,
+    name_and_place,
+    name_within,
+    owned,
+    placed,
+    prefix,
+    under,
+)
 from gradclip.tensor_order import has_places, in_order
 from gradclip.wording import counted, listed
 
 COUNTERS = ("step", "skipped", "in_a_row")
+SIGNED = {"rest", "limit"}
+"""What may be below 0: what a sum has lost, and a `Quantile` that has lost too much.
+
+That one begins anew there.
+"""
 
 
 def check_tensors(
@@ -123,7 +137,7 @@ class Memory:
         counts = {name: _count(name, saved[name]) for name in COUNTERS}
         names = decoded(saved.get("names", ()), "names")
         parts = [
-            {name: restore(x) for name, x in under(i, saved).items()}
+            {k: restore(_array(k, x)) for k, x in under(i, saved).items()}
             for i in range(len(self.states))
         ]
         check_tensors(self.rule, parts, names, self.names or names)
@@ -239,12 +253,23 @@ def _count(name: str, x: Any) -> int:
     return count
 
 
+def _array(name: str, x: Any) -> Array:
+    """Return an array as it is, and numbers and lists, as JSON has them, as one."""
+    try:
+        found = x if hasattr(x, "dtype") else np.asarray(x)
+    except ValueError as error:
+        raise damaged(f"what it has for {name!r} is no array") from error
+    # As objects, words and the like; bfloat16 is none of NumPy's own kinds.
+    if isinstance(found, np.ndarray) and found.dtype.kind in "OSU":
+        raise damaged(f"it has {x!r} for {name!r}, which are no numbers")
+    return found
+
+
 def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
     """Return the names in a memory; of parts, for those that are found at all."""
     if stage.borrows:
         return set()
-    zero = np.zeros(())
-    names = set(stage.init(zero, array_api_compat.array_namespace(zero)))
+    names = set(_empty(stage))
     if not stage.by_part:
         return names
     blank = dict.fromkeys(names)
@@ -252,16 +277,53 @@ def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
 
 
 def _check_array(stage: Rule, name: str, x: Array, now: Array | None) -> None:
-    """Refuse an array of another size than the present one, and one with NaN."""
+    """Refuse an array of another size than the present one, or with odd numbers."""
     cells = partial(_cells, stage, name)
     if now is not None and cells(x) != cells(now):
         raise ValueError(
             f"the state has {tuple(x.shape)} for {name!r} of {stage!r}, but this "
             f"clipper needs {tuple(now.shape)}; it was saved with other parameters."
         )
-    # No rule takes NaN in, and none would ever clip again with it.
-    if np.isnan(host_array(x)).any():
-        raise damaged(f"it has NaN for {name!r} of {stage!r}")
+    # That of parts has the shape of parameters, which are not known here.
+    empty = x if stage.by_part else _empty(stage)[name]
+    if not _has_form(stage, name, x, empty):
+        raise damaged(
+            f"it has {tuple(x.shape)} for {name!r} of {stage!r}, which begins with "
+            f"{tuple(empty.shape)} for one tensor"
+        )
+    _check_numbers(stage, name, host_array(x))
+
+
+def _check_numbers(stage: Rule, name: str, x: NDArray[Any]) -> None:
+    """Refuse numbers that no rule takes in, and that it would never be rid of."""
+    own = name_and_place(name)[0] if stage.by_part else name_within(name)
+    odd = {"NaN": np.isnan(x)}
+    rules = (stage, *stage.within())
+    # Those of others may remember whatever they like.
+    if all(type(rule).__module__.startswith("gradclip.") for rule in rules):
+        # In a window, infinity marks a place that is still free.
+        odd["infinity"] = np.isinf(x) & (own != "norms")
+        odd["a number below 0"] = (x < 0) & (own not in SIGNED)
+    for what, places in odd.items():
+        if places.any():
+            raise damaged(f"it has {what} for {name!r} of {stage!r}")
+
+
+def _empty(stage: Rule) -> State:
+    """Return the memory of a rule before the first step, for one tensor."""
+    zero = np.zeros(() if stage.over == "all" else (1,))
+    return stage.init(zero, array_api_compat.array_namespace(zero))
+
+
+def _has_form(stage: Rule, name: str, x: Array, empty: Array) -> bool:
+    """Return whether an array differs from an empty one by the number of cells only."""
+    if stage.by_part or x.ndim != empty.ndim:
+        return stage.by_part
+    last = None if stage.over == "all" else -1
+    rows, like = tuple(x.shape)[:last], empty.shape[:last]
+    # A window that grows doubles when it is full.
+    grown = _grows(stage, name) and rows[0] > 0 and rows[0] % like[0] == 0
+    return grown or rows == like
 
 
 def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
@@ -269,5 +331,8 @@ def _cells(stage: Rule, name: str, x: Array) -> tuple[int, ...]:
     if stage.by_part:
         return tuple(x.shape)
     # A window that has grown is longer, for the same parameters.
-    grows = stage.grows and name_within(name) == "norms"
-    return tuple(x.shape[1:] if grows else x.shape[-1:])
+    return tuple(x.shape[1:] if _grows(stage, name) else x.shape[-1:])
+
+
+def _grows(stage: Rule, name: str) -> bool:
+    return stage.grows and name_within(name) == "norms"
