@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -112,6 +113,38 @@ def test_a_loaded_state_does_not_follow_its_arrays():
     second.load_state_dict(saved)
     saved["0.mean"][...] = 99.0
     assert float(second.state_dict()["0.mean"]) == 5.0
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rule", [gc.ZScore(), gc.EMA(), gc.SPAM()])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_state_that_was_cast_comes_back_in_its_own_types(kind, rule, used):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    clipper, into = (Clipper([p], rule, doctor=()) for _ in range(2))
+    clipper.clip_()
+    if used:
+        into.clip_()
+    saved = clipper.state_dict()
+    cast = {k: x.to(kind) if x.is_floating_point() else x for k, x in saved.items()}
+    into.load_state_dict(cast)
+    types = {k: x.dtype for k, x in into.state_dict().items()}
+    assert types == {k: x.dtype for k, x in saved.items()}
+    into.clip_()
+
+
+@pytest.mark.parametrize("rule", [gc.ZScore(), gc.EMA()])
+def test_a_state_through_json_is_the_same_to_the_bit(rule):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([0.1, 0.7])
+    clipper, into = (Clipper([p], rule, doctor=()) for _ in range(2))
+    clipper.clip_()
+    saved = clipper.state_dict()
+    into.load_state_dict(
+        json.loads(json.dumps({k: x.tolist() for k, x in saved.items()}))
+    )
+    for key, x in saved.items():
+        assert torch.equal(into.state_dict()[key], x), key
 
 
 def test_a_refused_state_changes_nothing():

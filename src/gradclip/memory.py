@@ -147,7 +147,9 @@ class Memory:
             # A stage behind one that dropped all steps so far has met none.
             met = counts["skipped"] < counts["step"]
             states = [
-                self._fitting(i, x or {}) if x or i == 0 or met else states[i]
+                self._fitting(i, x or {}, states[i])
+                if x or i == 0 or met
+                else states[i]
                 for i, x in enumerate(found)
             ]
             self.names = self.names or names
@@ -175,15 +177,20 @@ class Memory:
                 "leave the state out to begin anew."
             )
 
-    def _fitting(self, i: int, found: State) -> State | None:
-        """Return the saved state of one stage, checked against the present one."""
+    def _fitting(self, i: int, found: State, blank: State | None) -> State | None:
+        """Return the saved state of one stage, checked against the present one.
+
+        It comes in the types of a blank one: a checkpoint may have been cast whole.
+        """
         now, stage = self.states[i], stages(self.rule)[i]
         # Where nothing is known yet of any tensor, there is a first one at least.
         places, now = ("0",) if now is None else (), now or {}
         check_remembered(stage, found, now.keys(), places)
         for name, x in found.items():
             _check_array(stage, name, x, now.get(name))
-        return found or self.states[i]
+        like = blank or {}
+        typed = {k: _as(x, like[k]) if k in like else x for k, x in found.items()}
+        return typed or self.states[i]
 
 
 def check_state(saved: Any) -> None:
@@ -263,6 +270,11 @@ def _array(name: str, x: Any) -> Array:
     if isinstance(found, np.ndarray) and found.dtype.kind in "OSU":
         raise damaged(f"it has {x!r} for {name!r}, which are no numbers")
     return found
+
+
+def _as(x: Array, like: Array) -> Array:
+    """Return an array in the type of another one of its library."""
+    return array_api_compat.array_namespace(x).astype(x, like.dtype)
 
 
 def _remembered(stage: Rule, found: State, places: Collection[str]) -> set[str]:
