@@ -260,6 +260,26 @@ class Log(gc.Rule):
         return seen.norm, {"mean": seen.xp.log(seen.norm), "least": state["least"]}
 
 
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, torch.tensor(-1.0), torch.ones(2), "x", None]
+)
+def test_a_damaged_norm_of_the_last_pass_is_refused(value):
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizers = [torch.optim.SGD([p], lr=0.1)]
+    clipper = attach(optimizers, gc.Norm(1.0), in_backward=True)
+    saved = clipper.state_dict()
+    with pytest.raises(ValueError, match=r"damaged: it has .* for 'previous'"):
+        clipper.load_state_dict({**saved, "step": 7, "previous": value})
+    now = clipper.state_dict()
+    assert float(now["previous"]) == int(now["step"]) == 0
+    saved["previous"] += 3.0
+    clipper.load_state_dict(saved)
+    saved["previous"] += 4.0
+    assert float(clipper.state_dict()["previous"]) == 3.0
+    with pytest.raises(ValueError, match="but NoneType"):
+        clipper.load_state_dict(None)
+
+
 @pytest.mark.parametrize("state", [None, [1, 2], 3])
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match="not the state of a clipper, but"):

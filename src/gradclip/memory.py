@@ -137,7 +137,7 @@ class Memory:
         counts = {name: _count(name, saved[name]) for name in COUNTERS}
         names = decoded(saved.get("names", ()), "names")
         parts = [
-            {k: restore(_array(k, x)) for k, x in under(i, saved).items()}
+            {k: restore(as_array(k, x)) for k, x in under(i, saved).items()}
             for i in range(len(self.states))
         ]
         check_tensors(self.rule, parts, names, self.names or names)
@@ -193,13 +193,18 @@ class Memory:
         return typed or self.states[i]
 
 
-def check_state(saved: Any) -> None:
-    """Refuse what no clipper has saved."""
+def check_mapping(saved: Any) -> None:
+    """Refuse what has no names."""
     if not hasattr(saved, "keys"):
         raise ValueError(
             f"this is not the state of a clipper, but {type(saved).__name__}; hand "
             "over what state_dict() returned."
         )
+
+
+def check_state(saved: Any) -> None:
+    """Refuse what no clipper has saved."""
+    check_mapping(saved)
     missing = [name for name in ("rule", *COUNTERS) if name not in saved]
     if missing:
         raise ValueError(
@@ -249,18 +254,7 @@ def damaged(what: str) -> ValueError:
     )
 
 
-def _count(name: str, x: Any) -> int:
-    """Return a count of steps; refuse what is none."""
-    try:
-        count, fits = int(x), float(x) == int(x) >= 0
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise damaged(f"it has {x} for {name!r}")
-    return count
-
-
-def _array(name: str, x: Any) -> Array:
+def as_array(name: str, x: Any) -> Array:
     """Return an array as it is, and numbers and lists, as JSON has them, as one."""
     try:
         found = x if hasattr(x, "dtype") else np.asarray(x)
@@ -270,6 +264,17 @@ def _array(name: str, x: Any) -> Array:
     if isinstance(found, np.ndarray) and found.dtype.kind in "OSU":
         raise damaged(f"it has {x!r} for {name!r}, which are no numbers")
     return found
+
+
+def _count(name: str, x: Any) -> int:
+    """Return a count of steps; refuse what is none."""
+    try:
+        count, fits = int(x), float(x) == int(x) >= 0
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise damaged(f"it has {x} for {name!r}")
+    return count
 
 
 def _as(x: Array, like: Array) -> Array:

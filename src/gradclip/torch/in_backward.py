@@ -18,6 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from gradclip.arguments import check_rule
 from gradclip.backends.narrow import lacks_float64
 from gradclip.decision import Info, clip_scale, decide
+from gradclip.memory import as_array, check_mapping, damaged
 from gradclip.pipeline import admit, scheduled
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
@@ -94,16 +95,22 @@ class InBackward(Hooked):
 
         Raises:
             ValueError: If it was saved by another rule, or by a clipper that does not
-                clip during backward; nothing is changed then.
+                clip during backward, or is damaged; nothing is changed then.
         """
+        check_mapping(state)
         if "previous" not in state:
             raise ValueError(
                 "this state has no norm of the last pass; it was saved by a clipper "
                 "without in_backward=True."
             )
         rest = {name: x for name, x in state.items() if name != "previous"}
+        x = as_array("previous", state["previous"])
+        previous = tensor_of(x).to(self._previous, copy=True)
+        # NaN is above no limit, and infinity would leave nothing of any gradient.
+        if previous.numel() != 1 or not 0 <= float(previous) < math.inf:
+            raise damaged(f"it has {x} for 'previous', the norm of the last pass")
         super().load_state_dict(rest)
-        self._previous = tensor_of(state["previous"]).to(self._previous)
+        self._previous = previous.reshape(())
 
     # After the pass they are gone, and nothing is left to clip (torchtitan#990).
     @torch.no_grad()
