@@ -223,6 +223,55 @@ def test_carrying_survives_a_bad_step_and_a_checkpoint():
         np.testing.assert_array_equal(a, [1.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("carried.0", None, "'carried.0' is missing among 1"),
+        ("carried.1", None, "1 arrays for 2 names"),
+        ("carried.7", np.zeros(1), "'carried.2' is missing among 3"),
+        ("carried.0", np.array([np.nan, 0.0]), "NaN or infinity for 'carried.0'"),
+        ("carried.1", np.array([np.inf]), "NaN or infinity for 'carried.1'"),
+        ("carried.0", [1.0, "x"], "which are no numbers"),
+        ("carried.0", np.zeros(3), r"has \(3,\) .* 'a', but this .* \(2,\)"),
+        ("carried_names", np.array([255], np.uint8), "'carried_names' is no text"),
+        ("carried_names", np.zeros(0, np.uint8), "2 arrays for 0 names"),
+        ("rule", np.zeros(0, np.uint8), "0 names for 'rule'"),
+    ],
+)
+def test_a_damaged_state_of_what_is_carried_changes_nothing(name, value, told):
+    grads = {"a": np.array([4.0, -3.0]), "b": np.array([2.0])}
+    first, second = gc.UClip(gc.Value(1.0)), gc.UClip(gc.Value(1.0))
+    for _ in range(3):
+        first.clip(grads)
+    second.clip(grads)
+    before = second.state_dict()
+    damaged = {**first.state_dict(), name: value}
+    damaged = {k: x for k, x in damaged.items() if x is not None}
+    with pytest.raises(ValueError, match=told):
+        second.load_state_dict(damaged)
+    for key, x in second.state_dict().items():
+        np.testing.assert_array_equal(x, before[key])
+    with pytest.raises(ValueError, match="but NoneType"):
+        second.load_state_dict(None)
+
+
+def test_what_is_carried_is_copied_and_may_come_from_json():
+    first, second = gc.UClip(gc.Value(1.0)), gc.UClip(gc.Value(1.0))
+    first.clip([np.array([4.0, -3.0]), np.array(2.0)])
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    saved["carried.0"][...] = 99.0
+    assert second.state_dict()["carried.0"].tolist() == [3.0, -2.0]
+    lists = {k: x.tolist() for k, x in first.state_dict().items()}
+    second.load_state_dict(lists)
+    # Earlier versions saved no names.
+    third = gc.UClip(gc.Value(1.0))
+    third.load_state_dict({k: x for k, x in lists.items() if k != "carried_names"})
+    for clipper in (first, second, third):
+        clipped, _ = clipper.clip([np.zeros(2), np.array(0.0)])
+        assert [x.tolist() for x in clipped] == [[1.0, -1.0], 1.0]
+
+
 def test_smooth_is_the_limit_of_neither_too_much_nor_too_little():
     sizes = np.logspace(-300, 300, 61)
     for curve, bent in (("ratio", lambda n: n / (1 + n)), ("tanh", np.tanh)):

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gradclip.arrays import Clipper, dense
 from gradclip.backends import Backend, find_backend, is_half
 from gradclip.decision import Info
 from gradclip.host import host_array
-from gradclip.memory import coded, decoded
+from gradclip.memory import as_array, check_mapping, coded, damaged, decoded
 from gradclip.rules import Array
 from gradclip.trees import Grads, dotted, flatten, named_leaves, rebuild
 
@@ -138,19 +141,50 @@ class UClip(Clipper):
 
         Raises:
             ValueError: If it was saved by another rule, or by a clipper that carries
-                nothing; nothing is changed then.
+                nothing, or if it is damaged; nothing is changed then.
         """
+        check_mapping(state)
         own = {name: x for name, x in state.items() if name.startswith("carried")}
         if not own:
             raise ValueError(
                 "this state has nothing that was carried over; it was saved by a "
                 "Clipper, and not by a UClip."
             )
-        # This one first, since it may refuse, and then nothing has changed.
+        carried, names = _carried_in(own)
+        self._check_shapes(carried, names)
+        # This one may refuse, too, and nothing has changed until then.
         super().load_state_dict({k: x for k, x in state.items() if k not in own})
-        count = sum(name.startswith("carried.") for name in own)
-        self.carried = [state[f"carried.{i}"] for i in range(count)] or None
-        self._names = decoded(state.get("carried_names", ()), "carried_names") or None
+        self.carried, self._names = carried or None, names or None
+
+    def _check_shapes(self, carried: list[Array], names: list[str]) -> None:
+        """Refuse what was carried for gradients of other shapes than those here."""
+        now = dict(zip(self._names or (), self.carried or (), strict=False))
+        for name, x in zip(names, carried, strict=False):
+            if name in now and tuple(now[name].shape) != x.shape:
+                raise ValueError(
+                    f"the state has {x.shape} for what is carried of {name!r}, but "
+                    f"this clipper carries {tuple(now[name].shape)}; it was saved with "
+                    "other gradients."
+                )
+
+
+def _carried_in(own: Mapping[str, Array]) -> tuple[list[NDArray[Any]], list[str]]:
+    """Return copies of what was carried, and the names of the gradients if any."""
+    names = decoded(own.get("carried_names", ()), "carried_names")
+    arrays = {name: x for name, x in own.items() if name != "carried_names"}
+    order = [f"carried.{i}" for i in range(len(arrays))]
+    if gone := [name for name in order if name not in arrays]:
+        raise damaged(f"{gone[0]!r} is missing among {len(arrays)} carried arrays")
+    # One array alone has no name, and earlier versions saved none.
+    nameless = not names and (len(arrays) == 1 or "carried_names" not in own)
+    if len(names) != len(arrays) and not nameless:
+        raise damaged(f"it carries {len(arrays)} arrays for {len(names)} names")
+    carried = [host_array(as_array(name, arrays[name])).copy() for name in order]
+    for name, x in zip(order, carried, strict=True):
+        # Its NaN would be in each gradient to come, and every step be dropped.
+        if not np.isfinite(x).all():
+            raise damaged(f"it has NaN or infinity for {name!r}")
+    return carried, names
 
 
 def _wide(x: Array, xp: Any) -> Array:
