@@ -289,6 +289,27 @@ def test_a_resumed_clipper_goes_on_counting_its_steps(tmp_path):
     assert any("resumed 1 time from" in note for note in history.notes)
 
 
+@pytest.mark.parametrize(
+    ("tries", "kept"),
+    [
+        ([(280, 285), (300, 400)], [*range(285), *range(300, 400)]),
+        ([(280, 300), (290, 295), (300, 400)], [*range(295), *range(300, 400)]),
+        ([(280, 290)] * 6 + [(280, 400)], range(400)),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_is_one(tmp_path, tries, kept):
+    path = write(tmp_path / "run.jsonl", [1.0] * 300)
+    for i, (first, stop) in enumerate(tries):
+        write(path, [2.0 + i] * (stop - first), first)
+    history = gc.History.load(path)
+    assert len(history.runs) == 1
+    assert history.step.tolist() == list(kept)
+    assert history.norm[280] >= 2.0
+    assert history.norm[-1] == 1.0 + len(tries)
+    (note,) = history.notes
+    assert f"resumed {len(tries) - (tries[-1][0] == 300)} time" in note
+
+
 def test_reopening_goes_on_behind_the_earlier_steps(tmp_path):
     path = write(tmp_path / "run.jsonl", [1.0, 2.0])
     write(path, [3.0, 4.0], first=2)

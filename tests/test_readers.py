@@ -1362,6 +1362,15 @@ def test_steps_that_were_tried_again_leave_one_run():
     assert "resumed 3 times" in notes
 
 
+def test_a_process_that_begins_with_a_repeated_row_goes_on_with_the_next():
+    step = np.array([*range(50), 49, 50, 51, *range(51, 60)])
+    norm = np.where(np.arange(step.size) == 50, 50.0, np.arange(step.size) + 1.0)
+    runs, notes = split_runs(step, norm, heads=[0, 50, 53, step.size])
+    assert [step[run].tolist() for run in runs] == [list(range(60))]
+    assert "1 row repeats the step before" in notes[0]
+    assert "resumed 1 time from an earlier step: the newest" in notes[1]
+
+
 def test_steps_with_fractions_are_counted():
     columns = Columns()
     for i in range(30):

@@ -58,17 +58,20 @@ def assemble(columns: Columns, source: str, format: str) -> Record:
     return record.also(*columns.notes, *notes)
 
 
-def in_order(record: Record, starts: Sequence[int] = ()) -> tuple[Record, Steps]:
+def in_order(
+    record: Record, starts: Sequence[int] = (), heads: Sequence[int] = ()
+) -> tuple[Record, Steps]:
     """Return the record with its runs told apart and replaced branches left out.
 
     Args:
         record: Its rows in the order of the file.
         starts: Rows that repeat none before, whatever their numbers.
+        heads: Rows that a process began with, where the file tells.
 
     Returns:
         The record, and the row of the file that each of its own was.
     """
-    runs, notes = split_runs(record.step, record.norm, starts)
+    runs, notes = split_runs(record.step, record.norm, starts, heads)
     rows = np.array([row for run in runs for row in run], np.int64)
     names = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
     return replace(record.take(rows), run=names).also(*notes), rows

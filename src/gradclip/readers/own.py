@@ -100,7 +100,8 @@ def read(path: Path) -> Record:
     check_version(found.heads, path)
     if not found.columns["norm"]:
         raise LogError(f"{path}: {_without_steps(found)}")
-    record, rows = in_order(_as_written(found), _other_rules(found))
+    written = _as_written(found)
+    record, rows = in_order(written, _other_rules(found), found.starts)
     record = _with_rules(record, rows, found)
     tensors = _tensors(found, record, rows)
     return replace(record, tensors=tensors).also(*_damage(found))

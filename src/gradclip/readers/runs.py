@@ -6,7 +6,7 @@ resumed run (the newest branch counts) or a fresh start, threads that take turns
 jobs that wrote into one file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,7 +33,10 @@ class Thread:
 
 
 def split_runs(
-    step: Steps, norm: Floats, starts: Sequence[int] = ()
+    step: Steps,
+    norm: Floats,
+    starts: Sequence[int] = (),
+    heads: Sequence[int] = (),
 ) -> tuple[list[list[int]], list[str]]:
     """Return the rows of each run, and what had to be decided.
 
@@ -41,6 +44,7 @@ def split_runs(
         step: The steps in the order of the file.
         norm: The norms beside them; a row that repeats both is left out.
         starts: Rows that repeat none before, as the first under another rule.
+        heads: Rows that a process began with, where the file tells.
 
     Returns:
         For each run its rows, and sentences about resumes, restarts and repetitions.
@@ -52,7 +56,10 @@ def split_runs(
         notes = ["the newest step stands first; the steps were turned round."]
         return [list(range(step.size))[::-1]], notes
     rows, notes = _without_repeats(step, norm, starts)
-    threads = _threads(step, rows)
+    # Where the row itself repeats another, the process begins with the next one.
+    places = np.searchsorted(rows, [row for row in heads if row <= rows[-1]])
+    begun = {rows[i] for i in places}
+    threads = _threads(step, rows, begun)
     once = np.unique(step).size == len(rows)
     if once and len(threads) > MOST and _take_turns(threads):
         note = "the rows are in no order; they were put in that of their steps."
@@ -78,7 +85,7 @@ def _without_repeats(
     return np.flatnonzero(~repeated).tolist(), notes
 
 
-def _threads(step: Steps, rows: list[int]) -> list[Thread]:
+def _threads(step: Steps, rows: list[int], begun: Set[int]) -> list[Thread]:
     # Sorted, since jobs that take turns jump back and forth from row to row.
     gaps = np.diff(np.unique(step[rows]))
     usual = int(np.median(gaps)) if gaps.size else 1
@@ -87,7 +94,12 @@ def _threads(step: Steps, rows: list[int]) -> list[Thread]:
     for row, behind in zip(rows, [*rows[1:], None], strict=True):
         at = int(step[row])
         again = behind is not None and step[behind] == at
-        thread = _continued(recent, at, row, again)
+        if row in begun:
+            # A new process goes on where the last one was, or from a step before it,
+            # and never where one was that had been replaced.
+            thread = recent[0] if recent and at > recent[0].last else None
+        else:
+            thread = _continued(recent, at, row, again)
         if thread is None:
             thread = Thread([row], at, usual)
             threads.append(thread)
@@ -146,9 +158,9 @@ def _joined(
     if resumed:
         notes = [
             *notes,
-            f"resumed {counted(resumed, 'times')} from an earlier step: the newest "
-            f"branch counts, and the {counted(dropped, 'steps that it replaces were')} "
-            "left out.",
+            f"resumed {counted(resumed, 'times')} from an earlier step: the "
+            "newest branch counts, and the "
+            f"{counted(dropped, 'steps that it replaces were')} left out.",
         ]
     if len(runs) > 1:
         how = "jobs that took turns" if jobs else "runs, one after the other,"
