@@ -308,6 +308,24 @@ def test_a_run_that_is_killed_again_and_again_is_one(tmp_path, tries, kept):
     assert history.norm[-1] == 1.0 + len(tries)
     (note,) = history.notes
     assert f"resumed {len(tries) - (tries[-1][0] == 300)} time" in note
+    assert "two processes" not in note
+
+
+@pytest.mark.parametrize(
+    ("every", "told"), [(1, "2 jobs that took turns"), (30, "or two processes wrote")]
+)
+@pytest.mark.filterwarnings("ignore:.*grows between these steps")
+def test_two_processes_on_one_file_are_told_apart_or_suspected(tmp_path, every, told):
+    path = tmp_path / "run.jsonl"
+    both = [gc.History(path, flush_every=every) for _ in range(2)]
+    for history in both:
+        history.begin(gc.Norm(1.0))
+    for step in range(120):
+        for i, history in enumerate(both):
+            history.record(step, info_of(1.0 + i))
+    for history in both:
+        history.close()
+    assert told in " ".join(gc.History.load(path).notes)
 
 
 def test_reopening_goes_on_behind_the_earlier_steps(tmp_path):

@@ -64,7 +64,7 @@ def split_runs(
     if once and len(threads) > MOST and _take_turns(threads):
         note = "the rows are in no order; they were put in that of their steps."
         return [sorted(rows, key=step.__getitem__)], [*notes, note]
-    return _joined(threads, step, notes)
+    return _joined(threads, step, notes, begun)
 
 
 def _without_repeats(
@@ -139,11 +139,11 @@ def _take_turns(threads: Sequence[Thread]) -> bool:
 
 
 def _joined(
-    threads: list[Thread], step: Steps, notes: list[str]
+    threads: list[Thread], step: Steps, notes: list[str], begun: Set[int]
 ) -> tuple[list[list[int]], list[str]]:
     """Put threads together that follow each other; the newest branch replaces."""
     runs: list[list[int]] = []
-    dropped = resumed = 0
+    dropped = resumed = unsaid = 0
     jobs = _take_turns(threads)
     for thread in threads:
         first = int(step[thread.rows[0]])
@@ -154,11 +154,14 @@ def _joined(
             continue
         dropped += len(runs[-1]) - len(kept)
         resumed += 1
+        unsaid += thread.rows[0] not in begun
         runs[-1] = kept + thread.rows
     if resumed:
+        # Long batches of two look alike, but that nobody began between them.
+        other = ", or two processes wrote into this file" if unsaid > 1 else ""
         notes = [
             *notes,
-            f"resumed {counted(resumed, 'times')} from an earlier step: the "
+            f"resumed {counted(resumed, 'times')} from an earlier step{other}: the "
             "newest branch counts, and the "
             f"{counted(dropped, 'steps that it replaces were')} left out.",
         ]
