@@ -282,8 +282,10 @@ def test_a_damaged_norm_of_the_last_pass_is_refused(value):
 
 @pytest.mark.parametrize("state", [None, [1, 2], 3])
 def test_what_is_no_state_is_refused(state):
-    with pytest.raises(ValueError, match="not the state of a clipper, but"):
-        gc.Clipper(gc.ZScore()).load_state_dict(state)
+    p = torch.nn.Parameter(torch.ones(1))
+    for clipper in (gc.Clipper(gc.ZScore()), Clipper([p], gc.ZScore())):
+        with pytest.raises(ValueError, match="not the state of a clipper, but"):
+            clipper.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

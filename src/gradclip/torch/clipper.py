@@ -12,7 +12,7 @@ from torch import Tensor
 from gradclip.arguments import at_least, begin, check_rule
 from gradclip.backends.narrow import at_home, bring_back, home
 from gradclip.decision import Info
-from gradclip.memory import COUNTERS, Memory
+from gradclip.memory import COUNTERS, Memory, check_state
 from gradclip.pipeline import empty, run, with_nonfinite
 from gradclip.policy import Policy, chosen, may_drop
 from gradclip.rules import Rule, State, stages
@@ -194,6 +194,7 @@ class Clipper:
         """
         self._take_up_new_parameters()
         device = home(self.params[0].device)
+        check_state(state)
         here = self._for_parameters(state, part_like)
         self._memory.load_state_dict(
             here,
