@@ -1393,6 +1393,65 @@ def unwrapped(rank, world):
     return found
 
 
+def lay_flat(module):
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=CPU)
+
+
+def lay_layers_flat(net):
+    """Wrap layers in place, as an automatic wrapper does; the model stays the same."""
+    net.up, net.norm = lay_flat(net.up), lay_flat(net.norm)
+    net.down = lay_flat(net.down)
+    return net
+
+
+def rewired(optimizer, net):
+    """Give an optimizer the parameters that a model has now, as Accelerate does."""
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+
+
+def wrapped_later(rank, world):
+    """Make clippers before the model is cut, and return norms or what is said."""
+    found, x = {}, batch(0, 1)
+
+    def step(model, clip):
+        model(x).square().mean().backward()
+        return told(clip)
+
+    for name, wrap in [("root", lay_flat), ("layers", lay_layers_flat)]:
+        net = Net()
+        clipper = Clipper(net, gc.Norm(0.01), doctor=())
+        found[name, "clipper"] = step(wrap(net), clipper.clip_), clipper.info
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        clipper = attach(optimizer, gc.Norm(0.01), net, doctor=())
+        found[name, "attached"] = step(wrap(net), optimizer.step), clipper.info
+    net = Net()
+    clipper = Clipper(net, gc.Moment(2.0), doctor=())
+    step(net, clipper.clip_)
+    net.zero_grad()
+    found["late"] = step(lay_layers_flat(net), clipper.clip_)
+    net = Net()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in net.parameters()}
+    attach(optimizers, gc.Norm(0.01), net, in_backward=True)
+    one = optimizers[net.down.weight]
+    found["in backward"] = step(lay_layers_flat(net), one.step)
+    net = Net()
+    clipper = Clipper(net, gc.Norm(0.01), doctor=())
+    # The layer between them keeps its parameters, and they have gradients.
+    for layer in (net.up, net.down):
+        fully_shard(layer, mesh=meshes(world)["line"])
+    found["replaced"] = step(net, clipper.clip_)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    clipper = attach(optimizer, gc.Norm(0.01), net, doctor=())
+    rewired(optimizer, fully_shard(net, mesh=meshes(world)["line"]))
+    found["rewired"] = step(net, optimizer.step), clipper.info
+    net = Net()
+    clipper = Clipper(net, gc.Norm(0.01))
+    found["right"] = step(net, clipper.clip_), clipper.info
+    return found
+
+
 PROGRAMS = [
     every_layout,
     extremes,
@@ -1409,6 +1468,7 @@ PROGRAMS = [
     deterministic,
     counted_twice,
     unwrapped,
+    wrapped_later,
     disagreeing,
     without_rows,
     sentences,

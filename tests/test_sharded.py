@@ -351,6 +351,24 @@ def test_pieces_are_refused_without_the_wrapper_that_knows_their_group(found, wo
     assert names != found[world][0]["unwrapped"]["fsdp1"][1]
 
 
+@each_world
+def test_what_is_cut_after_the_clipper_was_made_is_followed_or_refused(found, world):
+    for rank in found[world]:
+        cases = rank["wrapped_later"]
+        _, right = cases["right"]
+        for case in [("layers", "clipper"), ("layers", "attached"), "rewired"]:
+            said, info = cases[case]
+            assert not said, case
+            assert float(info.norm) == pytest.approx(float(right.norm), rel=1e-6), case
+        for case in [("root", "clipper"), ("root", "attached")]:
+            said, info = cases[case]
+            assert "hand over the model that FullyShardedDataParallel returned" in said
+            assert info is None
+        assert "this clipper remembers 1 steps with whole ones" in cases["late"]
+        assert "in_backward=True measures whole parameters" in cases["in backward"]
+        assert "DTensors in the place of 4 parameters" in cases["replaced"]
+
+
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
     survivors, codes = found["lost"]
     assert codes == [0, 0, 0, -signal.SIGKILL]

@@ -24,7 +24,7 @@ from gradclip.torch.dtensors import laid_out_like, local_of, part_like
 from gradclip.torch.exact import at_hand, on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.graphs import captures, check_graph, stay
-from gradclip.torch.placement import SplitOver, layout_of
+from gradclip.torch.placement import SplitOver, check_replaced, cut_since, layout_of
 from gradclip.torch.sharded import Sharded
 from gradclip.torch.verbs import InPlace, OneNumber, in_tensors
 from gradclip.torch.verify import Verify, verifier_for
@@ -250,8 +250,25 @@ class Clipper:
         leaves = at_home([local_of(p.detach()) for p in self.params])
         return empty(InPlace(), stage, leaves, home(self.params[0].device))
 
+    def _follow_wrapper(self) -> None:
+        """Lay parameters out anew where FSDP has cut them after they were known."""
+        if self._layout is not None or torch.compiler.is_compiling():
+            return
+        if self._info is None and self._module is not None:
+            check_replaced(self.names, self.params, self._module)
+        if not cut_since(self.names, self.params, self._module):
+            return
+        if done := int(self._memory.step):
+            raise ValueError(
+                "FSDP's first version has cut the parameters, and this clipper "
+                f"remembers {done} steps with whole ones; make it behind "
+                "FullyShardedDataParallel, and load its memory then."
+            )
+        self._make_room()
+
     def _verify_gradients(self) -> None:
         """Compare gradients with those of other processes, where that was asked."""
+        self._follow_wrapper()
         if self._verifier is not None:
             # A process without gradients takes part like all others.
             found = collect(self.params, split=True)

@@ -47,11 +47,6 @@ class InBackward(Hooked):
         _check_rule(rule)
         self.optimizers, self._module = list(optimizers), model
         super().__init__(named_by_optimizers(self.optimizers, model), rule, **options)
-        if self._layout is not None or self._verifier is not None:
-            raise ValueError(
-                "in_backward=True measures whole parameters of one process, and these "
-                "are split over several; step after backward(), with attach(optimizer)."
-            )
         if self.history is not None and self.history.tensors_every:
             raise ValueError(
                 "in_backward=True has no step at which all parameters have gradients; "
@@ -79,6 +74,15 @@ class InBackward(Hooked):
                 o.register_step_post_hook(self._after_step),
             )
         ]
+
+    def _make_room(self) -> None:
+        """Make the memory, and refuse parts of tensors, whose norms come too late."""
+        super()._make_room()
+        if self._layout is not None or self._verifier is not None:
+            raise ValueError(
+                "in_backward=True measures whole parameters of one process, and these "
+                "are split over several; step after backward(), with attach(optimizer)."
+            )
 
     def _number_parameters(self) -> None:
         self._index = {id(p): i for i, p in enumerate(self.params)}
@@ -128,6 +132,8 @@ class InBackward(Hooked):
             self._hide(params)
             drop(params, False)
             return
+        if self._pass is None:
+            self._follow_wrapper()
         now = self._pass_with(params)
         # What a fused step divides by, when all is done.
         verbs = self._tools(getattr(optimizer, "grad_scale", None))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip.torch.dtensors import holds_dtensor, is_dtensor
+from gradclip.torch.gradients import named_in
 from gradclip.torch.layout import Group, Layout, Way
 
 if TYPE_CHECKING:
@@ -164,6 +165,43 @@ def _check_whole(named: list[tuple[str, Tensor]], known: Mapping[int, Any]) -> N
             f"as {lost[0]}, and their norms would be those of pieces; hand over the "
             "model that FullyShardedDataParallel returned: Clipper(model, rule), or "
             "attach(optimizer, rule, model=model)."
+        )
+
+
+def cut_since(
+    names: Sequence[str], params: Sequence[Tensor], module: torch.nn.Module | None
+) -> bool:
+    """Return whether whole parameters have become pieces, of which nothing was told.
+
+    Asked at every step: FSDP1 cuts parameters in place, and they stay the same objects.
+    """
+    # Where processes cannot meet nothing is cut, and asking all parameters takes time.
+    loaded = "torch.distributed.fsdp" in sys.modules
+    if not (loaded and torch.distributed.is_initialized()):
+        return False
+    if not any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return False
+    flat = _flattened(module)
+    _check_whole(list(zip(names, params, strict=True)), flat)
+    return any(handle.size() > 1 for p in params for handle, *_ in flat.get(id(p), ()))
+
+
+def check_replaced(
+    names: Sequence[str], params: Sequence[Tensor], module: torch.nn.Module
+) -> None:
+    """Refuse parameters for which a module has DTensors by now: they get no gradients.
+
+    Those that have stayed would be clipped by a norm of their own.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    known = dict(zip(names, params, strict=True))
+    now = [(n, p) for n, p in named_in(module) if is_dtensor(p)]
+    if lost := [name for name, p in now if known.get(name, p) is not p]:
+        raise ValueError(
+            f"the model has DTensors in the place of {len(lost)} parameters of this "
+            f"clipper, such as {lost[0]}, as fully_shard makes them; make the clipper "
+            "behind it."
         )
 
 
