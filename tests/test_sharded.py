@@ -422,6 +422,10 @@ def test_rules_that_need_what_the_parts_do_not_have_are_refused():
             Clipper([w], rule, split_over=Group())
     with pytest.raises(TypeError, match="split_over gives int"):
         Clipper([w], gc.Norm(1.0), split_over=lambda n, p: 3)
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    for split in (outside, lambda n, p: Pieces(outside, 0)):
+        with pytest.raises(ValueError, match=r"not a member of; return None for it"):
+            Clipper([w], gc.Norm(1.0), split_over=split)
     rule = gc.chain(gc.Norm(1.0, over="unit"), gc.Norm(1.0, over="unit", axis=-1))
     w.grad = torch.ones(2, 2)
     with pytest.raises(ValueError, match="several axes"):

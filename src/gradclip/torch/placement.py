@@ -119,14 +119,27 @@ def _as_asked(asked: Any, name: str) -> list[Part]:
     found: list[Part] = []
     for level, part in enumerate(parts, 1):
         handle = part.group if isinstance(part, Pieces) else part
-        if not hasattr(handle, "group_name"):
-            raise TypeError(
-                f"split_over gives {type(handle).__name__} for {name!r}; it takes a "
-                "process group, Pieces(group, dim), several of them, or None."
-            )
+        _check_group(handle, name)
         piece = isinstance(part, Pieces)
         found.append((handle, Way("piece", part.dim) if piece else Way("other"), level))
     return found
+
+
+def _check_group(handle: Any, name: str) -> None:
+    """Refuse what is no process group, and one without this process."""
+    if hasattr(handle, "group_name"):
+        return
+    # For those outside of it, new_group() returns a number.
+    member = getattr(torch.distributed, "GroupMember", None)
+    if member is not None and handle == member.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"split_over gives a group for {name!r} that this process is not a member "
+            "of; return None for it here."
+        )
+    raise TypeError(
+        f"split_over gives {type(handle).__name__} for {name!r}; it takes a process "
+        "group, Pieces(group, dim), several of them, or None."
+    )
 
 
 def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:
