@@ -1286,6 +1286,46 @@ def one_file(rank, world):
     }
 
 
+def plain_pieces(rank, world):
+    """Save a memory of plain pieces by one process, and load it on all."""
+    found = {}
+    laid_flat = lay_flat(Net())
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    lots = {
+        "fsdp1": (laid_flat, {}),
+        "pieces": ([p], {"split_over": lambda *_: Pieces(dist.group.WORLD, 0)}),
+    }
+    for kind, (params, options) in lots.items():
+        clipper = Clipper(params, gc.Moment(2.0, warmup=2), doctor=(), **options)
+        for _ in range(3):
+            for q in clipper.params:
+                q.grad = torch.randn(q.shape) * (rank + 1)
+            clipper.clip_()
+        with tempfile.TemporaryDirectory() as own:
+            folder = [own]
+            dist.broadcast_object_list(folder)
+            again = Clipper(params, gc.Moment(2.0, warmup=2), doctor=(), **options)
+            # Of one shape and under one name, the pieces would look like copies.
+            dcp.save({"c": clipper}, checkpoint_id=folder[0])
+            dcp.load({"c": again}, checkpoint_id=folder[0])
+            state = [clipper.state_dict()]
+            dist.broadcast_object_list(state)
+            dist.barrier()
+        mine = clipper.state_dict()
+        optimizer = torch.optim.SGD(clipper.params)
+        model = None if kind == "pieces" else params
+        tracked = Tracked(optimizer, clipper.rule, model=model, doctor=(), **options)
+        found[kind] = {
+            "refusal": told(lambda: again.load_state_dict(state[0])),  # noqa: B023
+            "whole": told(lambda: gathered_state(mine)),  # noqa: B023
+            "trainer": told(lambda: tracked.check_unsplit("do this")),  # noqa: B023
+            "file": told(tracked.state_dict),
+            "own": all(torch.equal(again.state_dict()[k], x) for k, x in mine.items()),
+        }
+        found[kind]["norms"] = list(Clipper(params, gc.EMA(), **options).state_dict())
+    return found
+
+
 def apart(pairs):
     return max(float((whole(p) - q).detach().abs().max()) for p, q in pairs)
 
@@ -1464,6 +1504,7 @@ PROGRAMS = [
     adaptive,
     elements,
     one_file,
+    plain_pieces,
     borrowing,
     deterministic,
     counted_twice,

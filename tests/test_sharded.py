@@ -313,6 +313,20 @@ def test_a_file_of_one_process_has_the_whole_memory_or_is_refused(found, world):
 
 
 @each_world
+def test_a_memory_of_plain_pieces_goes_back_to_its_own_process_only(found, world):
+    for rank, result in enumerate(r["plain_pieces"] for r in found[world]):
+        for kind, case in result.items():
+            told = f"of piece 0of{world} (counted from 0)" if rank else ""
+            assert told in case["refusal"], kind
+            assert bool(case["refusal"]) == (rank > 0), kind
+            assert case["own"], kind
+            assert "elements of plain pieces" in case["whole"], kind
+            assert case["file"] == case["whole"], kind
+            assert "use a rule over norms, or do this." in case["trainer"], kind
+            assert not any("@" in name for name in case["norms"]), kind
+
+
+@each_world
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_memory_of_a_split_optimizer_is_read(found, world, fused):
     for rank in found[world]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradclip.integrations import shown
 from gradclip.rules import Rule
 from gradclip.torch import attach, whole
-from gradclip.torch.dtensors import holds_dtensor
+from gradclip.torch.dtensors import holds_dtensor, holds_pieces
 
 LARGE = 10**6
 """How many numbers may be written as text without a word about it."""
@@ -122,9 +122,10 @@ class Tracked:
             remedy: What to do instead.
 
         Raises:
-            ValueError: If there is a DTensor in the memory.
+            ValueError: If there is a DTensor in the memory, or a plain piece.
         """
-        if holds_dtensor(self.clipper.state_dict().values()):
+        memory = self.clipper.state_dict()
+        if holds_pieces(memory) or holds_dtensor(memory.values()):
             self.detach()
             raise ValueError(
                 f"{self.clipper.rule!r} remembers elements of parameters that are "

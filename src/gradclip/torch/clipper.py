@@ -20,7 +20,13 @@ from gradclip.rules.keys import name_and_place, prefix
 from gradclip.scalars import one_number
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
-from gradclip.torch.dtensors import laid_out_like, local_of, part_like
+from gradclip.torch.dtensors import (
+    AT,
+    check_tag,
+    laid_out_like,
+    local_of,
+    part_like,
+)
 from gradclip.torch.exact import at_hand, on_host, tensor_of
 from gradclip.torch.gradients import Gradients, Params, collect, drop, named_parameters
 from gradclip.torch.graphs import captures, check_graph, stay
@@ -180,7 +186,9 @@ class Clipper:
         """Return the memory as tensors, for any kind of checkpoint."""
         self._take_up_new_parameters()
         saved = self._memory.state_dict(lambda x: tensor_of(x).clone())
-        return self._for_parameters(saved, laid_out_like)
+        found = self._for_parameters(saved, laid_out_like)
+        # Of plain pieces all have the same names, and a checkpoint would keep one.
+        return {name + self._tag(name): x for name, x in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved memory, exactly.
@@ -189,18 +197,34 @@ class Clipper:
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: If it was saved by another rule, or for another number of
-                parameters; nothing is changed then.
+            ValueError: If it was saved by another rule, for another number of
+                parameters, or for other pieces of them; nothing is changed then.
         """
         self._take_up_new_parameters()
         device = home(self.params[0].device)
         check_state(state)
-        here = self._for_parameters(state, part_like)
+        plainly = {name.partition(AT)[0]: x for name, x in state.items()}
+        for name in state:
+            if AT in name:
+                check_tag(name, self._tag(name.partition(AT)[0]))
+        here = self._for_parameters(plainly, part_like)
         self._memory.load_state_dict(
             here,
             lambda x: tensor_of(x).to(device).clone(),
             blank=lambda: list(map(self._empty, stages(self._bound))),
         )
+
+    def _tag(self, name: str) -> str:
+        """Return what is put behind a name in a saved memory of plain pieces."""
+        if self._layout is None or not name.startswith(self._inside):
+            return ""
+        place = int(name_and_place(name)[1])
+        return self._layout.tag(place) if place < len(self.params) else ""
+
+    @property
+    def _inside(self) -> tuple[str, ...]:
+        """How the names of what belongs to elements begin."""
+        return tuple(prefix(i) for i, s in enumerate(stages(self.rule)) if s.by_part)
 
     def _for_parameters(
         self, saved: Mapping[str, Any], change: Callable[[Tensor, Any], Any]
@@ -210,9 +234,9 @@ class Clipper:
         Such a part of it is saved as a DTensor, so that it can be split otherwise.
         """
         found = dict(saved)
-        parts = [prefix(i) for i, s in enumerate(stages(self.rule)) if s.by_part]
+        inside = self._inside
         for name in found if self._layout is not None else ():
-            if name.startswith(tuple(parts)):
+            if name.startswith(inside):
                 place = int(name_and_place(name)[1])
                 found[name] = change(self.params[place], found[name])
         return found

@@ -21,6 +21,14 @@ _REMEDY = (
 )
 
 
+AT = "@"
+"""In the names of a memory, comes before which of several plain pieces it is of."""
+_ALONE = (
+    "Save it on each process, with torch.distributed.checkpoint or in a file of its "
+    "own, and load it on the same number of processes."
+)
+
+
 def is_dtensor(t: Tensor) -> bool:
     """Return whether a tensor knows where its other parts are."""
     return holds_dtensor([t])
@@ -111,6 +119,22 @@ def _check_coordinate(p: Any, x: Any) -> None:
         )
 
 
+def holds_pieces(names: Iterable[str]) -> bool:
+    """Return whether there is something of plain pieces in a memory."""
+    return any(AT in name for name in names)
+
+
+def check_tag(name: str, own: str) -> None:
+    """Refuse the memory of another process's plain piece, which looks like our own."""
+    there = name.partition(AT)[2]
+    if there != own.removeprefix(AT):
+        raise ValueError(
+            f"the state has {name!r}, of piece {there} (counted from 0), and this "
+            f"process has {own.removeprefix(AT) or 'the whole'}: one process has "
+            f"written for all, or there were more or fewer. {_ALONE}"
+        )
+
+
 def whole(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved memory without DTensors, for a file that one process writes.
 
@@ -122,12 +146,21 @@ def whole(state: Mapping[str, Any]) -> dict[str, Any]:
         The same with plain tensors, as large as the parameters where a rule remembers
         elements; `load_state_dict` takes what it needs of them.
 
+    Raises:
+        ValueError: For elements of FSDP1's pieces, or of what `split_over` names:
+            plain tensors cannot be put together.
+
     Example:
         >>> import torch, gradclip as gc
         >>> from gradclip.torch import Clipper, whole
         >>> clipper = Clipper([torch.ones(2)], gc.ZScore())
         >>> clipper.load_state_dict(whole(clipper.state_dict()))
     """
+    if holds_pieces(state):
+        raise ValueError(
+            "whole() puts DTensors together, and this state has elements of plain "
+            f"pieces, as FSDP1 and split_over have them. {_ALONE}"
+        )
     return {name: full_of(x) for name, x in state.items()}
 
 

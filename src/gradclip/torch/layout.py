@@ -16,7 +16,7 @@ from torch import Tensor
 from gradclip.policy import only_records
 from gradclip.rules import Rule, stages
 from gradclip.torch.constants import sent
-from gradclip.torch.dtensors import is_dtensor, local_of
+from gradclip.torch.dtensors import AT, is_dtensor, local_of
 from gradclip.torch.exact import safe_norm
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ class Layout:
         self.cut = {g for w in self.ways for g, way in w.items() if way.kind == "piece"}
         self.flattened = any(getattr(p, "_is_flat_param", False) for p in params)
         self.keys = [_key_of(w) for w in self.ways]
-        pairs = zip(params, ways, strict=True)
-        self.sized = all(is_dtensor(p) or not way for p, way in pairs)
+        self.on_mesh = list(map(is_dtensor, params))
+        pairs = zip(self.on_mesh, ways, strict=True)
+        self.sized = all(on_mesh or not way for on_mesh, way in pairs)
 
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
         """Return the norm of everything from the norms of what lies alike here."""
@@ -170,6 +171,16 @@ class Layout:
         """Return how many rows this process has of a parameter."""
         shape = self.shapes[i]
         return shape[axis] if len(shape) > 1 else 1
+
+    def tag(self, i: int) -> str:
+        """Return what tells a plain piece from those of others; empty for the rest."""
+        told = [
+            f"{self.groups[g].handle.rank()}of{self.groups[g].size}"
+            for g, way in sorted(self.ways[i].items())
+            # Of a DTensor, its mesh tells which part is here.
+            if way.kind != "copy" and (self.groups[g].level > 0 or not self.on_mesh[i])
+        ]
+        return AT + "+".join(told) if told else ""
 
     def check(self, rule: Rule) -> None:
         """Refuse rules whose norms cannot be put together from these parts."""
