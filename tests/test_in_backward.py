@@ -312,6 +312,9 @@ def test_the_optimizers_that_torch_itself_puts_into_backward():
 def test_misuse_is_said():
     net = network()
     made = apart(net)
+    for several in (made, list(made.values())):
+        with pytest.raises(TypeError, match=r"attach to each.*one norm.*Clipper\("):
+            attach(several, gc.Norm(1.0))
     with pytest.raises(TypeError, match="in_backward=True"):
         attach(list(made.values()), gc.Norm(1.0))
     with pytest.raises(TypeError, match="not int"):

@@ -133,6 +133,13 @@ def _one(optimizer: Any) -> torch.optim.Optimizer:
             f"attach() takes an optimizer, and {type(optimizer).__name__} is around "
             "one: attach to its .optimizer."
         )
+    if isinstance(optimizer, list | tuple | Mapping):
+        raise TypeError(
+            f"attach() takes one optimizer, not {type(optimizer).__name__}: attach to "
+            "each, [attach(o, rule) for o in optimizers]; for one norm over all of "
+            "them use Clipper(params, rule) with all parameters, and where they step "
+            "during backward() in_backward=True."
+        )
     raise TypeError(
         f"attach() takes an optimizer, not {type(optimizer).__name__}; for "
         "parameters or a module use Clipper(params, rule), and for several optimizers "
