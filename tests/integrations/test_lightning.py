@@ -338,6 +338,20 @@ def test_a_checkpoint_of_more_optimizers_is_refused():
         fit(module_for(lightning.pytorch), again)
 
 
+def test_another_rule_begins_anew_where_that_is_asked():
+    callback = GradientClipping(gc.Norm(1.0))
+    fit(module_for(lightning.pytorch), callback)
+    for resume in (True, False):
+        again = GradientClipping(gc.ZScore(), resume=resume)
+        again.load_state_dict(callback.state_dict())
+        if resume:
+            with pytest.raises(ValueError, match=r"GradientClipping\(rule, resume=F"):
+                fit(module_for(lightning.pytorch), again)
+        else:
+            fit(module_for(lightning.pytorch), again)
+            assert int(again.tracked[0].clipper.state_dict()["step"]) == STEPS
+
+
 def test_counts_of_earlier_checkpoints_are_those_of_the_clipper():
     tracked = [Tracked(sgd(Net()), gc.Norm(1.0), doctor=()) for _ in "ab"]
     state = tracked[0].state_dict()

@@ -81,6 +81,20 @@ def test_a_resumed_run_goes_on(rule, restored, tmp_path):
         assert_same(history, plain_norms(tmp_path / "plain.jsonl", rule), STEPS - 37)
 
 
+def test_another_rule_begins_anew_where_that_is_asked(tmp_path):
+    out = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 37}
+    trainer_for(out, GradientClippingCallback(RULE), max_steps=37, **saving).train()
+    half = str(out / "checkpoint-37")
+    refused = trainer_for(out, GradientClippingCallback(gc.EMA()))
+    with pytest.raises(ValueError, match=r"GradientClippingCallback\(rule, resume=F"):
+        refused.train(resume_from_checkpoint=half)
+    callback = GradientClippingCallback(gc.EMA(), resume=False)
+    trainer_for(out, callback).train(resume_from_checkpoint=half)
+    assert int(callback.tracked.clipper.state_dict()["step"]) == STEPS - 37
+    assert callback.state()["args"].get("resume") is None
+
+
 def test_it_logs(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": STEPS}
     callback = GradientClippingCallback(gc.Norm(1.0))

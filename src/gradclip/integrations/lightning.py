@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradclip.integrations import needed, rule_of
 from gradclip.integrations.alone import check_alone
-from gradclip.integrations.tracking import Tracked, one_for_each
+from gradclip.integrations.tracking import Tracked, one_for_each, resuming
 from gradclip.rules import Rule
 from gradclip.torch.doctor import CHECKS
 
@@ -36,6 +36,8 @@ class GradientClipping(Callback):  # type: ignore[misc]
     Args:
         rule: Any rule, or the text of its constructor.
         history: Takes in every step; of several optimizers each needs one: a list.
+        resume: Whether to go on from the memory in a checkpoint; without it the rule,
+            which may be another one, begins anew.
         options: As for `gradclip.torch.attach`, such as `on_nonfinite`.
 
     Raises:
@@ -56,10 +58,12 @@ class GradientClipping(Callback):  # type: ignore[misc]
         self,
         rule: Rule | str,
         history: "History | list[History] | None" = None,
+        resume: bool = True,
         **options: Any,
     ) -> None:
         """Keep the choice; the optimizers are made later."""
         self.rule, self.history, self.options = rule_of(rule), history, options
+        self.resume = resume
         self.tracked: list[Tracked] = []
         self._saved: dict[str, Any] = {}
         self._for_test = False
@@ -78,10 +82,12 @@ class GradientClipping(Callback):  # type: ignore[misc]
         """Attach to every optimizer, and go on from a checkpoint."""
         optimizers = trainer.optimizers
         histories = one_for_each(optimizers, self.history)
-        if self._saved and len(self._saved) != len(optimizers):
+        saved = self._saved if self.resume else {}
+        if saved and len(saved) != len(optimizers):
             raise ValueError(
-                f"the checkpoint has the memory of {len(self._saved)} optimizers, and "
-                f"there are {len(optimizers)} now; resume with those that were saved."
+                f"the checkpoint has the memory of {len(saved)} optimizers, and there "
+                f"are {len(optimizers)} now; resume with those that were saved, or "
+                "begin anew: GradientClipping(rule, resume=False)."
             )
         # One of several optimizers never holds the whole model, nor all the names.
         alone = len(optimizers) == 1
@@ -93,8 +99,9 @@ class GradientClipping(Callback):  # type: ignore[misc]
             Tracked(optimizer, self.rule, history=history, **options)
             for optimizer, history in zip(optimizers, histories, strict=True)
         ]
-        for key, state in self._saved.items():
-            self.tracked[int(key)].load_state_dict(state)
+        with resuming(type(self).__name__):
+            for key, state in saved.items():
+                self.tracked[int(key)].load_state_dict(state)
         self._saved = {}
         self._watch(trainer.precision_plugin)
 

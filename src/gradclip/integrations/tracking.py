@@ -1,7 +1,8 @@
 """What the adapters for torch trainers share: an attached clipper that is counted."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from gradclip.extras import needed
@@ -156,6 +157,25 @@ class Tracked:
         self._hook = None
         if self.clipper.history is not None:
             self.clipper.history.flush()
+
+
+@contextmanager
+def resuming(callback: str) -> Iterator[None]:
+    """Say how to begin anew, where a saved memory does not fit.
+
+    Args:
+        callback: The name of the callback that takes `resume=False`.
+
+    Raises:
+        ValueError: The one that was raised inside, with these words.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error} To go on with another rule and an empty memory: "
+            f"{callback}(rule, resume=False)."
+        ) from None
 
 
 def one_for_each(

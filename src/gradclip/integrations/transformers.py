@@ -6,7 +6,7 @@ from typing import Any
 from gradclip.history import History
 from gradclip.integrations import needed, rule_of
 from gradclip.integrations.alone import check_alone
-from gradclip.integrations.tracking import Tracked
+from gradclip.integrations.tracking import Tracked, resuming
 from gradclip.rules import Rule
 
 Base: Any = needed("transformers", "transformers.trainer_callback")
@@ -25,6 +25,8 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         rule: Any rule, or the text of its constructor.
         history: Takes in every step; a history, the path of one, or a dictionary of
             what makes one.
+        resume: Whether to go on from the memory in a checkpoint; without it the rule,
+            which may be another one, begins anew. Checkpoints do not keep this.
         options: As for `gradclip.torch.attach`, such as `on_nonfinite`. Of these, a
             checkpoint keeps numbers and texts.
 
@@ -46,10 +48,11 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         self,
         rule: Rule | str,
         history: History | str | os.PathLike[str] | dict[str, Any] | None = None,
+        resume: bool = True,
         **options: Any,
     ) -> None:
         """Keep the choice; the optimizer is made later."""
-        self.rule, self.options = _readable(rule), options
+        self.rule, self.options, self.resume = _readable(rule), options, resume
         if isinstance(history, dict):
             history = History(**history)
         elif isinstance(history, str | os.PathLike):
@@ -80,8 +83,9 @@ class GradientClippingCallback(Base.TrainerCallback, Base.ExportableState):  # t
         self.tracked = Tracked(optimizer, self.rule, **options, **self.options)
         # Without a checkpoint, the trainer hands back what an earlier run left here.
         memory = saved.get("attributes", {}).get("memory")
-        if memory and state.global_step:
-            self.memory = memory
+        if memory and state.global_step and self.resume:
+            with resuming(type(self).__name__):
+                self.memory = memory
         if args.save_strategy != "no":
             own = (
                 "set save_strategy='no' and save callback.tracked.state_dict() yourself"
