@@ -130,6 +130,24 @@ def by_smartclip(text):
     return [p.grad.numpy() for p in model]
 
 
+NAMED = r"(?:clipping\"|clip-(?:grad|norm)|CLIP_VALUE|max_(?:grad_)?norm|clip_value)"
+
+
+def by_stand_in(text):
+    """Call torch's function, as these do, with the number that they are given."""
+    value = re.search(NAMED + r"(?:: |=| )([\d.]+)", text)[1]
+    how = "value" if "value" in text else "norm"
+    return by_torch(f"torch.nn.utils.clip_grad_{how}_(params, {value})")
+
+
+def by_detectron2(text):
+    if '"value"' in text:
+        return by_stand_in(text)
+    value = re.search(r"CLIP_VALUE: ([\d.]+)", text)[1]
+    each = f"[torch.nn.utils.clip_grad_norm_(p, {value}) for p in params]"
+    return by_torch(each)
+
+
 THERE = {
     "torch": by_torch,
     "optax": by_optax,
@@ -137,6 +155,13 @@ THERE = {
     "Keras, per variable": by_keras,
     "Hugging Face": by_hugging_face,
     "Lightning": by_lightning,
+    "DeepSpeed": by_stand_in,
+    "Megatron": by_stand_in,
+    "fairseq": by_stand_in,
+    "mmengine": by_stand_in,
+    "Stable-Baselines3": by_stand_in,
+    "detectron2": by_detectron2,
+    "detectron2, per parameter": by_detectron2,
     "timm": by_timm,
     "timm, but for the head, which it leaves out": by_timm,
 }
@@ -218,5 +243,5 @@ def test_both_sides_of_a_row_that_remembers(row):
 
 
 def test_all_rows_are_found():
-    assert len(ROWS) == 22
+    assert len(ROWS) == 30
     assert sum(map(is_remembered, ROWS)) == 5
