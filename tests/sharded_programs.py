@@ -1326,6 +1326,23 @@ def plain_pieces(rank, world):
     return found
 
 
+def some(rank, world):
+    """Record a model that the last two processes have; return its lines on each."""
+    group = dist.new_group([world - 2, world - 1])
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        path = Path(folder[0], "run.jsonl")
+        if rank >= world - 2:
+            p = plain(torch.ones(3))
+            with gc.History(path) as history:
+                Clipper([p], gc.Norm(1.0), history=history, verify=group).clip_()
+        dist.barrier()
+        found = path.read_text().count("\n") if path.exists() else 0
+        dist.barrier()
+    return found
+
+
 def apart(pairs):
     return max(float((whole(p) - q).detach().abs().max()) for p, q in pairs)
 
@@ -1505,6 +1522,7 @@ PROGRAMS = [
     elements,
     one_file,
     plain_pieces,
+    some,
     borrowing,
     deterministic,
     counted_twice,

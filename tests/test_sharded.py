@@ -327,6 +327,12 @@ def test_a_memory_of_plain_pieces_goes_back_to_its_own_process_only(found, world
 
 
 @each_world
+def test_a_model_that_rank_0_does_not_have_is_recorded_once(found, world):
+    # The header and one step.
+    assert [rank["some"] for rank in found[world]] == [2] * world
+
+
+@each_world
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_memory_of_a_split_optimizer_is_read(found, world, fused):
     for rank in found[world]:

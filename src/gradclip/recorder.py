@@ -36,6 +36,7 @@ class Recorder:
         self.path, self.run = path, writable(run)
         self.flush_every, self.flush_seconds = flush_every, flush_seconds
         self.rule, self.p = "", 2.0
+        self.ranks: Sequence[int] = ()
         self._written_names: Sequence[str] | None = None
         self._steps: list[Taken] = []
         self._tensors: list[TakenTensors] = []
@@ -92,12 +93,14 @@ class Recorder:
         self._tensors.append((step, names, norms))
 
     def flush(self) -> None:
-        """Write what is kept; of several processes, only the first one does."""
+        """Write what is kept; of the processes of a model, only the first one does."""
         steps, tensors = self._steps, self._tensors
         # Emptied first: what a full disk refuses is lost, and does not pile up.
         self._steps, self._tensors, self._flushed = [], [], time.monotonic()
         # A forked data loader inherits the buffer, and must not write it a second time.
-        if not (steps or tensors) or os.getpid() != self._owner or process_rank() > 0:
+        if not (steps or tensors) or os.getpid() != self._owner:
+            return
+        if process_rank() > min(self.ranks, default=0):
             return
         self._write(steps, tensors)
 
@@ -168,6 +171,16 @@ class Recorder:
             values = [short(x) for x in to_numpy([norms])[0].tolist()]
             lines.append(json.dumps({"step": int(step), "tensors": values}))
         return lines
+
+
+def tell_ranks(history: Any, ranks: Sequence[int]) -> None:
+    """Tell a history which processes have a model, where not all of them do.
+
+    The first one of all may be none of them, and then nobody would write.
+    """
+    recorder = getattr(history, "_recorder", None)
+    if isinstance(recorder, Recorder):
+        recorder.ranks = ranks
 
 
 def append(path: Path, text: str) -> tuple[int, int]:

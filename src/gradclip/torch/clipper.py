@@ -15,6 +15,7 @@ from gradclip.decision import Info
 from gradclip.memory import COUNTERS, Memory, check_state
 from gradclip.pipeline import empty, run, with_nonfinite
 from gradclip.policy import Policy, chosen, may_drop
+from gradclip.recorder import tell_ranks
 from gradclip.rules import Rule, State, stages
 from gradclip.rules.keys import name_and_place, prefix
 from gradclip.scalars import one_number
@@ -142,6 +143,8 @@ class Clipper:
         )
         self.history = history
         begin(history, rule)
+        if self._verifier is not None:
+            tell_ranks(history, self._verifier.ranks)
 
     @property
     def rule(self) -> Rule:
