@@ -51,7 +51,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path):
     assert history.limit.tolist() == [1.0, 1.0, 1.0]
     assert history.scale.tolist() == [1.0, 0.5, 0.0]
     assert len(history) == 3
-    assert history.recorded.facts == {"lr": 0.1}
+    assert history.run == {"lr": 0.1}
     assert history.recorded.rule == repr(gc.Norm(1.0))
 
 

@@ -298,6 +298,11 @@ class History:
         return self.recorded.tensors
 
     @property
+    def run(self) -> dict[str, Any]:
+        """The facts about the newest run, as `run=` was given."""
+        return dict(self.recorded.facts)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was odd about the log, in sentences."""
         return self.recorded.notes

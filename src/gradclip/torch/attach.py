@@ -62,7 +62,8 @@ def attach(
 
     It works with loss scaling by `torch.amp.GradScaler` (with `split_over` by torch's
     `ShardedGradScaler`), with accumulated gradients and with closures, and takes up
-    parameters that are added later.
+    parameters that are added later. Where the loss overflows, a scaler calls `step()`
+    of a fused optimizer only: such a step counts as skipped there, else as none.
 
     Args:
         optimizer: Any torch optimizer; with `in_backward` several, or a dictionary.
