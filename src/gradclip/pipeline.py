@@ -247,11 +247,12 @@ def describe_nonfinite(
     engine: Backend, leaves: Sequence[Array], name_of: Callable[[int], str]
 ) -> str:
     """Return a message that names the gradients with NaN or infinity in them."""
-    bad = engine.gathered(with_nonfinite(engine, leaves, name_of))
+    bad = listed(engine.gathered(with_nonfinite(engine, leaves, name_of)))
     return (
-        f"NaN or infinity in the gradients of {listed(bad) or 'no single tensor: the '}"
-        f"{'' if bad else 'norm itself is too large'}; nothing was changed. Look at "
-        "the loss and the inputs of this step, or choose on_nonfinite='skip' or 'zero'."
+        "NaN or infinity in the gradients of "
+        f"{bad or 'no single tensor: the norm itself is too large'}; nothing was "
+        "changed. Look at the loss and the inputs of this step, or choose "
+        "on_nonfinite='skip' or 'zero'."
     )
 
 
