@@ -208,7 +208,11 @@ class History:
         self._count += 1
 
     def wants_tensors(self, bad: bool = False) -> bool:
-        """Return whether the norm of each parameter is due, as at each `bad` step."""
+        """Return whether the norm of each parameter is due at this step.
+
+        Args:
+            bad: Whether the step is dropped for NaN or infinity.
+        """
         return self.tensors_every > 0 and (bad or self._count % self.tensors_every == 0)
 
     def record_tensors(self, step: Any, names: Sequence[str], norms: Any) -> None:

@@ -26,7 +26,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
     `LossScaleOptimizer` around this one, and it belongs there.
 
     Args:
-        inner_optimizer: A Keras optimizer that neither clips nor accumulates.
+        inner_optimizer: A Keras optimizer that neither clips nor accumulates, or the
+            name of one.
         rule: Any rule whose memory does not grow, or the text of its constructor.
         on_nonfinite: `"skip"` leaves the model and the inner optimizer as they are at
             a step with NaN or infinity, `"zero"` clears those elements, `"ignore"`
@@ -37,7 +38,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
     Raises:
         TypeError: For what is not a rule.
         ValueError: For a rule whose memory grows, an inner optimizer that clips too,
-            scales or accumulates, and under `tf.distribute` with several replicas.
+            scales or accumulates, what is no optimizer, and under `tf.distribute` with
+            several replicas.
 
     Example:
         >>> import keras
