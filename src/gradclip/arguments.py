@@ -40,11 +40,11 @@ def at_least(least: float, **named: Any) -> None:
     """Refuse numbers below the least one that has a meaning; an integer for counts."""
     counts = isinstance(least, int)
     kind: Any
-    kind, told = (Integral, "a whole number") if counts else (Real, "a number")
+    kind, words = (Integral, "a whole number") if counts else (Real, "a number")
     for name, value in named.items():
         # Infinity passes for a whole number, where it means never.
         if not (isinstance(value, kind) or value == math.inf) or not value >= least:
-            raise ValueError(f"{name}={value!r}: it is {told}, at least {least}.")
+            raise ValueError(f"{name}={value!r}: it is {words}, at least {least}.")
 
 
 def begin(history: Any, rule: Rule) -> None:

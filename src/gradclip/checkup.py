@@ -209,7 +209,7 @@ def to_text(program: Program, ledger: Ledger, ended: Ended) -> str:
         for s in ledger.steppers
     ]
     lines = lines_of(ledger)
-    parts += [f"\n{line.site}\n{told(line)}" for line in lines]
+    parts += [f"\n{line.site}\n{paragraph(line)}" for line in lines]
     found = findings(ledger)
     parts += [f"\n{x['line']}: {x['call']}: {x['message']}" for x in found]
     if not ledger.clips and any(s.steps for s in ledger.steppers):
@@ -219,7 +219,7 @@ def to_text(program: Program, ledger: Ledger, ended: Ended) -> str:
     return "\n".join(parts)
 
 
-def told(line: Line) -> str:
+def paragraph(line: Line) -> str:
     """Return what one line did: how often it fired, on what, and where it stands."""
     clips = line.clips
     fired = sum(clip.clipped for clip in clips)

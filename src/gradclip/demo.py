@@ -302,7 +302,7 @@ def conclusion(comparison: Comparison) -> str:
     ends: dict[bool, list[float]] = {False: [], True: []}
     for run in comparison.runs:
         ends[only_records(run.rule)].append(run.smooth_loss[-1])
-    told = [
+    ended = [
         f"{who} at a loss of {span(losses, '.3f')}"
         for who, losses in zip(("with clipping", "without"), ends.values(), strict=True)
         if losses
@@ -310,7 +310,7 @@ def conclusion(comparison: Comparison) -> str:
     steps = span([len(run.steps) for run in comparison.runs], "d")
     setup = comparison.setup
     when = f"After {steps} of {setup.steps} steps at learning rate {setup.lr:g}"
-    return f"{when}: {', '.join(told)}."
+    return f"{when}: {', '.join(ended)}."
 
 
 def alike(runs: Sequence[Run]) -> Iterator[str]:

@@ -24,8 +24,8 @@ def needed(extra: str, *packages: str) -> Any:
             # Something inside of an installed package is missing: not ours to explain.
             if error.name is None or not f"{package}.".startswith(f"{error.name}."):
                 raise
-    told = missing("this part of gradclip", " or ".join(packages), extra)
-    raise ModuleNotFoundError(told, name=packages[0])
+    message = missing("this part of gradclip", " or ".join(packages), extra)
+    raise ModuleNotFoundError(message, name=packages[0])
 
 
 def missing(what: str, package: str | None, extra: str) -> str:

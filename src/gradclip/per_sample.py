@@ -11,7 +11,7 @@ from gradclip.arguments import check_rule
 from gradclip.arrays import dense
 from gradclip.backends import Backend, find_backend, inward, is_half
 from gradclip.decision import Info, decide
-from gradclip.pipeline import scheduled
+from gradclip.pipeline import ask_schedules
 from gradclip.rules import Array, Measured, Rule, stages
 from gradclip.trees import Grads, named_leaves, rebuild
 
@@ -97,8 +97,8 @@ def _flat(x: Array, xp: Any) -> Array:
 
 def decide_samples(engine: Backend, norms: Array, rule: Rule) -> Info:
     """Return what a rule makes of the norms of samples."""
-    told = scheduled(engine, rule, 0)
-    info, _ = decide(rule, Measured(norms, None, 0, engine.xp, told=told), {})
+    asked = ask_schedules(engine, rule, 0)
+    info, _ = decide(rule, Measured(norms, None, 0, engine.xp, scheduled=asked), {})
     return info
 
 

@@ -41,7 +41,7 @@ def run(
     new: list[State] = []
     skips = policy == "skip"
     # Of all stages, before the first of them changes anything.
-    told = [scheduled(engine, stage, step) for stage in stages(rule)]
+    asked = [ask_schedules(engine, stage, step) for stage in stages(rule)]
     for i, stage in enumerate(stages(rule)):
         given = parts = units_first(leaves, stage, engine.xp)
         norm = engine.measure(parts, stage.over, stage.p)
@@ -54,7 +54,7 @@ def run(
             parts, norm = admit(engine, parts, rule, norm, policy, name_of, missing)
         counts = engine.counts(parts) if stage.over == "unit" else ()
         weight = weigh(engine, weights, stage)
-        seen = Measured(norm, weight, step, engine.xp, counts, told[i], missing)
+        seen = Measured(norm, weight, step, engine.xp, counts, asked[i], missing)
         old.append(memory_of(engine, stage, states[i], parts, norm))
         parts, info, state = decide_stage(engine, parts, stage, seen, old[i], skips)
         infos.append(info)
@@ -79,14 +79,14 @@ def run(
     return leaves, total, [*new, *states[len(new) :]]
 
 
-def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
+def ask_schedules(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
     """Ask all schedules once, and look at limits in arrays, which may have changed.
 
     What is no limit is refused where it can be seen.
     """
     names = ("limit", "low", "high")
     found = [(rule, name) for rule in stage.within() for name in names]
-    told: dict[int, Any] = {}
+    values: dict[int, Any] = {}
     for rule, name in found:
         given = getattr(rule, name, None)
         # Almost all are numbers, or there is none.
@@ -105,8 +105,8 @@ def scheduled(engine: Backend, stage: Rule, step: Any) -> dict[int, Any]:
                 f"{rule!r} has the {name} {float(value)} at step {step}; a limit is "
                 f"{least} 0. Nothing was changed."
             )
-        told[id(given)] = value
-    return told
+        values[id(given)] = value
+    return values
 
 
 def decide_stage(

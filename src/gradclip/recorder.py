@@ -151,11 +151,11 @@ class Recorder:
         """Warn, once, where several write: their lines say nothing of which."""
         if not self._shared and (take_turns(numbers) or self._others > 1):
             self._shared = True
-            told = "gets its steps more than once, as from two clippers"
+            how = "gets its steps more than once, as from two clippers"
             if self._others > 1:
-                told = "grows between these steps: something else writes to it, too"
+                how = "grows between these steps: something else writes to it, too"
             warnings.warn(
-                f"the history {self.path} {told}, and no line tells which it is from. "
+                f"the history {self.path} {how}, and no line tells which it is from. "
                 "Give each clipper and each process a History of its own, or set RANK "
                 "where only the first process should write.",
                 RuntimeWarning,

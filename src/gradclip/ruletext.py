@@ -63,7 +63,7 @@ def call(rule: Any) -> str:
         groups = (f"{pattern!r}: {call(part)}" for pattern, part in rule.rules)
         return f"by_name({{{', '.join(groups)}}})"
     given = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    told = [f for f in fields(rule) if f.init and given[f.name] != f.default]
+    changed = [f for f in fields(rule) if f.init and given[f.name] != f.default]
     first = fields(rule)[0].name
 
     def value(x: Any) -> str:
@@ -71,7 +71,7 @@ def call(rule: Any) -> str:
 
     parts = [
         value(given[f.name]) if f.name == first else f"{f.name}={given[f.name]!r}"
-        for f in told
+        for f in changed
     ]
     return f"{type(rule).__name__}({', '.join(parts)})"
 

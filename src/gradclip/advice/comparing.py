@@ -20,7 +20,7 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
         norm = record.norm[record.run == name]
         if usable(norm).sum() >= FEWEST:
             medians[int(name)] = float(np.median(norm[usable(norm)]))
-    told = ", ".join(f"{x:.3g}" for x in medians.values())
+    levels = ", ".join(f"{x:.3g}" for x in medians.values())
     if not medians:
         return record, notes
     if short := names.size - len(medians):
@@ -30,13 +30,13 @@ def comparable(record: Record) -> tuple[Record, list[str]]:
         )
     if same_level(*medians.values()):
         if len(medians) > 1:
-            alike = f"the runs are alike (median norms {told}) and count together."
+            alike = f"the runs are alike (median norms {levels}) and count together."
             notes.append(alike)
         return record.take(np.isin(record.run, list(medians))), notes
     newest = max(medians)
     notes.append(
-        f"the runs differ (median norms {told}); the advice is for the newest, number "
-        f"{newest + 1} of {names.size}."
+        f"the runs differ (median norms {levels}); the advice is for the newest, "
+        f"number {newest + 1} of {names.size}."
     )
     return record.of_run(newest), notes
 

@@ -161,8 +161,8 @@ def _dead_how(bad: NDArray[np.bool_]) -> str:
     """Return what a run ends with, by which of its last norms are not finite."""
     if bad.all():
         return "no norm is finite"
-    told = "norms are not finite, or 0 with the loss"
-    return told if bad.any() else "norm and loss are 0"
+    some = "norms are not finite, or 0 with the loss"
+    return some if bad.any() else "norm and loss are 0"
 
 
 def _alike(before: Floats, after: Floats) -> bool:

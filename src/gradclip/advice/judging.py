@@ -87,13 +87,13 @@ def _too_few(before: Floats, how: str) -> str:
     """Return why the norms before a run was lost say nothing; empty if they do."""
     if before.size >= FEWEST_BEFORE:
         return ""
-    told = (
+    why = (
         f"of the {counted(before.size, 'norms')} before the median says nothing"
         if before.size
         else "no norm before that is usable"
     )
     return (
-        f"{how}, and {told}; at least {FEWEST_BEFORE} are needed. "
+        f"{how}, and {why}; at least {FEWEST_BEFORE} are needed. "
         "Lower the learning rate until the loss falls, and ask again."
     )
 
@@ -185,14 +185,14 @@ def _on_the_run(facts: Facts) -> list[str]:
         which = f", {facts.in_force:g}," if known else ""
         return [f"the limit in force{which} never acted."]
     at = f" at {facts.in_force:g}" if known else ""
-    told = f"the run was clipped{at} on {percent(rate)} of its steps"
+    often = f"the run was clipped{at} on {percent(rate)} of its steps"
     if rate > ALWAYS_ON:
         return [
-            f"{told}: there the limit only sets the length of the step, and the "
+            f"{often}: there the limit only sets the length of the step, and the "
             "learning rate is the lever. With a higher limit, lower the learning "
             "rate unless the optimizer ignores scale, as Adam does."
         ]
-    return [f"{told}, which is {regime(rate)}."]
+    return [f"{often}, which is {regime(rate)}."]
 
 
 def _confidence(facts: Facts) -> str:

@@ -95,7 +95,7 @@ def replay(
     if record.tensors is not None and norms.ndim == 2:
         # Norms have no shapes; rules that ask for them were refused above.
         bound = rule.bind(record.tensors.names, [()] * norms.shape[1])
-    found, told = np.empty((3, record.norm.size)), 0
+    found, reported = np.empty((3, record.norm.size)), 0
     with np.errstate(all="ignore"):
         if not rule.stateful and all(isinstance(s, PER_STEP) for s in stages(rule)):
             _all_at_once(norms, rule, found)
@@ -104,9 +104,9 @@ def replay(
                 found[:, i] = _told(info)
                 if progress and i % 1000 == 999:
                     progress(1000)
-                    told = i + 1
-    if progress and told < record.norm.size:
-        progress(record.norm.size - told)
+                    reported = i + 1
+    if progress and reported < record.norm.size:
+        progress(record.norm.size - reported)
     return Replay(rule, record.step, record.norm, *found)
 
 

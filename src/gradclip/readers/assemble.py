@@ -127,8 +127,8 @@ def _steps(columns: Columns, norm: str) -> tuple[Steps, list[str]]:
         return count, ["the log has epochs but no steps; steps were counted from 0."]
     step, notes = _filled(step)
     if column.rounded:
-        even, told = _unrounded(step)
-        return even, [*notes, *told]
+        even, more = _unrounded(step)
+        return even, [*notes, *more]
     if np.any(step != np.floor(step)):
         note = f"steps such as {step[step != np.floor(step)][0]:g} are no whole numbers"
         return count, [f"{note}; they were counted from 0."]

@@ -201,8 +201,8 @@ def _damage(found: Found) -> list[str]:
     lines = found.damaged
     if not lines:
         return []
-    told = f"{counted(len(lines), 'lines were')} damaged and left out"
-    return [f"{told}, the first is line {lines[0]}."]
+    many = f"{counted(len(lines), 'lines were')} damaged and left out"
+    return [f"{many}, the first is line {lines[0]}."]
 
 
 def _tensors(found: Found, record: Record, rows: Steps) -> Tensors | None:

@@ -80,8 +80,8 @@ def _without_repeats(
     swap = np.flatnonzero(same & np.isnan(norm[:-1]) & ~np.isnan(norm[1:]))
     repeated[swap + 1], repeated[swap] = False, True
     count = int(repeated.sum())
-    told = f"{counted(count, 'rows repeat the step before and were')} left out."
-    notes = [told] if count else []
+    note = f"{counted(count, 'rows repeat the step before and were')} left out."
+    notes = [note] if count else []
     return np.flatnonzero(~repeated).tolist(), notes
 
 

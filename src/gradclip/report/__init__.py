@@ -29,8 +29,8 @@ def write_report(
     try:
         from gradclip.report.page import render
     except ModuleNotFoundError as error:
-        told = missing("the report", error.name, "report")
-        raise ModuleNotFoundError(told, name=error.name) from None
+        message = missing("the report", error.name, "report")
+        raise ModuleNotFoundError(message, name=error.name) from None
     # A name may hold bytes that are no text; whole, or a page would be left empty.
     page = render(named).encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)

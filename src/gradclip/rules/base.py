@@ -24,7 +24,7 @@ class Measured(NamedTuple):
     """The array namespace that the norms belong to."""
     units: Sequence[int] = ()
     """How many units each tensor has, 0 without a gradient; only over `"unit"`."""
-    told: Mapping[int, Any] = MappingProxyType({})
+    scheduled: Mapping[int, Any] = MappingProxyType({})
     """Limits at this step by the `id` of their schedule or array, if asked already."""
     absent: Array | None = None
     """Which cells have no gradient, whose norm is NaN; only over `"tensor"`."""

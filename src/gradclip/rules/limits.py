@@ -78,8 +78,8 @@ def check_fixed(rule: Rule, name: str) -> None:
 
 def limit_at(seen: Measured, limit: Limit) -> Array:
     """Return the limit at this step in the shape of the norms; ask a schedule here."""
-    if id(limit) in seen.told:
-        limit = seen.told[id(limit)]
+    if id(limit) in seen.scheduled:
+        limit = seen.scheduled[id(limit)]
     elif callable(limit):
         limit = ask_schedule(limit, seen.step, seen.norm)
     return seen.xp.zeros_like(seen.norm) + limit

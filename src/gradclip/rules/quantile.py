@@ -60,8 +60,8 @@ class Quantile(Rule):
         # Beyond that, the factor of one step would be infinite in float32.
         check(self, "rate", ABOVE_ZERO, 80.0, "it lies above 0, up to 80.")
         if self.start is not None:
-            told = "the first limit is a finite number above 0."
-            check(self, "start", ABOVE_ZERO, LARGEST, told)
+            bounds = "the first limit is a finite number above 0."
+            check(self, "start", ABOVE_ZERO, LARGEST, bounds)
 
     def init(self, norm: Array, xp: Any) -> State:
         """Return the first limit; 0 stands for one that the first norm will give."""

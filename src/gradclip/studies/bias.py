@@ -290,11 +290,11 @@ def unbiased(points: Results, rare: Results) -> Claim:
     ends = {rule: mean(points.values("x", rule=rule)) for rule in TWO_POINT}
     kept = {r: includes(e, 1.0) for r, e in ends.items() if r != "no clipping"}
     away = [f"`{r}` {ends[r]['value']:.3f}" for r, there in kept.items() if not there]
-    told = "the ends are" if None in kept.values() else "outside the interval of"
+    where = "the ends are" if None in kept.values() else "outside the interval of"
     lowest = mean(rare.values("predicted", limit="limit 0.1", batch="1"))
     numbers = (
-        f"the optimum of two points is 1, {told} {', '.join(away) or 'none'}; with one "
-        f"sample a step and a limit of 0.1 a rare class is predicted at "
+        f"the optimum of two points is 1, {where} {', '.join(away) or 'none'}; with "
+        f"one sample a step and a limit of 0.1 a rare class is predicted at "
         f"{lowest['value']:.2f} times its share"
     )
     return concluded(

@@ -108,5 +108,5 @@ def also_weights(
 ) -> bool:
     """Return whether weights are equal too, and not by accident, as all zeros are."""
     v, w = of[a.rank, a.held], of[b.rank, b.held]
-    told = not (a.constant and v.constant)
-    return told and (v.norm, v.largest) == (w.norm, w.largest)
+    telling = not (a.constant and v.constant)
+    return telling and (v.norm, v.largest) == (w.norm, w.largest)

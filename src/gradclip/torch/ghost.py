@@ -54,6 +54,7 @@ class PerSample:
     formed for one layer at a time. Samples must not influence each other (no batch
     norm), each layer may be called once, with one tensor, and its parameters used by
     nothing else. Positions are such inputs too: `torch.arange(n).expand(batch, n)`.
+    A hook on a parameter itself is handed the clipped sum, and is in no norm.
 
     Args:
         model: The module; its inputs have the samples along their first axis. The first

@@ -19,7 +19,7 @@ from gradclip.arguments import check_rule
 from gradclip.backends.narrow import lacks_float64
 from gradclip.decision import Info, clip_scale, decide
 from gradclip.memory import as_array, check_mapping, damaged
-from gradclip.pipeline import admit, scheduled
+from gradclip.pipeline import admit, ask_schedules
 from gradclip.policy import NonFiniteError
 from gradclip.rules import Measured, Rule, stages
 from gradclip.torch.exact import at_hand, safe_norm, tensor_of
@@ -185,14 +185,14 @@ class InBackward(Hooked):
             return admit(verbs, leaves, self._bound, norm, policy, names.__getitem__)
         except NonFiniteError as error:
             done = len(self._pass.stepped) - len(params) if self._pass else 0
-            told = f"{done} parameters were stepped before, in this backward pass"
-            text = str(error).replace("nothing was changed", told)
+            stepped = f"{done} parameters were stepped before, in this backward pass"
+            text = str(error).replace("nothing was changed", stepped)
             raise NonFiniteError(text if done else str(error)) from None
 
     def _scale(self, now: "_Pass", norm: Tensor) -> Tensor:
         """Return the factor for the latest gradients, by what is known so far."""
-        told = scheduled(self._tools(), self._bound, int(self._memory.step))
-        seen = self._seen(now.estimate)._replace(told=told)
+        asked = ask_schedules(self._tools(), self._bound, int(self._memory.step))
+        seen = self._seen(now.estimate)._replace(scheduled=asked)
         # The memory stays as it is: it learns the norm of the pass at its end.
         limit = self._bound.update(seen, self._state())[0]
         scale = clip_scale(now.estimate, limit, seen.xp, self._bound.most(seen))

@@ -174,13 +174,13 @@ class Layout:
 
     def tag(self, i: int) -> str:
         """Return what tells a plain piece from those of others; empty for the rest."""
-        told = [
+        places = [
             f"{self.groups[g].handle.rank()}of{self.groups[g].size}"
             for g, way in sorted(self.ways[i].items())
             # Of a DTensor, its mesh tells which part is here.
             if way.kind != "copy" and (self.groups[g].level > 0 or not self.on_mesh[i])
         ]
-        return AT + "+".join(told) if told else ""
+        return AT + "+".join(places) if places else ""
 
     def check(self, rule: Rule) -> None:
         """Refuse rules whose norms cannot be put together from these parts."""

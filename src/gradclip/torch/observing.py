@@ -189,11 +189,11 @@ class _Watch:
     def failing(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return what threads tell their errors to, silent at the end that we made."""
 
-        def told(args: Any) -> None:
+        def excepthook(args: Any) -> None:
             if not issubclass(args.exc_type, Enough):
                 original(args)
 
-        return told
+        return excepthook
 
     def holding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return `Optimizer.add_param_group`, noted; a new optimizer calls it too."""
@@ -220,14 +220,14 @@ class _Watch:
         lines = list(_lines_outside())
         called = lines[0] if lines else (Path("?"), 0)
         own = next((x for x in lines if self._own(x[0])), called)
-        told = self._told(*called)
-        return told if own == called else f"{told}, from {self._told(*own)}"
+        site = self._place(*called)
+        return site if own == called else f"{site}, from {self._place(*own)}"
 
     def _own(self, path: Path) -> bool:
         # An environment often lies in the folder of what is trained with it.
         return self.folder in path.parents and INSTALLED not in path.parents
 
-    def _told(self, path: Path, line: int) -> str:
+    def _place(self, path: Path, line: int) -> str:
         for root in (INSTALLED, self.folder):
             if root in path.parents:
                 return f"{path.relative_to(root)}:{line}"

@@ -124,9 +124,9 @@ class Sharded(InPlace):
 
         found = {(dist.get_rank(), finding) for finding in findings}
         for group in self.layout.groups:
-            told: list[set[tuple[int, str]]] = [found] * group.size
-            dist.all_gather_object(told, found, group=group.handle)
-            found = found.union(*told)
+            gathered: list[set[tuple[int, str]]] = [found] * group.size
+            dist.all_gather_object(gathered, found, group=group.handle)
+            found = found.union(*gathered)
         return [f"{finding} on rank {rank}" for rank, finding in sorted(found)]
 
     def tops(self, leaves: Sequence[Tensor]) -> Tensor:

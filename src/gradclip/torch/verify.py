@@ -71,11 +71,11 @@ class Verifier:
         self.ranks = dist.get_process_group_ranks(group)
         mine = list(described(names, params, layout))
         groups = [] if layout is None else [ranks_of(g) for g in layout.groups]
-        told: list[tuple[list[Held], list[tuple[int, ...]]]]
-        told = [([], []) for _ in self.ranks]
-        dist.all_gather_object(told, (mine, groups), group=group)
-        self.held = dict(zip(self.ranks, (held for held, _ in told), strict=True))
-        self.groups = dict(zip(self.ranks, (g for _, g in told), strict=True))
+        gathered: list[tuple[list[Held], list[tuple[int, ...]]]]
+        gathered = [([], []) for _ in self.ranks]
+        dist.all_gather_object(gathered, (mine, groups), group=group)
+        self.held = dict(zip(self.ranks, (held for held, _ in gathered), strict=True))
+        self.groups = dict(zip(self.ranks, (g for _, g in gathered), strict=True))
         self.width = max(map(len, self.held.values()))
         whole = [{h.name for h in held if h.whole} for held in self.held.values()]
         self.common = set.intersection(*whole)
@@ -113,8 +113,8 @@ class Verifier:
                 self._gathered([1.0] + [0.0] * len(DECIDED))
             raise
         info = outcome[1]
-        told = [getattr(info, name) for name in DECIDED]
-        decided = [0.0 if units and x.ndim else self._common(x) for x in told]
+        numbers = [getattr(info, name) for name in DECIDED]
+        decided = [0.0 if units and x.ndim else self._common(x) for x in numbers]
         failed, *columns = self._gathered([0.0, *decided])
         if failed.any():
             raise VerifyError(self._about_failure(failed))
