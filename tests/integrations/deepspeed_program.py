@@ -33,5 +33,7 @@ for i, batch in enumerate(batches()):
         engine.step()
         assert abs(float(engine.get_global_grad_norm()) / clipper.info.norm - 1) < 1e-6
 clipper.history.flush()
+# Otherwise an engine that loads this would clip by it, whatever its config says.
+assert engine.optimizer.clip_grad == 0
 state = {"gradclip": clipper.state_dict()}
 engine.save_checkpoint(checkpoint, client_state=state)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from common import STEPS, assert_same, plain_norms
 
 import gradclip as gc
@@ -59,12 +60,19 @@ def engine(clip=0.0, stage=2, **verbs):
     )
 
 
+def lacking(setting):
+    settings = {"dtype": torch.bfloat16, setting: False}
+    return engine(unscale_and_clip_grads=print, **settings)
+
+
 @pytest.mark.parametrize(
     ("engine", "rule", "message"),
     [
         (engine(clip=1.0), gc.Norm(1.0), '"gradient_clipping": 0'),
         (engine(stage=0), gc.Norm(1.0), "use gradclip.torch.attach(optimizer, rule)"),
         (engine(stage=1, step=print), gc.Norm(1.0), 'leave "grad_accum_dtype" out'),
+        (lacking("compute_grad_norm"), gc.Norm(1.0), "no norm to clip by; leave it"),
+        (lacking("check_grad_overflow"), gc.Norm(1.0), "makes steps of NaN"),
         (engine(), gc.Value(1.0), "one number per step"),
         (engine(), gc.EMA(), "one number per step"),
         (engine(), gc.Normalize(), "one number per step"),
@@ -74,6 +82,26 @@ def engine(clip=0.0, stage=2, **verbs):
 def test_what_cannot_be_done_is_refused(engine, rule, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         attach(engine, rule)
+
+
+def test_an_engine_has_one_clipper_and_its_own_limit_back():
+    seen, going = [], engine()
+    going.global_steps = 0
+    own = going.optimizer = SimpleNamespace(loss_scale=1.0, clip_grad=0.0)
+    own.unscale_and_clip_grads = lambda group, norm: seen.append(own.clip_grad)
+    clipper = attach(going, gc.Norm(0.5))
+    with pytest.raises(ValueError, match="this engine has a clipper already"):
+        attach(going, gc.Norm(0.1))
+    own.unscale_and_clip_grads([], 3.0)
+    # A checkpoint of the engine would keep what is set behind the step.
+    assert seen == [0.5]
+    assert own.clip_grad == 0
+    clipper.detach()
+    attach(going, gc.Norm(0.1))
+    clipper.detach()
+    going.global_steps = 1
+    own.unscale_and_clip_grads([], 3.0)
+    assert seen == [0.5, pytest.approx(0.1)]
 
 
 def test_the_step_after_a_loaded_one_is_decided():

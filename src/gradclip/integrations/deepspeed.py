@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from gradclip.arrays import Clipper
 from gradclip.integrations import needed, rule_of
@@ -41,8 +42,9 @@ def attach(
 
     Raises:
         TypeError: For what is not a rule.
-        ValueError: If DeepSpeed clips too, for a rule that needs more than one scale
-            per step, and for an engine whose optimizer is torch's own.
+        ValueError: If DeepSpeed clips too, or has a clipper already; for a rule that
+            needs more than one scale per step, an engine whose optimizer is torch's
+            own, and one that is told to compute no norm or to let NaN pass.
 
     Example:
         >>> clipper = attach(engine, gc.ZScore())  # doctest: +SKIP
@@ -60,7 +62,7 @@ class EngineClipper(Clipper):
     def __init__(self, engine: Any, rule: Rule, history: "History | None") -> None:
         """Step in where the optimizer unscales and clips."""
         super().__init__(rule, "ignore", history=history)
-        self._engine, self._decided_at = engine, -1
+        self._engine, self._decided_at, self._limit = engine, -1, 0.0
         self._original = engine.optimizer.unscale_and_clip_grads
         engine.optimizer.unscale_and_clip_grads = self._unscale_and_clip
 
@@ -70,14 +72,19 @@ class EngineClipper(Clipper):
             self._decided_at = self._engine.global_steps
             # DeepSpeed hands over the norm of gradients that are still scaled.
             self._decide(float(total_norm) / float(self._engine.optimizer.loss_scale))
-        return self._original(group, total_norm)
+        optimizer = self._engine.optimizer
+        # Only now: checkpoints of ZeRO 1 and 2 keep it, and it comes before the config.
+        optimizer.clip_grad = self._limit
+        try:
+            return self._original(group, total_norm)
+        finally:
+            optimizer.clip_grad = 0.0
 
     def _decide(self, norm: float) -> None:
         # A norm that is not finite comes as -1 here.
         _, info = self.clip(np.array([norm if norm >= 0 else math.nan]))
         scale = float(info.scale)
-        limit = float(info.limit) if scale == 1 else norm * scale
-        self._engine.optimizer.clip_grad = limit
+        self._limit = float(info.limit) if scale == 1 else norm * scale
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Go on from a saved memory, exactly, with the next step of the engine."""
@@ -86,9 +93,14 @@ class EngineClipper(Clipper):
         self._decided_at = -1
 
     def detach(self) -> None:
-        """Give the clip value back to the engine, which then does not clip."""
-        self._engine.optimizer.unscale_and_clip_grads = self._original
-        self._engine.optimizer.clip_grad = 0.0
+        """Step aside; the engine then does not clip."""
+        if _clipper_of(self._engine) is self:
+            self._engine.optimizer.unscale_and_clip_grads = self._original
+
+
+def _clipper_of(engine: Any) -> Any:
+    """Return the clipper of an engine, or whatever else unscales for it."""
+    return getattr(engine.optimizer.unscale_and_clip_grads, "__self__", None)
 
 
 def _check(engine: Any, rule: Rule) -> None:
@@ -110,9 +122,31 @@ def _check(engine: Any, rule: Rule) -> None:
             'the config leave "grad_accum_dtype" out of "data_types", or take ZeRO '
             "stage 2."
         )
+    if isinstance(_clipper_of(engine), EngineClipper):
+        raise ValueError(
+            "this engine has a clipper already; detach() that one first, or use "
+            "chain(a, b) for two rules."
+        )
+    _check_norms(engine.optimizer)
     if any(s.over != "all" or s.p != 2 or s.stretches or s.drops for s in stages(rule)):
         raise ValueError(
             f"{rule!r}: DeepSpeed clips by one number per step, from the 2-norm over "
             "all parameters; use a rule with over='all' that neither stretches nor "
             "skips."
+        )
+
+
+def _check_norms(optimizer: Any) -> None:
+    """Refuse settings without which there is no norm, or NaN goes into the weights."""
+    if getattr(optimizer, "compute_grad_norm", True) is False:
+        raise ValueError(
+            'with "compute_grad_norm": false there is no norm to clip by; leave it out '
+            'of "zero_optimization".'
+        )
+    # In float32 it is False by itself, and DeepSpeed looks at the norm.
+    unseen = getattr(optimizer, "check_grad_overflow", True) is False
+    if unseen and optimizer.dtype == torch.bfloat16:
+        raise ValueError(
+            'with "check_grad_overflow": false DeepSpeed makes steps of NaN and '
+            'infinity, which no clip can mend; leave it out of "bf16".'
         )
