@@ -14,7 +14,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) tests/test_sharded.py > .sharded.log 2>&1 & sharded=$$!; \
-	$(PYTEST) -n 2 --ignore tests/test_sharded.py $(ARGS); others=$$?; \
+	$(PYTEST) -n 2 --dist loadgroup --ignore tests/test_sharded.py $(ARGS); others=$$?; \
 	wait $$sharded; sharded=$$?; cat .sharded.log; test $$others = 0 -a $$sharded = 0
 
 # The trainers are large, and have an environment of their own.
@@ -31,7 +31,7 @@ test-published: .venv-published/ready
 
 # As in the tests, and with every rule compiled by inductor and by JAX: some minutes.
 golden: .venv/ready
-	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 tests/test_twins.py tests/test_jax.py $(ARGS)
+	GRADCLIP_GOLDEN=1 $(PYTEST) -n 2 --dist loadgroup tests/test_twins.py tests/test_jax.py $(ARGS)
 	GRADCLIP_GOLDEN=1 $(PYTEST) tests/test_sharded.py
 
 fuzz: .venv/ready

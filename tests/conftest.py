@@ -1,4 +1,4 @@
-"""One thread a process, and a browser where there is one."""
+"""One thread a process, twins side by side, and a browser where there is one."""
 
 import os
 import shutil
@@ -12,6 +12,13 @@ torch.set_num_threads(1)
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the twins of a rule in one process, which goes through its run once."""
+    for item in items:
+        if item.path.name == "test_twins.py" and hasattr(item, "callspec"):
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
 
 
 @pytest.fixture

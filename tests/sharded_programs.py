@@ -383,6 +383,7 @@ def callers(rank, world):
     return (
         {f"stages {k}": v for k, v in stages_of_pipeline(rank, world).items()}
         | {f"experts {k}": v for k, v in experts(rank, world).items()}
+        | {f"beside {k}": v for k, v in experts_beside(rank, world).items()}
         | {f"slices {k}": v for k, v in slices(rank, world).items()}
         | {f"crossed {k}": v for k, v in crossed(rank, world).items()}
     )
@@ -444,6 +445,34 @@ def experts(rank, world):
     return found
 
 
+def experts_beside(rank, world):
+    """Experts, not as many on each process, beside a layer that lies in rows on it."""
+    # As in real programs, not the very object that belongs to the mesh.
+    group = dist.new_group(list(range(world)))
+    line = meshes(world)["line"]
+    lots = {
+        "dtensor": (placed(torch.ones(world, 2), line, [Shard(0)]), None),
+        "slices": (plain(torch.ones(1, 2)), Pieces(dist.group.WORLD, 0)),
+    }
+    found = {}
+    for kind, (dense, way) in lots.items():
+        params = {"dense": dense}
+        for i in range(1 + (rank == 1)):
+            params[f"expert{rank}.{i}"] = plain(torch.full((2,), 3.0 + rank + i))
+
+        def split(name, p, way=way):
+            return group if "expert" in name else way
+
+        rule = gc.Norm(1.0, over="tensor")
+        info = Clipper(params, rule, split_over=split, verify=True).clip_()
+        norms = [math.sqrt(2) * (3.0 + rank + i) for i in range(1 + (rank == 1))]
+        for i, true in enumerate([math.sqrt(2 * world), *norms]):
+            found[f"{kind} {i}"] = float(info.norm[i]), true
+        for name in list(params)[1:]:
+            found[f"{kind} {name}"] = float(params[name].grad.norm()), 1.0
+    return found
+
+
 def slices(rank, world):
     """Plain tensors are slices of larger ones, as in Megatron's layers."""
     wholes = {"columns": torch.randn(8, 4), "rows": torch.randn(4, 8)}
@@ -488,9 +517,14 @@ def disagreeing(rank, world):
             rule = gc.ZScore(warmup=1, over=scope)
             clipper = Clipper(params, rule, split_over=split, doctor=())
             info = clipper.clip_()
-            mean = clipper.state_dict()["0.mean"]
+            mean = tagged(clipper.state_dict(), "0.mean")
             found[scope, kind] = info.norm, info.finite, info.kept, mean
     return found
+
+
+def tagged(state, name):
+    """Return what is saved under a name, whatever stands behind it."""
+    return next(x for key, x in state.items() if key.partition("@")[0] == name)
 
 
 def without_rows(rank, world):
@@ -506,6 +540,14 @@ def without_rows(rank, world):
     mine = [] if rank == world - 1 else [torch.ones(4)]
     total = get_total_norm(mine, split_over=dist.group.WORLD)
     return [(x.limit, x.scale, x.norm_after) for x in infos], float(total)
+
+
+def outcome(call):
+    """Return what a call returns, or its error."""
+    try:
+        return call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def told(call):
@@ -541,6 +583,7 @@ def sentences(rank, world):
     with torch.device("meta"):
         empty = torch.nn.Linear(2, 2)
     groups = gc.by_name({"bias": None, "*": gc.AGC(0.1)})
+    scopes = gc.by_name({"bias": gc.Norm(1.0, over="tensor"), "*": gc.AGC(0.1)})
     return {
         "flattened": told(lambda: Clipper(flat, gc.Norm(1.0, over="tensor"))),
         "flattened groups": told(
@@ -551,6 +594,7 @@ def sentences(rank, world):
         "submeshes": told(lambda: Clipper(apart, gc.Norm(1.0))),
         "meta": told(lambda: Clipper(empty, gc.Norm(1.0))),
         "a free group": told(lambda: Clipper(wide, groups)),
+        "units beside others": told(lambda: Clipper(wide, scopes)),
         "a lone scaler": told(lambda: scaled(torch.amp.GradScaler("cpu"))),
         "a shared scaler": told(
             lambda: scaled(ShardedGradScaler("cpu", process_group=dist.group.WORLD))
@@ -681,6 +725,36 @@ def misuses(rank, world):
         "right: ddp": stepping(trial(rank)),
         "right: nothing": stepping(Trial(1)),
     }
+
+
+def ordered(rank, world):
+    """Name groups of stages and of experts in both orders; one stage has experts."""
+    half = world // 2
+    pp = [dist.new_group([i, half + i]) for i in range(half)][rank % half]
+    lots = range(half), range(half, world)
+    ep = [dist.new_group(list(ranks)) for ranks in lots][rank // half]
+    found = {}
+    for name, groups in {"ep, pp": (ep, pp), "pp, ep": (pp, ep)}.items():
+        params = {f"dense{rank // half}": plain(torch.full((2,), 1.0 + rank // half))}
+        if rank >= half:
+            params["expert"] = plain(torch.full((2,), 1.0 + rank))
+
+        def split(name, p, groups=groups):
+            return groups if name == "expert" else groups[groups[0] is ep]
+
+        def clip(params=params, split=split):
+            clipper = Clipper(params, gc.Norm(1.0), split_over=split, verify=True)
+            return float(clipper.clip_().norm)
+
+        found[name] = outcome(clip)
+    return found
+
+
+def elsewhere(rank, world):
+    """Compare in a group that not all processes are in; return what each is told."""
+    first, p = dist.new_group([0]), plain(torch.ones(2))
+    clipper = functools.partial(Clipper, [p], gc.Norm(1.0), verify=first)
+    return outcome(lambda: float(clipper().clip_().norm))
 
 
 def verified_function(model):
@@ -1326,6 +1400,34 @@ def plain_pieces(rank, world):
     return found
 
 
+def stage_memories(rank, world):
+    """Save what a rule remembers of each tensor of a stage, and load it again."""
+    # One name is in all stages, the other in one.
+    params = {"norm": plain(torch.ones(3)), f"w{rank}": plain(torch.ones(2))}
+    rule = gc.EMA(1.0, warmup=1)
+    clipper, again = (
+        Clipper(params, rule, doctor=(), split_over=dist.group.WORLD) for _ in "ab"
+    )
+    for _ in range(3):
+        for p in params.values():
+            p.grad = torch.ones_like(p) * (1 + 9 * rank)
+        clipper.clip_()
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        dcp.save({"c": clipper}, checkpoint_id=folder[0])
+        dcp.load({"c": again}, checkpoint_id=folder[0])
+        state = [clipper.state_dict()]
+        dist.broadcast_object_list(state)
+        dist.barrier()
+    mine, loaded = clipper.state_dict(), again.state_dict()
+    return {
+        "own": all(torch.equal(loaded[k], x) for k, x in mine.items()),
+        "names": sorted(mine),
+        "refusal": told(lambda: again.load_state_dict(state[0])),
+    }
+
+
 def some(rank, world):
     """Record a model that the last two processes have; return its lines on each."""
     group = dist.new_group([world - 2, world - 1])
@@ -1531,6 +1633,9 @@ PROGRAMS = [
     disagreeing,
     without_rows,
     sentences,
+    ordered,
+    elsewhere,
+    stage_memories,
     verified_units,
 ]
 

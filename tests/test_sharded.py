@@ -150,6 +150,7 @@ MEANT = {
     "submeshes": "lies on a mesh without this process",
     "meta": "are on the meta device",
     "a free group": "",
+    "units beside others": "has groups over each 'unit' beside others",
     "a lone scaler": "GradScaler skips a step on the process that overflowed",
     "a shared scaler": "",
 }
@@ -161,6 +162,34 @@ def test_what_could_only_be_wrong_is_said(found, world):
         for case, sentence in rank["sentences"].items():
             meant = MEANT[case]
             assert meant in sentence if meant else not sentence, case
+
+
+def test_groups_in_an_order_that_cannot_work_are_refused_on_every_process(found):
+    for rank in found[4]:
+        right, wrong = rank["ordered"]["ep, pp"], rank["ordered"]["pp, ep"]
+        # Two dense layers, of ones and of twos, and experts of threes and of fours.
+        assert right == pytest.approx(math.sqrt(2 * (1 + 4 + 9 + 16)))
+        assert wrong.startswith("VerifyError: ")
+        assert "the order of several groups in split_over" in wrong
+
+
+@each_world
+def test_a_group_without_this_process_compares_nothing(found, world):
+    first, *others = [r["elsewhere"] for r in found[world]]
+    assert first == pytest.approx(math.sqrt(2))
+    for other in others:
+        assert other == (
+            "ValueError: verify is a group that this process is not a member of; hand "
+            "over verify=False here."
+        )
+
+
+@each_world
+def test_a_memory_of_the_tensors_of_a_stage_goes_back_to_that_stage(found, world):
+    for rank, case in enumerate(r["stage_memories"] for r in found[world]):
+        assert case["own"]
+        assert {"names" + f"@{rank}of{world}", "step"} < set(case["names"])
+        assert bool(case["refusal"]) == (rank > 0)
 
 
 @each_world
@@ -306,7 +335,7 @@ def test_a_file_of_one_process_has_the_whole_memory_or_is_refused(found, world):
         told = "one process has written for all" if rank else ""
         assert told in result["refusal"]
         assert bool(result["refusal"]) == result["untouched"] == (rank > 0)
-        assert "use a rule over norms, or do this." in result["trainer"]
+        assert "use a rule over norms that all have, or do this." in result["trainer"]
         assert result["plain"]
         assert result["same"]
         assert result["copies"] == ""
@@ -316,13 +345,15 @@ def test_a_file_of_one_process_has_the_whole_memory_or_is_refused(found, world):
 def test_a_memory_of_plain_pieces_goes_back_to_its_own_process_only(found, world):
     for rank, result in enumerate(r["plain_pieces"] for r in found[world]):
         for kind, case in result.items():
-            told = f"of piece 0of{world} (counted from 0)" if rank else ""
+            told = f"of process 0of{world} (from 0)" if rank else ""
             assert told in case["refusal"], kind
             assert bool(case["refusal"]) == (rank > 0), kind
             assert case["own"], kind
-            assert "elements of plain pieces" in case["whole"], kind
+            assert "memories of plain pieces" in case["whole"], kind
             assert case["file"] == case["whole"], kind
-            assert "use a rule over norms, or do this." in case["trainer"], kind
+            assert (
+                "use a rule over norms that all have, or do this." in case["trainer"]
+            ), kind
             assert not any("@" in name for name in case["norms"]), kind
 
 
@@ -440,12 +471,13 @@ def test_rules_that_need_what_the_parts_do_not_have_are_refused():
     for rule in (groups, gc.Skip(groups), gc.chain(gc.Value(1.0), groups)):
         with pytest.raises(ValueError, match="other processes hold"):
             Clipper([w], rule, split_over=Group())
-    with pytest.raises(TypeError, match="split_over gives int"):
+    with pytest.raises(TypeError, match=r"split_over gives for '\[0\]' int; it takes"):
         Clipper([w], gc.Norm(1.0), split_over=lambda n, p: 3)
     outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
-    for split in (outside, lambda n, p: Pieces(outside, 0)):
-        with pytest.raises(ValueError, match=r"not a member of; return None for it"):
-            Clipper([w], gc.Norm(1.0), split_over=split)
+    with pytest.raises(ValueError, match="not a member of; return None for it here"):
+        Clipper([w], gc.Norm(1.0), split_over=lambda n, p: Pieces(outside, 0))
+    with pytest.raises(ValueError, match="not a member of; hand over None here"):
+        Clipper([w], gc.Norm(1.0), split_over=outside)
     rule = gc.chain(gc.Norm(1.0, over="unit"), gc.Norm(1.0, over="unit", axis=-1))
     w.grad = torch.ones(2, 2)
     with pytest.raises(ValueError, match="several axes"):

@@ -262,6 +262,55 @@ def test_what_would_clip_twice_is_refused(options):
         Clipped(keras.optimizers.SGD(0.1, **options), gc.Norm(1.0))
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras has none yet"
+)
+@pytest.mark.parametrize("by_function", [False, True])
+def test_several_optimizers_in_one(by_function):
+    variable = keras.Variable(np.zeros(2), dtype="float32")
+    gradient = [keras.ops.convert_to_tensor([3.0, 4.0])]
+
+    def several(**options):
+        one = keras.optimizers.SGD(1.0, **options)
+        chosen = (lambda _: one) if by_function else keras.optimizers.OptimizerMap(one)
+        return keras.optimizers.MultiOptimizer(chosen)
+
+    with pytest.raises(ValueError, match="the inner optimizer has global_clipnorm"):
+        Clipped(several(global_clipnorm=0.1), gc.Norm(1.0)).apply(gradient, [variable])
+    Clipped(several(), gc.Norm(1.0)).apply(gradient, [variable])
+    moved = keras.ops.convert_to_numpy(variable)
+    np.testing.assert_allclose(moved, [-0.6, -0.8], rtol=1e-6)
+
+
+def test_what_is_excluded_from_decay_does_not_decay():
+    decayed = []
+    for clipped in (False, True):
+        bias, kernel = (
+            keras.Variable(np.ones(2), dtype="float32", name=name)
+            for name in ("bias", "kernel")
+        )
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+        if clipped:
+            optimizer = Clipped(optimizer, gc.Norm(1.0))
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        optimizer.apply([keras.ops.zeros((2,))] * 2, [bias, kernel])
+        decayed.append([keras.ops.convert_to_numpy(v) for v in (bias, kernel)])
+    np.testing.assert_array_equal(decayed[0][0], [1, 1])
+    assert np.all(decayed[0][1] < 1)
+    np.testing.assert_array_equal(decayed[1], decayed[0])
+
+
+def test_variables_of_another_model_are_refused_before_anything_is_counted():
+    first, other = (
+        keras.Variable(np.zeros(2), dtype="float32", name=name) for name in ("a", "b")
+    )
+    optimizer = Clipped(keras.optimizers.SGD(1.0), gc.Norm(1.0))
+    optimizer.apply([keras.ops.ones((2,))], [first])
+    with pytest.raises(ValueError, match=f"for other variables than {other.path}; "):
+        optimizer.apply([keras.ops.ones((2,))], [other])
+    assert int(optimizer.memory.step) == 1
+
+
 def test_an_optimizer_is_taken_by_its_name_and_nothing_else_is():
     assert isinstance(Clipped("adam", RULE).inner_optimizer, keras.optimizers.Adam)
     with pytest.raises(ValueError, match="Could not interpret optimizer"):

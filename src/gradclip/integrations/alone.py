@@ -39,7 +39,7 @@ def check_inner(inner: Any, scaler: type, clipped: type) -> None:
     """Refuse a Keras optimizer that clips too, scales or accumulates.
 
     Args:
-        inner: The optimizer that is to be wrapped.
+        inner: The optimizer that is to be wrapped, or one of several.
         scaler: Keras's own wrapper for loss scaling.
         clipped: The wrapper that clips.
 
@@ -62,6 +62,8 @@ def check_inner(inner: Any, scaler: type, clipped: type) -> None:
             f"the inner optimizer has {', '.join(taken)} set; leave that out, since "
             "Clipped has to see whole gradients, and clip them alone."
         )
+    for part in getattr(inner, "optimizers", ()):
+        check_inner(part, scaler, clipped)
 
 
 def check_replicas(backend: str) -> None:

@@ -79,6 +79,8 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         check_replicas(keras.backend.backend())
         self.memory = Variables(self, self.rule, variables)
         self.inner_optimizer.build(variables)
+        # A MultiOptimizer may ask a function, and knows its optimizers only now.
+        check_inner(self.inner_optimizer, Wrapper, Clipped)
         super().build(variables)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -101,6 +103,10 @@ class Clipped(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.inner_optimizer.apply(grads, variables)
         for v, old in zip(held, before, strict=True):
             v.assign(keras.ops.where(kept, v.value, old))
+
+    def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
+        """Exclude variables from the decay, which is the inner optimizer's."""
+        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
 
     def metrics(self) -> dict[str, float]:
         """Return what a log shows: the latest norm and limit, and the clip rate."""

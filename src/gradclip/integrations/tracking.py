@@ -123,15 +123,16 @@ class Tracked:
             remedy: What to do instead.
 
         Raises:
-            ValueError: If there is a DTensor in the memory, or a plain piece.
+            ValueError: If there is a DTensor in the memory, or a part that only this
+                process has.
         """
         memory = self.clipper.state_dict()
         if holds_pieces(memory) or holds_dtensor(memory.values()):
             self.detach()
             raise ValueError(
-                f"{self.clipper.rule!r} remembers elements of parameters that are "
-                "split, and the trainer has one process write checkpoints by itself; "
-                f"use a rule over norms, or {remedy}."
+                f"{self.clipper.rule!r} remembers what differs between processes, and "
+                "the trainer has one process write checkpoints by itself; use a rule "
+                f"over norms that all have, or {remedy}."
             )
 
     def warn_if_large(self, place: str, remedy: str) -> None:

@@ -11,6 +11,7 @@ from gradclip.integrations import needed, shown
 from gradclip.pipeline import empty, run
 from gradclip.policy import Policy
 from gradclip.rules import Rule, State, stages
+from gradclip.wording import listed
 
 keras: Any = needed("keras", "keras")
 
@@ -43,6 +44,7 @@ class Variables:
         """Return the gradients of some variables clipped, and whether to apply them."""
         pairs = list(zip(grads, variables, strict=True))
         given = {id(v): g for g, v in pairs if is_gradient(g, v)}
+        self._check(variables)
         engine, read = verbs(), keras.ops.convert_to_tensor
         # One that is missing counts as zeros, since it has a place in the memory.
         whole = [given[id(v)] if id(v) in given else zeros(v) for v in self.trained]
@@ -59,6 +61,15 @@ class Variables:
         self._keep(engine, info, states)
         clipped = {id(v): g for v, g in zip(self.trained, leaves, strict=True)}
         return [clipped[id(v)] if id(v) in given else g for g, v in pairs], info.kept
+
+    def _check(self, variables: Sequence[Any]) -> None:
+        """Refuse variables of another model, before anything is counted."""
+        known = set(map(id, self.trained))
+        if unknown := [v.path for v in variables if id(v) not in known]:
+            raise ValueError(
+                f"this optimizer was built for other variables than {listed(unknown)}; "
+                "make one for each model."
+            )
 
     def metrics(self) -> dict[str, float]:
         """Return what a log shows: the latest norm and limit, and the clip rate."""

@@ -19,6 +19,7 @@ from gradclip.recorder import tell_ranks
 from gradclip.rules import Rule, State, stages
 from gradclip.rules.keys import name_and_place, prefix
 from gradclip.scalars import one_number
+from gradclip.tensor_order import has_places
 from gradclip.torch.constants import Sending
 from gradclip.torch.doctor import CHECKS, Doctor
 from gradclip.torch.dtensors import (
@@ -190,7 +191,7 @@ class Clipper:
         self._take_up_new_parameters()
         saved = self._memory.state_dict(lambda x: tensor_of(x).clone())
         found = self._for_parameters(saved, laid_out_like)
-        # Of plain pieces all have the same names, and a checkpoint would keep one.
+        # What is not alike on all would have the same name, and a checkpoint keep one.
         return {name + self._tag(name): x for name, x in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,16 +219,19 @@ class Clipper:
         )
 
     def _tag(self, name: str) -> str:
-        """Return what is put behind a name in a saved memory of plain pieces."""
-        if self._layout is None or not name.startswith(self._inside):
+        """Return what is put behind a name in a memory that others have otherwise."""
+        if self._layout is None:
             return ""
-        place = int(name_and_place(name)[1])
-        return self._layout.tag(place) if place < len(self.params) else ""
+        if name.startswith(self._beginnings(lambda stage: stage.by_part)):
+            place = int(name_and_place(name)[1])
+            return self._layout.tag(place) if place < len(self.params) else ""
+        # Stages and experts have other tensors in the cells.
+        alike = name != "names" and not name.startswith(self._beginnings(has_places))
+        return "" if alike else self._layout.tag_of_all
 
-    @property
-    def _inside(self) -> tuple[str, ...]:
-        """How the names of what belongs to elements begin."""
-        return tuple(prefix(i) for i, s in enumerate(stages(self.rule)) if s.by_part)
+    def _beginnings(self, which: Callable[[Rule], bool]) -> tuple[str, ...]:
+        """Return how the names of what some stages remember begin."""
+        return tuple(prefix(i) for i, s in enumerate(stages(self.rule)) if which(s))
 
     def _for_parameters(
         self, saved: Mapping[str, Any], change: Callable[[Tensor, Any], Any]
@@ -237,7 +241,7 @@ class Clipper:
         Such a part of it is saved as a DTensor, so that it can be split otherwise.
         """
         found = dict(saved)
-        inside = self._inside
+        inside = self._beginnings(lambda stage: stage.by_part)
         for name in found if self._layout is not None else ():
             if name.startswith(inside):
                 place = int(name_and_place(name)[1])
@@ -339,7 +343,7 @@ class Clipper:
             check_graph(self.rule)
         if watched and "unmatched" in self._doctor.checks:
             # Not before: parameters may have come since, and others may have clippers.
-            whole = named_parameters(self._module) if self._module else ()
+            whole = () if self._module is None else named_parameters(self._module)
             names = dict.fromkeys([*self.names, *(name for name, _ in whole)])
             self._doctor.look_for_names(self.rule, list(names))
         if watched and found.leaves:

@@ -22,7 +22,7 @@ _REMEDY = (
 
 
 AT = "@"
-"""In the names of a memory, comes before which of several plain pieces it is of."""
+"""In the names of a memory, comes before the number of the process it is of."""
 _ALONE = (
     "Save it on each process, with torch.distributed.checkpoint or in a file of its "
     "own, and load it on the same number of processes."
@@ -120,7 +120,7 @@ def _check_coordinate(p: Any, x: Any) -> None:
 
 
 def holds_pieces(names: Iterable[str]) -> bool:
-    """Return whether there is something of plain pieces in a memory."""
+    """Return whether there is something in a memory that is of one process alone."""
     return any(AT in name for name in names)
 
 
@@ -129,8 +129,8 @@ def check_tag(name: str, own: str) -> None:
     there = name.partition(AT)[2]
     if there != own.removeprefix(AT):
         raise ValueError(
-            f"the state has {name!r}, of piece {there} (counted from 0), and this "
-            f"process has {own.removeprefix(AT) or 'the whole'}: one process has "
+            f"the state has {name!r}, of process {there} (from 0), and this "
+            f"one has {own.removeprefix(AT) or 'the whole'}: one process has "
             f"written for all, or there were more or fewer. {_ALONE}"
         )
 
@@ -147,8 +147,8 @@ def whole(state: Mapping[str, Any]) -> dict[str, Any]:
         elements; `load_state_dict` takes what it needs of them.
 
     Raises:
-        ValueError: For elements of FSDP1's pieces, or of what `split_over` names:
-            plain tensors cannot be put together.
+        ValueError: For elements of FSDP1's pieces, or of what `split_over` names, and
+            for cells of tensors that it names: these cannot be put together.
 
     Example:
         >>> import torch, gradclip as gc
@@ -158,8 +158,9 @@ def whole(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     if holds_pieces(state):
         raise ValueError(
-            "whole() puts DTensors together, and this state has elements of plain "
-            f"pieces, as FSDP1 and split_over have them. {_ALONE}"
+            "whole() puts DTensors together, and this state has memories of plain "
+            "pieces, or of the tensors of one stage, as FSDP1 and split_over have "
+            f"them. {_ALONE}"
         )
     return {name: full_of(x) for name, x in state.items()}
 

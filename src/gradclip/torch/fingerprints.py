@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from gradclip.torch.dtensors import local_of
-from gradclip.torch.layout import Group, Layout
+from gradclip.torch.layout import Layout
 
 NEAR = 1e-4
 """Copies may differ by this: not every device rounds the same sum alike twice."""
@@ -70,14 +69,9 @@ def described(
             name,
             tuple(local_of(p.detach()).shape),
             tuple(group.handle.rank() for group in spread),
-            tuple(ranks_of(group) for group in spread if group.level > 0),
+            tuple(group.ranks for group in spread if group.level > 0),
             all(way.kind != "other" for way in ways.values()),
         )
-
-
-def ranks_of(group: Group) -> tuple[int, ...]:
-    """Return the members of a group, by their ranks among all processes."""
-    return tuple(torch.distributed.get_process_group_ranks(group.handle))
 
 
 def unlike_copies(prints: Sequence[Fingerprint]) -> Iterator[Pair]:

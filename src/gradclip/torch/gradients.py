@@ -182,7 +182,7 @@ def collect(
     if not (leaves or split):
         raise ValueError(
             f"none of the {len(params)} parameters has a gradient; was backward() "
-            "called, and the optimizer not yet zeroed?"
+            f"called, and the optimizer not yet zeroed?{_replaced()}"
         )
     if split or holds_dtensor(leaves):
         leaves = [local_grad(p, g) for p, g in zip(here, leaves, strict=True)]
@@ -195,6 +195,16 @@ def collect(
     if not whole or holds_dtensor(here):
         here = [_weight(p, units) for p in here]
     return Gradients(at_home(leaves), present, at_home(list(here)), dtypes, leaves)
+
+
+def _replaced() -> str:
+    """Return what else may be behind missing gradients, on several processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    return (
+        " Or has something put other parameters in their place since, as fully_shard "
+        "does? Then make the clipper behind it."
+    )
 
 
 def check_types(dtypes: set[torch.dtype]) -> None:

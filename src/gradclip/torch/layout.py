@@ -6,7 +6,7 @@ result is the same everywhere, to the bit. Who takes part follows from the param
 never from the gradients: a missing, empty or broken gradient makes nobody wait.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -37,6 +37,13 @@ class Group:
     def __init__(self, handle: "ProcessGroup", level: int) -> None:
         """Look up what does not change; level 0 are meshes, the caller's come later."""
         self.handle, self.level, self.size = handle, level, handle.size()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of its processes among all."""
+        import torch.distributed as dist
+
+        return tuple(dist.get_process_group_ranks(self.handle))
 
     def gather(self, row: Tensor) -> Tensor:
         """Return the vectors of all processes, as the rows of a matrix."""
@@ -85,12 +92,28 @@ class Layout:
         self.ways = [{number[n]: way for n, way in w.items()} for w in ways]
         self.shapes = [tuple(local_of(p.detach()).shape) for p in params]
         self.device = params[0].device
-        self.cut = {g for w in self.ways for g, way in w.items() if way.kind == "piece"}
+        self.cut = self._groups_with("piece")
+        self.apart = self._groups_with("other")
         self.flattened = any(getattr(p, "_is_flat_param", False) for p in params)
         self.keys = [_key_of(w) for w in self.ways]
+        self.slots = list(self._slots())
         self.on_mesh = list(map(is_dtensor, params))
         pairs = zip(self.on_mesh, ways, strict=True)
         self.sized = all(on_mesh or not way for on_mesh, way in pairs)
+
+    def _groups_with(self, kind: str) -> set[int]:
+        """Return the groups on which some parameter lies in this way."""
+        return {g for w in self.ways for g, way in w.items() if way.kind == kind}
+
+    def _slots(self) -> Iterator[list[Key]]:
+        """Yield what each group is told of a total, one number for each key."""
+        keys = set(self.keys)
+        for g in range(len(self.groups)):
+            # The slots that others may have, though this process has no such tensor.
+            keys |= {_WHOLE, (frozenset({g}), frozenset[int]())}
+            # Sets have no order, and each slot has to mean the same on all processes.
+            yield sorted(keys, key=lambda k: (sorted(k[0]), sorted(k[1])))
+            keys = {_behind(key, g) for key in keys}
 
     def total(self, parts: Mapping[Key, Tensor], p: float) -> Tensor:
         """Return the norm of everything from the norms of what lies alike here."""
@@ -99,11 +122,7 @@ class Layout:
         # would leave the others waiting (areal-project/AReaL#1139).
         parts = {key: parts.get(key, zero).to(self.device) for key in self.keys}
         unheard: list[Group] = []
-        for g, group in enumerate(self.groups):
-            # The slots that others may have, though this process has no such tensor.
-            always = {_WHOLE, (frozenset({g}), frozenset[int]())}
-            # Sets have no order, and each slot has to mean the same on all processes.
-            keys = sorted({*parts, *always}, key=lambda k: (sorted(k[0]), sorted(k[1])))
+        for g, (group, keys) in enumerate(zip(self.groups, self.slots, strict=True)):
             if any(g not in k[0] | k[1] for k in keys if k != _WHOLE):
                 unheard.append(group)
             row = torch.stack([parts.get(key, zero) for key in keys])
@@ -112,8 +131,8 @@ class Layout:
             columns = group.gather(row).unbind(1)
             merged: dict[Key, list[Tensor]] = {}
             for key, column, mine in zip(keys, columns, row, strict=True):
-                rest = key[0] - {g}, key[1] - {g}
-                merged.setdefault(rest, []).append(_joined(key, g, column, mine, p))
+                joined = _joined(key, g, column, mine, p)
+                merged.setdefault(_behind(key, g), []).append(joined)
             parts = {k: safe_norm(torch.stack(x), p) for k, x in merged.items()}
         total = safe_norm(torch.stack([zero, *parts.values()]), p)
         # What lies alike on a group, and in parts on a later one: a copy that has gone
@@ -142,9 +161,17 @@ class Layout:
         if way is not None:
             return way.kind != "other"
         # Nothing is said of it: it lies alike on all who have the pieces of others,
-        # unless it is on a mesh of its own.
+        # unless it is on a mesh of its own, or some of these have others in its place.
         on_mesh = any(self.groups[k].level == 0 for k in self.ways[i])
-        return not on_mesh and (self.groups[g].level == 0 or g in self.cut)
+        spread = self.groups[g].level == 0 or g in self.cut
+        return spread and not on_mesh and not self._differs(i, g)
+
+    def _differs(self, i: int, g: int) -> bool:
+        """Return whether members of a group have other tensors in the place of one."""
+        others = [k for k, way in self.ways[i].items() if way.kind == "other"]
+        members = set(self.groups[g].ranks)
+        # This process is in both.
+        return any(len(members.intersection(self.groups[k].ranks)) > 1 for k in others)
 
     def each_unit(self, found: list[Tensor], p: float, axis: int) -> list[Tensor]:
         """Return norms of whole rows, from those of what is here of each parameter."""
@@ -174,13 +201,23 @@ class Layout:
 
     def tag(self, i: int) -> str:
         """Return what tells a plain piece from those of others; empty for the rest."""
-        places = [
-            f"{self.groups[g].handle.rank()}of{self.groups[g].size}"
-            for g, way in sorted(self.ways[i].items())
-            # Of a DTensor, its mesh tells which part is here.
+        # Of a DTensor, its mesh tells which part is here.
+        return self._tag(
+            g
+            for g, way in self.ways[i].items()
             if way.kind != "copy" and (self.groups[g].level > 0 or not self.on_mesh[i])
-        ]
-        return AT + "+".join(places) if places else ""
+        )
+
+    @property
+    def tag_of_all(self) -> str:
+        """What tells the parameters of a process from others in their place."""
+        return self._tag(self.apart)
+
+    def _tag(self, which: Iterable[int]) -> str:
+        groups = [self.groups[g] for g in sorted(which)]
+        return AT * bool(groups) + "+".join(
+            f"{group.handle.rank()}of{group.size}" for group in groups
+        )
 
     def check(self, rule: Rule) -> None:
         """Refuse rules whose norms cannot be put together from these parts."""
@@ -200,9 +237,8 @@ class Layout:
                 f"{rule!r} needs rows, but these parameters were laid flat before they "
                 "were cut, as FSDP1 does; use fully_shard, or a rule over 'tensor'."
             )
-        apart = any(way.kind == "other" for way in parts)
         groups = [s for s in stages(rule) if s.over != "all"]
-        if apart and any(r.over == "all" for s in groups for r in s.within()):
+        if self.apart and any(r.over == "all" for s in groups for r in s.within()):
             raise ValueError(
                 f"{rule!r} has a group over 'all', whose tensors other processes hold; "
                 "use over='tensor' in it, or a clipper of its own for the group."
@@ -212,7 +248,13 @@ class Layout:
         """Refuse a rule that has to see whole tensors, or to know their sizes."""
         scopes = {r.over for r in stage.within() if not only_records(r)}
         # Beside units, tensors are measured by their rows, of which others have some.
-        if stage.over == "singular" or {"unit"} < scopes:
+        if {"unit"} < scopes:
+            raise ValueError(
+                f"{stage!r} has groups over each 'unit' beside others, which cannot be "
+                "measured together where processes have parts of tensors; take a "
+                "Clipper for the parameters of each, or one scope for all groups."
+            )
+        if stage.over == "singular":
             raise ValueError(
                 f"{stage!r} looks at whole tensors, and processes have parts of these; "
                 "use a rule over 'all', each 'tensor' or each 'unit'."
@@ -230,14 +272,18 @@ class Layout:
             return self.groups
         if "tensor" not in scopes:
             return []
-        apart = {g for w in self.ways for g, way in w.items() if way.kind == "other"}
-        return [self.groups[g] for g in sorted(apart)]
+        return [self.groups[g] for g in sorted(self.apart)]
 
 
 def _key_of(ways: Mapping[int, Way]) -> Key:
     """Return the groups that a tensor is spread over, and those with copies of it."""
     spread = frozenset(g for g, way in ways.items() if way.kind != "copy")
     return spread, frozenset(ways) - spread
+
+
+def _behind(key: Key, g: int) -> Key:
+    """Return what is left of a key once a group has heard of it."""
+    return key[0] - {g}, key[1] - {g}
 
 
 def _joined(key: Key, g: int, column: Tensor, mine: Tensor, p: float) -> Tensor:

@@ -62,6 +62,7 @@ def layout_of(
     _check_whole(pairs, flat)
     if split_over is None and not any(flat.values()) and not holds_dtensor(params):
         return None
+    outside = "return None for it" if callable(split_over) else "hand over None"
     groups: dict[str, Group] = {}
     ways: list[dict[str, Way]] = []
     for name, p in pairs:
@@ -69,7 +70,7 @@ def layout_of(
         parts = [
             *_on_mesh(name, p, asked),
             *flat.get(id(p), ()),
-            *_as_asked(asked, name),
+            *_as_asked(asked, name, outside),
         ]
         ways.append({})
         for handle, way, level in parts:
@@ -111,7 +112,7 @@ def _placed(placement: Any) -> Way:
     return Way("piece", placement.dim)
 
 
-def _as_asked(asked: Any, name: str) -> list[Part]:
+def _as_asked(asked: Any, name: str, outside: str) -> list[Part]:
     """Return the groups that a caller named, the outermost last."""
     if asked is None:
         return []
@@ -119,13 +120,18 @@ def _as_asked(asked: Any, name: str) -> list[Part]:
     found: list[Part] = []
     for level, part in enumerate(parts, 1):
         handle = part.group if isinstance(part, Pieces) else part
-        _check_group(handle, name)
+        check_group(
+            handle,
+            f"split_over gives for {name!r}",
+            outside=outside,
+            takes="a process group, Pieces(group, dim), several of them, or None",
+        )
         piece = isinstance(part, Pieces)
         found.append((handle, Way("piece", part.dim) if piece else Way("other"), level))
     return found
 
 
-def _check_group(handle: Any, name: str) -> None:
+def check_group(handle: Any, given: str, *, outside: str, takes: str) -> None:
     """Refuse what is no process group, and one without this process."""
     if hasattr(handle, "group_name"):
         return
@@ -133,13 +139,10 @@ def _check_group(handle: Any, name: str) -> None:
     member = getattr(torch.distributed, "GroupMember", None)
     if member is not None and handle == member.NON_GROUP_MEMBER:
         raise ValueError(
-            f"split_over gives a group for {name!r} that this process is not a member "
-            "of; return None for it here."
+            f"{given} a group that this process is not a member of; {outside} here."
         )
-    raise TypeError(
-        f"split_over gives {type(handle).__name__} for {name!r}; it takes a process "
-        "group, Pieces(group, dim), several of them, or None."
-    )
+    mesh = "; of a mesh, take mesh.get_group()" if hasattr(handle, "get_group") else ""
+    raise TypeError(f"{given} {type(handle).__name__}; it takes {takes}{mesh}.")
 
 
 def _flattened(module: torch.nn.Module | None) -> dict[int, list[Part]]:

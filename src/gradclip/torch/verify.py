@@ -23,10 +23,10 @@ from gradclip.torch.fingerprints import (
     close,
     described,
     like_shards,
-    ranks_of,
     unlike_copies,
 )
 from gradclip.torch.layout import Group, Layout
+from gradclip.torch.placement import check_group
 from gradclip.torch.verbs import InPlace
 from gradclip.wording import listed
 
@@ -70,9 +70,12 @@ class Verifier:
         self.split = layout is not None
         self.ranks = dist.get_process_group_ranks(group)
         mine = list(described(names, params, layout))
-        groups = [] if layout is None else [ranks_of(g) for g in layout.groups]
-        gathered: list[tuple[list[Held], list[tuple[int, ...]]]]
-        gathered = [([], []) for _ in self.ranks]
+        groups: dict[tuple[int, ...], int] = {}
+        if layout is not None:
+            slots = zip(layout.groups, layout.slots, strict=True)
+            groups = {group.ranks: len(keys) for group, keys in slots}
+        gathered: list[tuple[list[Held], dict[tuple[int, ...], int]]]
+        gathered = [([], {}) for _ in self.ranks]
         dist.all_gather_object(gathered, (mine, groups), group=group)
         self.held = dict(zip(self.ranks, (held for held, _ in gathered), strict=True))
         self.groups = dict(zip(self.ranks, (g for _, g in gathered), strict=True))
@@ -193,6 +196,20 @@ class Verifier:
                     f"group is missing on rank {unaware[0]}: split_over has to name it "
                     "there for at least one parameter."
                 )
+            self._check_order(rank, group)
+
+    def _check_order(self, rank: int, group: tuple[int, ...]) -> None:
+        """Refuse a group whose members would send it vectors of several lengths."""
+        mine = self.groups[rank][group]
+        for other in group:
+            if (theirs := self.groups.get(other, {}).get(group, mine)) != mine:
+                raise VerifyError(
+                    f"rank {rank} has {mine} numbers for the {_group(group)}, and rank "
+                    f"{other} has {theirs}. Likely cause: the order of several groups "
+                    "in split_over. A group between processes with different "
+                    "parameters, such as stages of a pipeline, comes behind those "
+                    "within a stage: (ep_group, pp_group)."
+                )
 
     def _names_in(self, rank: int, group: tuple[int, ...]) -> str:
         names = [held.name for held in self.held[rank] if group in held.declared]
@@ -244,9 +261,15 @@ def verifier_for(
     if not torch.distributed.is_initialized():
         return None
     group = torch.distributed.group.WORLD if verify is True else verify
-    if group is None or group.size() < 2:
+    if group is None:
         return None
-    return Verifier(names, params, layout, group)
+    check_group(
+        group,
+        "verify is",
+        outside="hand over verify=False",
+        takes="True, False or a process group",
+    )
+    return Verifier(names, params, layout, group) if group.size() > 1 else None
 
 
 def _about_copies(apart: list[Pair], of: dict[tuple[int, Held], Fingerprint]) -> str:
