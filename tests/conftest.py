@@ -11,6 +11,10 @@ torch.set_num_threads(1)
 # Unless it is told to check or not to, torch warns at the first sparse tensor.
 torch.sparse.check_sparse_tensor_invariants.enable()
 
+# Several threads that compile for JAX take longer where both cores are busy.
+FLAG = "--xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

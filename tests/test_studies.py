@@ -312,7 +312,7 @@ def test_a_row_that_is_dropped_leaves_the_others():
 
 @pytest.mark.parametrize("rule", bias.TWO_POINT)
 def test_two_points_of_all_seeds_are_those_of_each_alone(rule):
-    cell = {"part": "points", "rule": rule, "steps": 600}
+    cell = {"part": "points", "rule": rule, "steps": 200}
     first, second, *_ = bias.two_points(cell, range(10), no_tick)
     assert [first] == list(bias.two_points(cell, [0], no_tick))
     assert [second] == list(bias.two_points(cell, [1], no_tick))

@@ -23,7 +23,7 @@ SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 STEPS = 300 if EVERYWHERE else 200
 COMPILED = [name for name in ROWS if not ROWS[name].make().grows]
 WIDE = ("numpy", "strict", "tensors", "torch", "compiled", "functional", "jax")
-USUAL = STEPS if EVERYWHERE else 80
+USUAL = STEPS if EVERYWHERE else 64
 """Steps for all but NumPy, which goes the whole way; of all that is bad, some come."""
 
 
@@ -185,7 +185,7 @@ def test_numpy_equals_twin(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_follows_the_array_api_equals_twin(name):
     # It checks every argument, which takes a while.
-    follow("strict", name, STEPS if EVERYWHERE else 40)
+    follow("strict", name, STEPS if EVERYWHERE else 32)
 
 
 ON_MLX = ["norm", "value", "agc", "percentile-tensor", "zscore-default", "ema"]
@@ -268,7 +268,7 @@ def test_jax_float32_equals_twin(name):
 # Without jit, a step of JAX takes as long as a hundred of NumPy's.
 @pytest.mark.parametrize("name", ["norm-unit", "value", "percentile-whole"])
 def test_eager_jax_equals_twin(name):
-    follow("jax-eager", name, count=10)
+    follow("jax-eager", name, count=6)
 
 
 def cell_by_cell(saved):
