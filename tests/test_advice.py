@@ -712,6 +712,12 @@ def test_advice_is_the_same_every_time_and_is_json():
     assert told["spikes"][0]["norm"] is None
 
 
+def test_the_smallest_of_norms_where_numpy_raises_everything():
+    norms = np.append(np.linspace(1, 2, 300), 1e-310)
+    with np.errstate(all="raise"):
+        assert gc.advise(gc.History.of(norms)).limit > 0
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(

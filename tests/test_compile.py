@@ -50,6 +50,18 @@ def test_clip_grad_value_compiles_whole():
     assert max(float(p.grad.abs().max()) for p in params) == 0.5
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_compiled_module_is_taken_like_any_other(attached):
+    # It says that it has a length, and then has none.
+    net = torch.compile(torch.nn.Linear(2, 1, bias=False), backend="eager")
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    rule = gc.by_name({"weight": gc.Norm(1.0)})
+    clipper = attach(optimizer, rule, net) if attached else Clipper(net, rule)
+    net(torch.tensor([[3.0, 4.0]])).sum().backward()
+    (optimizer.step if attached else clipper.clip_)()
+    assert float(clipper.info.norm.sum()) == 5
+
+
 # array-api-compat caches the look-up of a namespace, of which Dynamo wants to be told.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 @pytest.mark.parametrize("rule", [gc.Percentile(window=5), gc.ZScore(warmup=3)])

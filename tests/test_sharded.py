@@ -418,6 +418,7 @@ def test_what_is_cut_after_the_clipper_was_made_is_followed_or_refused(found, wo
         assert "this clipper remembers 1 steps with whole ones" in cases["late"]
         assert "in_backward=True measures whole parameters" in cases["in backward"]
         assert "DTensors in the place of 4 parameters" in cases["replaced"]
+        assert "as fully_shard does? Then make the clipper behind it" in cases["listed"]
 
 
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(found):
