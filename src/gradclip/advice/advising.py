@@ -129,6 +129,8 @@ _FACTS = (
 )
 
 
+# A caller may have NumPy raise where something falls below the smallest number.
+@np.errstate(under="ignore")
 def advise(history: History) -> Advice:
     r"""Tell from a run's norms where to put the threshold, and how sure that is.
 

@@ -110,8 +110,7 @@ class Facts:
     def varies(self) -> bool:
         """Whether the usable norms differ; there has to be one."""
         # Norms that were clipped differ by the 1e-6 that torch adds, and are one value.
-        # As numbers of Python, which may be as small as any.
-        return float(self.norm.max()) > float(self.norm.min()) * (1 + 1e-6)
+        return bool(self.norm.max() > self.norm.min() * (1 + 1e-6))
 
     @cached_property
     def lost(self) -> Lost:
