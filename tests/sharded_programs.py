@@ -1405,19 +1405,30 @@ def plain_pieces(rank, world):
 
 
 def stage_memories(rank, world):
-    """Save what a rule remembers of each tensor of a stage, and load it again."""
-    # One name is in all stages, the other in one.
-    params = {"norm": plain(torch.ones(3)), f"w{rank}": plain(torch.ones(2))}
-    rule = gc.EMA(1.0, warmup=1)
-    clipper, again = (
-        Clipper(params, rule, doctor=(), split_over=dist.group.WORLD) for _ in "ab"
-    )
+    """Save what rules remember of the tensors of a stage, and load it again."""
+    own, tied = [f"w{rank}"], ["norm", "embedding"]
+    names = own + tied if rank else tied + own
+    return {
+        rule.kind: stage_memory(
+            rank, {name: plain(torch.ones(2)) for name in names}, rule
+        )
+        for rule in (gc.EMA(1.0, warmup=1), gc.Moment(warmup=1))
+    }
+
+
+def stage_memory(rank, params, rule):
+    """Return what becomes of the memory of one rule; tied weights are in all stages."""
+
+    def split(name, p):
+        return dist.group.WORLD if name.startswith("w") else None
+
+    clipper, again = (Clipper(params, rule, doctor=(), split_over=split) for _ in "ab")
     for _ in range(3):
-        for p in params.values():
-            p.grad = torch.ones_like(p) * (1 + 9 * rank)
+        for i, p in enumerate(params.values()):
+            p.grad = torch.ones_like(p) * (1 + 9 * rank + i)
         clipper.clip_()
-    with tempfile.TemporaryDirectory() as own:
-        folder = [own]
+    with tempfile.TemporaryDirectory() as folder_here:
+        folder = [folder_here]
         dist.broadcast_object_list(folder)
         dcp.save({"c": clipper}, checkpoint_id=folder[0])
         dcp.load({"c": again}, checkpoint_id=folder[0])

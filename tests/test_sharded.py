@@ -186,10 +186,11 @@ def test_a_group_without_this_process_compares_nothing(found, world):
 
 @each_world
 def test_a_memory_of_the_tensors_of_a_stage_goes_back_to_that_stage(found, world):
-    for rank, case in enumerate(r["stage_memories"] for r in found[world]):
-        assert case["own"]
-        assert {"names" + f"@{rank}of{world}", "step"} < set(case["names"])
-        assert bool(case["refusal"]) == (rank > 0)
+    for rank, cases in enumerate(r["stage_memories"] for r in found[world]):
+        for kind, case in cases.items():
+            assert case["own"], kind
+            assert {f"names@{rank}of{world}", "step"} < set(case["names"]), kind
+            assert bool(case["refusal"]) == (rank > 0), kind
 
 
 @each_world
@@ -472,7 +473,7 @@ def test_rules_that_need_what_the_parts_do_not_have_are_refused():
     for rule in (groups, gc.Skip(groups), gc.chain(gc.Value(1.0), groups)):
         with pytest.raises(ValueError, match="other processes hold"):
             Clipper([w], rule, split_over=Group())
-    with pytest.raises(TypeError, match=r"split_over gives for '\[0\]' int; it takes"):
+    with pytest.raises(TypeError, match=r"split_over for '\[0\]' is int; it takes a"):
         Clipper([w], gc.Norm(1.0), split_over=lambda n, p: 3)
     outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ValueError, match="not a member of; return None for it here"):

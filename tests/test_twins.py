@@ -172,7 +172,7 @@ def follow(front, name, count=USUAL):
     for step, want in enumerate(golden(name)[:count]):
         got, info = clipper.clip(want.grads)
         compare_step(pairs, got, info, want, step)
-        if step % 10 == 9:
+        if step % 10 == 9 or step == count - 1:
             compare_state(pairs, clipper.state_dict(), states(name)[step], step)
     pairs.check(tolerance(front))
 

@@ -65,6 +65,10 @@ def lacking(setting):
     return engine(unscale_and_clip_grads=print, **settings)
 
 
+def offloading(attribute):
+    return engine(stage=3, unscale_and_clip_grads=print, **{attribute: True})
+
+
 @pytest.mark.parametrize(
     ("engine", "rule", "message"),
     [
@@ -72,6 +76,8 @@ def lacking(setting):
         (engine(stage=0), gc.Norm(1.0), "use gradclip.torch.attach(optimizer, rule)"),
         (engine(stage=1, step=print), gc.Norm(1.0), 'leave "grad_accum_dtype" out'),
         (lacking("compute_grad_norm"), gc.Norm(1.0), "no norm to clip by; leave it"),
+        (offloading("superoffload_cpu_optimizer"), gc.Norm(1.0), "during backward()"),
+        (offloading("zenflow"), gc.Norm(1.0), "in a way of its own at stage 3"),
         (lacking("check_grad_overflow"), gc.Norm(1.0), "makes steps of NaN"),
         (engine(), gc.Value(1.0), "one number per step"),
         (engine(), gc.EMA(), "one number per step"),

@@ -122,6 +122,7 @@ def _check(engine: Any, rule: Rule) -> None:
             'the config leave "grad_accum_dtype" out of "data_types", or take ZeRO '
             "stage 2."
         )
+    _check_offload(engine.optimizer, engine.zero_optimization_stage())
     if isinstance(_clipper_of(engine), EngineClipper):
         raise ValueError(
             "this engine has a clipper already; detach() that one first, or use "
@@ -133,6 +134,20 @@ def _check(engine: Any, rule: Rule) -> None:
             f"{rule!r}: DeepSpeed clips by one number per step, from the 2-norm over "
             "all parameters; use a rule with over='all' that neither stretches nor "
             "skips."
+        )
+
+
+def _check_offload(optimizer: Any, stage: int) -> None:
+    """Refuse what steps during the backward pass, or replaces what is stepped into."""
+    if hasattr(optimizer, "superoffload_cpu_optimizer"):
+        raise ValueError(
+            "SuperOffload makes steps during backward(), before the norm of all "
+            'gradients is known; leave "super_offload" out of "offload_optimizer".'
+        )
+    if stage == 3 and getattr(optimizer, "zenflow", False):
+        raise ValueError(
+            "ZenFlow clips in a way of its own at stage 3, where nothing can step in; "
+            'leave "zenflow" out of "zero_optimization".'
         )
 
 

@@ -202,7 +202,8 @@ class Clipper:
 
         Raises:
             ValueError: If it was saved by another rule, for another number of
-                parameters, or for other pieces of them; nothing is changed then.
+                parameters, for other pieces of them, or by another stage; nothing is
+                changed then.
         """
         self._take_up_new_parameters()
         device = home(self.params[0].device)

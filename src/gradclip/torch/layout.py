@@ -8,6 +8,7 @@ never from the gradients: a missing, empty or broken gradient makes nobody wait.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ class Group:
         """Look up what does not change; level 0 are meshes, the caller's come later."""
         self.handle, self.level, self.size = handle, level, handle.size()
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """The numbers of its processes among all."""
         import torch.distributed as dist
@@ -143,8 +144,7 @@ class Layout:
 
     def each_tensor(self, found: Tensor, p: float) -> Tensor:
         """Return norms of whole tensors; below 0 stands for no gradient."""
-        for g, group in enumerate(self.groups):
-            mine = [i for i in range(len(self.ways)) if self._goes_round(i, g)]
+        for g, (group, mine) in enumerate(zip(self.groups, self.heard, strict=True)):
             if not mine:
                 continue
             at = sent(mine, found.device)
@@ -154,6 +154,15 @@ class Layout:
             whole = torch.where((seen < 0).all(0), -1.0, whole)
             found = found.index_copy(0, at, torch.where(cut, whole, seen.amax(0)))
         return found
+
+    @cached_property
+    def heard(self) -> list[list[int]]:
+        """Of which tensors each group hears the norm."""
+        every = range(len(self.ways))
+        return [
+            [i for i in every if self._goes_round(i, g)]
+            for g in range(len(self.groups))
+        ]
 
     def _goes_round(self, i: int, g: int) -> bool:
         """Return whether the norm of a tensor is made known to a group."""
@@ -168,10 +177,12 @@ class Layout:
 
     def _differs(self, i: int, g: int) -> bool:
         """Return whether members of a group have other tensors in the place of one."""
-        others = [k for k, way in self.ways[i].items() if way.kind == "other"]
-        members = set(self.groups[g].ranks)
-        # This process is in both.
-        return any(len(members.intersection(self.groups[k].ranks)) > 1 for k in others)
+        return any(
+            # This process is in both.
+            len({*self.groups[g].ranks} & {*self.groups[k].ranks}) > 1
+            for k, way in self.ways[i].items()
+            if way.kind == "other"
+        )
 
     def each_unit(self, found: list[Tensor], p: float, axis: int) -> list[Tensor]:
         """Return norms of whole rows, from those of what is here of each parameter."""
@@ -200,13 +211,13 @@ class Layout:
         return shape[axis] if len(shape) > 1 else 1
 
     def tag(self, i: int) -> str:
-        """Return what tells a plain piece from those of others; empty for the rest."""
+        """Return what tells the memory of a tensor from others in its place."""
+        ways, on_mesh = self.ways[i].items(), self.on_mesh[i]
+        spread = {g for g, way in ways if way.kind != "copy"}
         # Of a DTensor, its mesh tells which part is here.
-        return self._tag(
-            g
-            for g, way in self.ways[i].items()
-            if way.kind != "copy" and (self.groups[g].level > 0 or not self.on_mesh[i])
-        )
+        named = {g for g in spread if self.groups[g].level > 0 or not on_mesh}
+        # A tensor that all stages have is not in the same place of all.
+        return self._tag(named if on_mesh else named | self.apart)
 
     @property
     def tag_of_all(self) -> str:

@@ -122,7 +122,7 @@ def _as_asked(asked: Any, name: str, outside: str) -> list[Part]:
         handle = part.group if isinstance(part, Pieces) else part
         check_group(
             handle,
-            f"split_over gives for {name!r}",
+            f"split_over for {name!r} is",
             outside=outside,
             takes="a process group, Pieces(group, dim), several of them, or None",
         )

@@ -70,11 +70,11 @@ class Verifier:
         self.split = layout is not None
         self.ranks = dist.get_process_group_ranks(group)
         mine = list(described(names, params, layout))
-        groups: dict[tuple[int, ...], int] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         if layout is not None:
-            slots = zip(layout.groups, layout.slots, strict=True)
-            groups = {group.ranks: len(keys) for group, keys in slots}
-        gathered: list[tuple[list[Held], dict[tuple[int, ...], int]]]
+            for g, keys in zip(layout.groups, layout.slots, strict=True):
+                groups.setdefault(g.ranks, []).append(len(keys))
+        gathered: list[tuple[list[Held], dict[tuple[int, ...], list[int]]]]
         gathered = [([], {}) for _ in self.ranks]
         dist.all_gather_object(gathered, (mine, groups), group=group)
         self.held = dict(zip(self.ranks, (held for held, _ in gathered), strict=True))
@@ -203,9 +203,10 @@ class Verifier:
         mine = self.groups[rank][group]
         for other in group:
             if (theirs := self.groups.get(other, {}).get(group, mine)) != mine:
+                here, there = (", ".join(map(str, x)) for x in (mine, theirs))
                 raise VerifyError(
-                    f"rank {rank} has {mine} numbers for the {_group(group)}, and rank "
-                    f"{other} has {theirs}. Likely cause: the order of several groups "
+                    f"rank {rank} has {here} numbers for the {_group(group)}, and rank "
+                    f"{other} has {there}. Likely cause: the order of several groups "
                     "in split_over. A group between processes with different "
                     "parameters, such as stages of a pipeline, comes behind those "
                     "within a stage: (ep_group, pp_group)."
