@@ -36,6 +36,9 @@ def test_a_memory_that_grows_is_refused(name):
         as_optax(ROWS[name].make())
 
 
+FOUR_DEVICES = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+
+
 def in_process(code, **environment):
     """Run code in a process of its own, where JAX reads its settings anew."""
     here = Path(__file__).parent
@@ -459,8 +462,7 @@ print(len(jax.devices()), "devices,", len(rules), "rules")
 
 
 def test_sharded_gradients_equal_whole_ones():
-    flags = "--xla_force_host_platform_device_count=4"
-    result = in_process(SHARDED, XLA_FLAGS=flags)
+    result = in_process(SHARDED, XLA_FLAGS=FOUR_DEVICES)
     assert result.stdout.strip() == "4 devices, 4 rules", result.stderr[-3000:]
 
 
@@ -496,8 +498,7 @@ print(len(jax.devices()), "devices,", len(rules), "rules")
 
 
 def test_arrays_on_an_explicit_mesh_stay_where_they_lie():
-    flags = "--xla_force_host_platform_device_count=4"
-    result = in_process(EXPLICIT, XLA_FLAGS=flags)
+    result = in_process(EXPLICIT, XLA_FLAGS=FOUR_DEVICES)
     assert result.stdout.strip() == "4 devices, 11 rules", result.stderr[-3000:]
 
 

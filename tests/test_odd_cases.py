@@ -934,7 +934,8 @@ def test_the_derivative_in_jax_is_that_of_torch_where_something_is_zero(rule, sc
     gc.clip(t, rule)[0].sum().backward()
     derive = jax.grad(lambda g: gc.clip(g, rule)[0].sum())
     # Without jit, which knows the numbers: once, since each operation is compiled.
-    found = (derive if rule is DERIVED[0] else jax.jit(derive))(jnp.array(x))
+    eager = scale == 0 and rule is DERIVED[0]
+    found = (derive if eager else jax.jit(derive))(jnp.array(x))
     np.testing.assert_allclose(found, t.grad, rtol=1e-5, atol=1e-6)
     # Where both ways are computed, and one of them is chosen.
     both = jax.jit(jax.vmap(derive))(jnp.array([x]))
