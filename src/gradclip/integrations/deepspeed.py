@@ -44,7 +44,8 @@ def attach(
         TypeError: For what is not a rule.
         ValueError: If DeepSpeed clips too, or has a clipper already; for a rule that
             needs more than one scale per step, an engine whose optimizer is torch's
-            own, and one that is told to compute no norm or to let NaN pass.
+            own or steps before there is a norm (SuperOffload), and one that is told to
+            compute no norm or to let NaN pass.
 
     Example:
         >>> clipper = attach(engine, gc.ZScore())  # doctest: +SKIP
